@@ -1,0 +1,190 @@
+"""Weights and training state as safetensors with JSON inside: nothing is pickled, nothing half-written.
+
+A model's file describes itself: architecture, classes, preprocessing and the whole preset stand in its
+metadata, so that it can be used without the folder that it came from.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cifar100cli.config import Config, parse_config
+from cifar100cli.errors import DataError, UsageError
+from cifar100cli.loader import Preprocessing
+from cifar100cli.models import create_model
+from cifar100cli.runs import MODEL, replacing
+
+FORMAT = 1  # of both files; a newer one is refused
+KEY = "cifar100"  # of the metadata
+
+
+class Card(BaseModel):
+    """What a model's file says about the model."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    format: int
+    preset: str
+    dataset: str
+    classes: tuple[str, ...] = Field(min_length=2)
+    superclasses: tuple[str, ...] = ()
+    superclass_of: tuple[int, ...] = ()
+    image_size: int = Field(ge=16, le=1024)
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    epoch: int = 0
+    config: dict[str, Any]
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """From uint8 images to the model's inputs."""
+        return Preprocessing(self.image_size, self.mean, self.std)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's file, read: the network with its weights, and what it says about itself."""
+
+    path: Path
+    model: nn.Module
+    card: Card
+    config: Config
+
+
+def find_checkpoint(path: Path) -> Path:
+    """The model's file of a run folder, or the file itself."""
+    if path.is_dir():
+        path = path / MODEL
+        if not path.is_file():
+            raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished")
+    elif not path.is_file():
+        raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report` lists the runs")
+    return path
+
+
+def save_model(path: Path, model: nn.Module, card: Card) -> None:
+    """Write weights and card to `path`, whole or not at all."""
+    _save(path, model.state_dict(), card.model_dump(mode="json"))
+
+
+def load_model(path: Path) -> Checkpoint:
+    """Build the network that a model's file describes, with its weights.
+
+    Raises `DataError` for a file that is missing, broken, foreign, newer, or whose weights do not fit.
+    """
+    path = find_checkpoint(path)
+    tensors, about = read(path)
+    try:
+        card = Card.model_validate(about)
+        config = parse_config(card.config, str(path))
+        model = create_model(config.model, len(card.classes), card.image_size, pretrained=False)
+    except ValidationError as error:
+        place = ".".join(map(str, error.errors()[0]["loc"]))
+        raise DataError(f"{path}: its description is not right at {place!r}") from None
+    except UsageError as error:
+        raise DataError(f"{path}: its description is not right: {error}") from None
+    load_weights(model, tensors, path)
+    return Checkpoint(path, model, card, config)
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Copy the weights of a file into a model of the very same shape, or raise `DataError` naming what differs."""
+    expected = model.state_dict()
+    for problem, names in (
+        ("lacks", [name for name in expected if name not in tensors]),
+        ("has besides what the model has", [name for name in tensors if name not in expected]),
+        (
+            "has another shape for",
+            [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape],
+        ),
+    ):
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise DataError(f"{path}: does not fit the model: it {problem} {', '.join(names[:3])}{more}")
+    broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        raise DataError(f"{path}: {broken[0]} holds numbers that are not finite")
+    model.load_state_dict(dict(tensors))
+
+
+@dataclass
+class TrainState:
+    """Where a run is, between two epochs."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_top1: float = -1.0
+
+
+def save_state(path: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Write all that the next epoch needs, whole or not at all."""
+    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
+    for index, values in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer.{index}.{name}": v for name, v in values.items() if isinstance(v, Tensor)}
+    _save(path, tensors, {"format": FORMAT, **asdict(state)})
+
+
+def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Put model and optimizer back to where `save_state` found them."""
+    tensors, about = read(path)
+    load_weights(
+        model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path
+    )
+    try:
+        state = TrainState(int(about["epoch"]), int(about["best_epoch"]), float(about["best_top1"]))
+        saved: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, key = name.split(".")
+                saved.setdefault(int(index), {})[key] = tensor
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        for index, values in saved.items():
+            for key, value in values.items():
+                if value.shape == parameters[index].shape:
+                    # The memory layout of the parameter, so that the same kernel runs as before the stop.
+                    values[key] = torch.empty_like(parameters[index]).copy_(value)
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
+    except (KeyError, IndexError, ValueError, TypeError) as error:
+        raise DataError(
+            f"{path}: not a training state of this run ({type(error).__name__}: {error})"
+        ) from None
+    return state
+
+
+def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    metadata = {"format": "pt", KEY: json.dumps(about, ensure_ascii=False)}
+    with replacing(path) as temporary:
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a file of ours and what it says about itself."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if KEY not in metadata:
+                raise DataError(f"{path}: not written by cifar100: it does not say which model it holds")
+            about = json.loads(metadata[KEY])
+            found = about["format"]
+            if not isinstance(found, int) or found < 1:
+                raise DataError(f"{path}: its format number is not right")
+            if found > FORMAT:
+                raise DataError(
+                    f"{path}: written by a newer cifar100 (format {found}; this one reads up to {FORMAT})"
+                )
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(
+            f"{path}: corrupt, or no safetensors file ({' '.join(str(error).split())[:120]})"
+        ) from None
+    return tensors, about

@@ -1,0 +1,468 @@
+"""The schema of a preset, and how a preset, its file and the user's overrides become one `Config`.
+
+A preset is YAML read by a safe loader with YAML 1.2's idea of a scalar (`1e-3` is a number, `off` is
+text), checked by a strict schema. Whatever is wrong raises `UsageError` with the key, the value, what
+is allowed and the nearest name. No torch here: this runs before anything else.
+"""
+
+import difflib
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
+
+import annotated_types
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+from cifar100cli.errors import UsageError
+
+DEFAULT_PRESET = "quickstart"
+LARGEST_PRESET = 64 * 1024  # bytes; ours are under two thousand
+
+
+def _refuse_bool(value: object) -> object:
+    if isinstance(value, bool):  # or `epochs: true` would mean one epoch
+        raise ValueError("a truth value is not a number")
+    return value
+
+
+Integer = Annotated[int, BeforeValidator(_refuse_bool)]
+Number = Annotated[float, BeforeValidator(_refuse_bool)]
+
+
+class Section(BaseModel):
+    """A frozen mapping that refuses keys which it does not know."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Published(Section):
+    """A figure that a document reports for this preset."""
+
+    top1: Number = Field(ge=0, le=1, description="test accuracy, as a fraction")
+    epoch: Integer | None = Field(None, ge=1, description="the epoch that it was reached in")
+    source: str = Field("", description="where it stands")
+
+
+class Data(Section):
+    """Which images the model sees."""
+
+    dataset: Literal["cifar100", "cifar10", "synthetic"] = "cifar100"
+    image_size: Integer = Field(32, ge=16, le=1024, description="side in pixels; images are resized to it")
+    batch_size: Integer = Field(250, ge=1, le=65536, description="images in a training step")
+    fraction: Number = Field(
+        1.0, gt=0, le=1, description="share of each class's training images that is used"
+    )
+    val_fraction: Number = Field(0.0, ge=0, le=0.9, description="share of the training set that is held out")
+    normalize: Literal["none", "dataset", "imagenet"] = Field(
+        "none", description="after dividing by 255: nothing, or the mean and deviation of ..."
+    )
+
+
+class Augment(Section):
+    """How training images are varied."""
+
+    policy: Literal["none", "flip", "crop_flip"] = "none"
+
+
+class Model(Section):
+    """The network."""
+
+    backbone: str = Field("resnet18", min_length=1, description="any image model that timm knows")
+    pretrained: bool = Field(False, description="start from timm's ImageNet weights")
+    stem: Literal["imagenet", "cifar"] = Field("imagenet", description="cifar: 3x3, stride 1, no pooling")
+    head: Literal["linear"] = "linear"
+
+
+class Loss(Section):
+    """What training minimises."""
+
+    name: Literal["cross_entropy"] = "cross_entropy"
+    label_smoothing: Number = Field(0.0, ge=0, lt=1)
+
+
+class Optimizer(Section):
+    """How the weights move."""
+
+    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Number = Field(0.001, gt=0, le=100, description="learning rate, at its highest")
+    weight_decay: Number = Field(0.0001, ge=0, le=10)
+    betas: tuple[
+        Annotated[Number, Field(ge=0, lt=1)],
+        Annotated[Number, Field(ge=0, lt=1)],
+    ] = Field((0.9, 0.999), description="of adamw and adam")
+    momentum: Number = Field(0.9, ge=0, lt=1, description="of sgd, with Nesterov's correction")
+    grad_clip: Number = Field(5.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
+
+
+class Schedule(Section):
+    """How the learning rate changes."""
+
+    name: Literal["constant", "cosine"] = "constant"
+    warmup_epochs: Number = Field(0, ge=0, description="the rate rises linearly over these")
+
+
+class Train(Section):
+    """How long, in which precision, and which epoch's weights are kept."""
+
+    epochs: Integer = Field(200, ge=1, le=100_000)
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    select: Literal["best_test", "best_val", "last"] = "last"
+
+
+class Config(Section):
+    """A whole preset, resolved."""
+
+    description: str = ""
+    published: Published | None = None
+    seed: Integer = Field(0, ge=0, lt=2**32)
+    data: Data = Data()
+    augment: Augment = Augment()
+    model: Model = Model()
+    loss: Loss = Loss()
+    optimizer: Optimizer = Optimizer()
+    schedule: Schedule = Schedule()
+    train: Train = Train()
+
+    @model_validator(mode="after")
+    def _held_out_split_exists(self) -> Self:
+        if self.train.select == "best_val" and self.data.val_fraction == 0:
+            raise ValueError(
+                "train.select = best_val needs a held-out split: "
+                "set data.val_fraction above 0 (for example 0.1), or train.select to last"
+            )
+        return self
+
+    def to_yaml(self) -> str:
+        """The preset as YAML that `load_preset` reads back to an equal `Config`."""
+        return yaml.safe_dump(
+            self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True, width=110
+        )
+
+
+@dataclass(frozen=True)
+class Override:
+    """One key that the user set, and where, for the error message (`--lr`, `--set optimizer.lr`)."""
+
+    key: str
+    value: object
+    origin: str
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A name for the run folder and the report, and the configuration that it stands for."""
+
+    name: str
+    config: Config
+
+
+# --------------------------------------------------------------------------------------------- YAML
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with YAML 1.2 scalars, without aliases and without repeated keys.
+
+    The Python parser and not libyaml's: nested without end, it raises RecursionError, not a signal.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
+        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        seen = set()
+        for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                problem = "a key must be plain text"
+            elif key_node.value in seen:
+                problem = f"the key {key_node.value!r} stands twice"
+            else:
+                seen.add(key_node.value)
+                continue
+            raise yaml.constructor.ConstructorError(None, None, problem, key_node.start_mark)
+        mapping: dict[Any, Any] = super().construct_mapping(node, deep)
+        return mapping
+
+
+# The core schema of YAML 1.2, where PyYAML follows 1.1: no `off` for false, no `1:30` for 90, and `1e-3` a number.
+_Loader.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"null|Null|NULL|~|", "nN~"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}",
+        re.compile(rf"^(?:{_pattern})$"),
+        [*_first, ""] if _tag == "null" else [*_first],
+    )
+# PyYAML would read `010` as eight and stumble over `1e5`.
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+
+
+def _parse_yaml(text: str, where: str) -> object:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
+        raise UsageError(f"{where}: not valid YAML: {error.problem or error.context}{line}") from None
+    except (yaml.YAMLError, ValueError, OverflowError) as error:
+        raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+    except RecursionError:
+        raise UsageError(f"{where}: not a preset: nested too deeply") from None
+
+
+def parse_value(text: str, key: str) -> object:
+    """The value of `--set KEY=VALUE`, read as a preset's YAML would be."""
+    return _parse_yaml(text, f"--set {key}")
+
+
+# ------------------------------------------------------------------------------------- finding presets
+
+
+def presets_folder() -> Path:
+    """The folder of the shipped presets: inside the installed package, or beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    inside = package / "presets"
+    return inside if inside.is_dir() else package.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """The names of the shipped presets, in alphabetical order."""
+    return sorted(path.stem for path in presets_folder().glob("*.yaml"))
+
+
+def _did_you_mean(name: str, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def _read_preset(name: str) -> tuple[str, dict[str, object]]:
+    """The preset's short name and its keys as they stand in the file."""
+    shipped = presets_folder() / f"{name}.yaml"
+    if "/" not in name and "\\" not in name and shipped.is_file():
+        path = shipped
+    elif name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
+        path = Path(name).expanduser()
+        if not path.is_file():
+            raise UsageError(
+                f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name"
+            )
+    else:
+        raise UsageError(
+            f"unknown preset {name!r}{_did_you_mean(name, preset_names())} "
+            "(`cifar100 presets` lists them; a file is given as ./FILE.yaml)"
+        )
+    try:
+        with path.open("rb") as file:
+            content = file.read(LARGEST_PRESET + 1)
+        text = content.decode("utf-8")
+    except OSError as error:
+        raise UsageError(f"--preset {name}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise UsageError(f"--preset {name}: not a preset: not UTF-8 text") from None
+    if len(content) > LARGEST_PRESET:
+        raise UsageError(f"--preset {name}: not a preset: larger than {LARGEST_PRESET // 1024} KiB")
+    keys = _parse_yaml(text, f"--preset {name}")
+    if not isinstance(keys, dict):
+        raise UsageError(
+            f"--preset {name}: not a preset: it has no keys; `--print-config` shows how one looks"
+        )
+    return path.stem, keys
+
+
+def shipped_presets() -> Iterator[tuple[str, Config]]:
+    """Every shipped preset, by name."""
+    for name in preset_names():
+        yield name, load_preset(name).config
+
+
+def load_preset(name: str = DEFAULT_PRESET, overrides: Iterable[Override] = ()) -> Preset:
+    """Read the preset `name` (one of ours, or a file), apply `overrides` in order, and check it all.
+
+    Raises `UsageError` for a name, file, key, type or value that is not right.
+    """
+    stem, keys = _read_preset(name)
+    origins: dict[str, str] = {}
+    keys = {key: dict(value) if isinstance(value, dict) else value for key, value in keys.items()}
+    for override in overrides:
+        _apply(keys, override)
+        origins[override.key] = override.origin
+    return Preset(stem, _validate(keys, name, origins))
+
+
+def parse_config(keys: object, where: str) -> Config:
+    """Check keys that come from elsewhere than a preset file: a run folder, a checkpoint's metadata."""
+    if not isinstance(keys, dict):
+        raise UsageError(f"{where}: holds no configuration")
+    return _validate(keys, where, {})
+
+
+def read_config(path: Path) -> Config:
+    """The `config.yaml` of a run folder."""
+    with path.open("rb") as file:
+        text = file.read(LARGEST_PRESET).decode("utf-8", errors="replace")
+    return parse_config(_parse_yaml(text, str(path)), str(path))
+
+
+def differences(config: Config, other: Config) -> dict[str, tuple[object, object]]:
+    """The dotted keys at which two configurations differ, with both values; what only describes is left out."""
+    ours, theirs = dict(_leaves(config.model_dump())), dict(_leaves(other.model_dump()))
+    describing = ("description", "published")
+    return {
+        key: (ours.get(key), theirs.get(key))
+        for key in [*ours, *(key for key in theirs if key not in ours)]
+        if ours.get(key) != theirs.get(key) and key.split(".")[0] not in describing
+    }
+
+
+def _leaves(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    for key, value in keys.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+# ------------------------------------------------------------------------------------------ checking
+
+
+def _apply(keys: dict[str, Any], override: Override) -> None:
+    """Set one dotted key. Keys that do not exist are refused here, where their origin is known."""
+    field = _field(override.key)
+    if field is None:
+        raise UsageError(f"unknown key {override.key!r} in {override.origin}{_nearest_key(override.key)}")
+    *sections, last = override.key.split(".")
+    for section in sections:
+        inner = keys.get(section)
+        keys[section] = inner if isinstance(inner, dict) else {}
+        keys = keys[section]
+    keys[last] = override.value
+
+
+def _section_of(annotation: object) -> type[Section] | None:
+    """The section that a field holds, `X | None` included."""
+    candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key of the schema by its dotted name, sections left out."""
+    for name, field in section.model_fields.items():
+        inner = _section_of(field.annotation)
+        if inner is None:
+            yield f"{prefix}{name}", field
+        else:
+            yield from _fields(inner, f"{prefix}{name}.")
+
+
+def _field(key: str) -> FieldInfo | None:
+    return dict(_fields()).get(key)
+
+
+def _nearest_key(key: str) -> str:
+    known = [name for name, _ in _fields()]
+    sections = [name for name, field in Config.model_fields.items() if _section_of(field.annotation)]
+    if key in sections:
+        inside = [name for name in known if name.startswith(f"{key}.")]
+        return f": it is a section; its keys are {', '.join(inside)}"
+    leaf = key.split(".")[-1]
+    same_leaf = [name for name in known if name.split(".")[-1] == leaf]
+    if len(same_leaf) == 1:
+        return f"; did you mean {same_leaf[0]}?"
+    by_leaf = {name.split(".")[-1]: name for name in reversed(known)}
+    near_leaf = difflib.get_close_matches(leaf, by_leaf, n=1)
+    if near_leaf and not difflib.get_close_matches(key, sections + known, cutoff=0.5):
+        return f"; did you mean {by_leaf[near_leaf[0]]}?"
+    return _did_you_mean(key, sections + known) or "; `cifar100 train --print-config` shows every key"
+
+
+def _show(value: object) -> str:
+    text = (
+        str(value).lower()
+        if isinstance(value, bool)
+        else value
+        if isinstance(value, str) and value
+        else repr(value)
+    )
+    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _allowed(annotation: object, metadata: Iterable[object]) -> str:
+    """What a field takes, in words: from its annotation and its bounds."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple:
+        return "two numbers, as in [0.9, 0.999]"
+    if origin in (Union, UnionType):
+        return _allowed(next(a for a in arguments if a is not type(None)), metadata)
+    if origin is Annotated:
+        return _allowed(arguments[0], [*arguments[1:], *metadata])
+    if annotation is bool:
+        return "true or false"
+    if annotation is str:
+        return "text"
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return f"a section with the keys {', '.join(annotation.model_fields)}"
+    kind, words = "a whole number" if annotation is int else "a number", []
+    for bound in metadata:
+        if isinstance(bound, annotated_types.Ge):
+            words.append(f"at least {bound.ge}")
+        elif isinstance(bound, annotated_types.Gt):
+            words.append(f"above {bound.gt}")
+        elif isinstance(bound, annotated_types.Le):
+            words.append(f"at most {bound.le}")
+        elif isinstance(bound, annotated_types.Lt):
+            words.append(f"below {bound.lt}")
+    return f"{kind}, {' and '.join(words)}" if words else kind
+
+
+def _validate(keys: dict[str, Any], where: str, origins: Mapping[str, str]) -> Config:
+    try:
+        return Config.model_validate(keys)
+    except ValidationError as error:
+        raise UsageError(_explain(error, where, origins)) from None
+
+
+def _explain(error: ValidationError, where: str, origins: Mapping[str, str]) -> str:
+    """The first thing wrong, in one line: key, value, origin, what is allowed, the nearest name."""
+    first, more = error.errors()[0], error.error_count() - 1
+    if not first["loc"]:  # a rule between keys, which says it all itself
+        return f"{where}: {first['ctx']['error']}"
+    *parents, last = [str(part) for part in first["loc"]]
+    key = ".".join([*parents, last])
+    rest = f" ({more} more {'mistake' if more == 1 else 'mistakes'})" if more else ""
+    if first["type"] in ("extra_forbidden", "invalid_key"):
+        return f"unknown key {_show(key)!r} in {where}{_nearest_key(key)}{rest}"
+    while (field := _section_or_field(key)) is None:  # inside a list: name the list
+        key = key.rpartition(".")[0]
+    origin = origins.get(key, where)
+    if first["type"] == "missing" and key == ".".join([*parents, last]):
+        return f"{key} is missing in {origin}: {_allowed(field.annotation, field.metadata)}{rest}"
+    value = first["input"]
+    near = ""
+    if isinstance(value, str) and get_origin(field.annotation) is Literal:
+        near = _did_you_mean(value, map(str, get_args(field.annotation)))
+    allowed = _allowed(field.annotation, field.metadata)
+    return f"{key} = {_show(value)} ({origin}): must be {allowed}{near}{rest}"
+
+
+def _section_or_field(key: str) -> FieldInfo | None:
+    section: type[Section] | None = Config
+    field = None
+    for part in key.split("."):
+        field = section.model_fields.get(part) if section else None
+        section = _section_of(field.annotation) if field else None
+    return field

@@ -1,0 +1,263 @@
+"""What people see: lines, tables and progress. The only file that knows about terminals.
+
+Results go to stdout; progress, logs and errors go to stderr. Rich is imported when it is first needed,
+because `--help` and a usage error have no use for it.
+"""
+
+import contextlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress, TaskID
+
+    from cifar100cli.config import Config
+
+QUIET, NORMAL, VERBOSE = -1, 0, 1
+PROTOCOLS = {"best_test": "best on test", "best_val": "held-out", "last": "last"}  # how a figure was selected
+
+_verbosity = NORMAL
+
+
+def set_verbosity(level: int) -> None:
+    """QUIET shows results and errors only; VERBOSE tells what goes on."""
+    global _verbosity
+    _verbosity = level
+
+
+def verbosity() -> int:
+    """The current level."""
+    return _verbosity
+
+
+def on_terminal() -> bool:
+    """Whether progress may move: stderr is a terminal that can."""
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _console(stream: Any) -> "Console":
+    from rich.console import Console
+
+    # Outside a terminal lines are as long as they are: they are read by scripts and cut by nobody.
+    width = None if stream.isatty() or "COLUMNS" in os.environ else 200
+    return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
+
+
+def _styled(text: str, style: str, stream: Any) -> None:
+    """One line, in colour where that is wanted."""
+    if not (stream.isatty() or os.environ.get("FORCE_COLOR")) or os.environ.get("NO_COLOR"):
+        print(text, file=stream, flush=True)
+        return
+    from rich.text import Text
+
+    _console(stream).print(Text(text, style=style), soft_wrap=True)
+
+
+def result(text: str = "") -> None:
+    """A line of the result, on stdout."""
+    print(text, flush=True)
+
+
+def result_json(content: object) -> None:
+    """The one JSON document of a command, on stdout."""
+    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+
+
+def log(text: str) -> None:
+    """A line about what goes on, on stderr."""
+    if _verbosity > QUIET:
+        print(text, file=sys.stderr, flush=True)
+
+
+def warn(text: str) -> None:
+    """A line that the user should not miss, on stderr."""
+    if _verbosity > QUIET:
+        _styled(f"warning: {text}", "yellow", sys.stderr)
+
+
+def error(text: str) -> None:
+    """What went wrong, in one line, on stderr."""
+    _styled(f"error: {' '.join(text.split())}", "bold red", sys.stderr)
+
+
+def detail(text: str) -> None:
+    """A line for `-v`."""
+    if _verbosity >= VERBOSE:
+        _styled(text, "dim", sys.stderr)
+
+
+@contextlib.contextmanager
+def waiting(text: str) -> Iterator[None]:
+    """A turning wheel while something of unknown length goes on; elsewhere nothing."""
+    if not on_terminal() or _verbosity == QUIET:
+        yield
+        return
+    with _console(sys.stderr).status(text):
+        yield
+
+
+def table(
+    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
+) -> None:
+    """A table on stdout; `right` names the columns that are numbers."""
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
+    drawn = Table(
+        title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+    )
+    for index, name in enumerate(columns):
+        drawn.add_column(Text(name), justify="right" if index in right else "left", overflow="fold")
+    for row in rows:
+        drawn.add_row(*(Text(cell) for cell in row))
+    _console(sys.stdout).print(drawn)
+
+
+def percent(fraction: float | None) -> str:
+    """0.4426 as 44.26%."""
+    return "-" if fraction is None else f"{100 * fraction:.2f}%"
+
+
+def duration(seconds: float) -> str:
+    """42 s, 3:05, 2:03:05."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    hours, minutes = whole // 3600, whole % 3600 // 60
+    return f"{hours}:{minutes:02}:{whole % 60:02}" if hours else f"{minutes}:{whole % 60:02}"
+
+
+# ------------------------------------------------------------------------------------------------ transfers
+
+
+@contextlib.contextmanager
+def transfer(title: str) -> Iterator[Callable[[int, int | None], None]]:
+    """Progress of bytes: a bar with rate and time left, or a line for every tenth elsewhere."""
+    if _verbosity == QUIET:
+        yield lambda done, total: None
+    elif on_terminal():
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+            task = bar.add_task(title, total=None)
+            yield lambda done, total: bar.update(task, completed=done, total=total)
+    else:
+        yield _tenths(title)
+
+
+def _tenths(title: str) -> Callable[[int, int | None], None]:
+    started = time.monotonic()
+    shown = -1
+    at_start: int | None = None
+
+    def show(done: int, total: int | None) -> None:
+        nonlocal shown, at_start
+        at_start = done if at_start is None else at_start
+        tenth = 10 * done // total if total else done // 2**24
+        if tenth > shown:
+            shown = tenth
+            rate = (done - at_start) / max(time.monotonic() - started, 1e-3) / 1e6
+            of_total = f" of {total / 1e6:.1f}" if total else ""
+            log(f"{title}: {done / 1e6:.1f}{of_total} MB, {rate:.1f} MB/s")
+
+    return show
+
+
+# ------------------------------------------------------------------------------------------------- training
+
+
+class TrainingDisplay:
+    """Shows a run: a moving bar on a terminal, and everywhere one line an epoch."""
+
+    def __init__(self, preset: str) -> None:
+        self._preset = preset
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._select = "last"
+        self._epochs = self._first = self._steps = 0
+        self._started = 0.0
+
+    def begin(self, config: "Config", first_epoch: int, steps_per_epoch: int) -> None:
+        """Training starts, or goes on, with `first_epoch`."""
+        self._select, self._epochs = config.train.select, config.train.epochs
+        self._first, self._steps = first_epoch, steps_per_epoch
+        self._started = time.monotonic()
+        log(
+            f"{self._preset}: {config.model.backbone} on {config.data.dataset} at {config.data.image_size} pixels, "
+            f"{self._epochs} epochs, seed {config.seed}"
+        )
+        if config.data.dataset == "synthetic":
+            log("the data are synthetic: drawn shapes, whose figures say nothing about CIFAR-100")
+        if first_epoch > 1:
+            log(f"{first_epoch - 1} of {self._epochs} epochs are done: going on with epoch {first_epoch}")
+        if on_terminal() and _verbosity > QUIET and first_epoch <= self._epochs:
+            from rich import progress
+
+            self._bar = progress.Progress(
+                progress.TextColumn("{task.description}"),
+                progress.BarColumn(),
+                progress.MofNCompleteColumn(),
+                progress.TextColumn("steps"),
+                progress.TimeElapsedColumn(),
+                console=_console(sys.stderr),
+                transient=True,
+            )
+            self._task = self._bar.add_task(f"epoch {first_epoch}/{self._epochs}", total=steps_per_epoch)
+            self._bar.start()
+
+    def step(self) -> None:
+        """A step was issued."""
+        if self._bar is not None and self._task is not None:
+            self._bar.advance(self._task)
+
+    def epoch(self, row: Mapping[str, Any], state: Any) -> None:
+        """An epoch is finished, measured and saved."""
+        if _verbosity == QUIET:
+            return
+        line = self._line(row, state)
+        if self._bar is None or self._task is None:
+            log(line)
+            return
+        self._bar.console.print(line, markup=False, soft_wrap=True)
+        self._bar.reset(
+            self._task,
+            description=f"epoch {min(row['epoch'] + 1, self._epochs)}/{self._epochs}",
+            total=self._steps,
+        )
+
+    def close(self) -> None:
+        """Training is over, one way or another; the terminal is given back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _line(self, row: Mapping[str, Any], state: Any) -> str:
+        width = len(str(self._epochs))
+        parts = [
+            f"epoch {row['epoch']:{width}}/{self._epochs}",
+            f"loss {row['train_loss']:.4f} train {percent(row['train_top1'])}",
+        ]
+        for split, name in (("val", "held-out"), ("test", "test")):
+            if row.get(f"{split}_top1") is not None:
+                parts.append(f"{name} {percent(row[f'{split}_top1'])} top-5 {percent(row[f'{split}_top5'])}")
+        if self._select != "last":
+            parts.append(f"best {percent(state.best_top1)} @{state.best_epoch}")
+        parts.append(f"{row['images_per_second']:,.0f} images/s")
+        done = row["epoch"] - self._first + 1
+        if row["epoch"] < self._epochs:
+            left = (time.monotonic() - self._started) / done * (self._epochs - row["epoch"])
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)

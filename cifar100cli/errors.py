@@ -1,0 +1,48 @@
+"""The mistakes and mishaps that a user is told about in one line, each with its exit code."""
+
+from pathlib import Path
+
+
+class CifarError(ValueError):
+    """Something that the user can understand and act on; shown as one line, never as a traceback."""
+
+    exit_code = 1
+
+
+class UsageError(CifarError):
+    """An unknown or impossible flag, preset, key or value; raised before anything is written."""
+
+    exit_code = 2
+
+
+class DataError(CifarError):
+    """A data set, checkpoint or run folder that is missing, corrupt, or not what it should be."""
+
+    exit_code = 3
+
+
+class DivergedError(CifarError):
+    """The loss stopped being finite."""
+
+    exit_code = 4
+
+
+class ToleranceError(CifarError):
+    """`report --check` found a run outside its tolerance."""
+
+    exit_code = 5
+
+
+class RunInterrupted(KeyboardInterrupt):  # noqa: N818 - a stop that was asked for is no error
+    """Training was stopped by a signal; what was finished is saved."""
+
+    def __init__(self, run_dir: Path, finished: int, epochs: int, cause: KeyboardInterrupt) -> None:
+        super().__init__(f"stopped after {finished} of {epochs} epochs")
+        self.run_dir, self.finished, self.epochs = run_dir, finished, epochs
+        self.exit_code = cause.exit_code if isinstance(cause, Terminated) else 130
+
+
+class Terminated(KeyboardInterrupt):  # noqa: N818
+    """SIGTERM, treated as Ctrl-C is."""
+
+    exit_code = 143

@@ -1,0 +1,140 @@
+"""Batches from images that stay on the device as uint8: order, augmentation, enlarging, normalising."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cifar100cli.augment import Policy
+from cifar100cli.datasets import Split
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 1
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """From uint8 images to what the network takes. A checkpoint carries it, so that it is never guessed."""
+
+    image_size: int
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 to (N, 3, image_size, image_size) float32, channels last.
+
+        Resizing is bilinear with half-pixel centres, which is OpenCV's INTER_LINEAR.
+        """
+        pixels = images.to(torch.float32, memory_format=torch.channels_last)
+        if pixels.shape[-2:] != (self.image_size, self.image_size):
+            pixels = torch.nn.functional.interpolate(
+                pixels, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
+            )
+        pixels = pixels.div_(255)
+        if any(self.mean) or self.std != (1.0, 1.0, 1.0):
+            mean = torch.tensor(self.mean, device=pixels.device)[:, None, None]
+            std = torch.tensor(self.std, device=pixels.device)[:, None, None]
+            pixels = pixels.sub_(mean).div_(std)
+        return pixels
+
+
+def preprocessing_for(normalize: str, image_size: int, train: Split) -> Preprocessing:
+    """The preprocessing that a preset's `data.normalize` means for this training set."""
+    if normalize == "imagenet":
+        return Preprocessing(image_size, IMAGENET_MEAN, IMAGENET_STD)
+    if normalize == "dataset":
+        # Counting grey levels is exact, whatever the number of images.
+        counts = [np.bincount(train.images[:, channel].ravel(), minlength=256) for channel in range(3)]
+        levels = np.arange(256) / 255
+        means = [float((count * levels).sum() / count.sum()) for count in counts]
+        variances = [
+            float((count * (levels - mean) ** 2).sum() / count.sum())
+            for count, mean in zip(counts, means, strict=True)
+        ]
+        deviations = [
+            max(variance**0.5, 1e-6) for variance in variances
+        ]  # a blank channel divides by no zero
+        return Preprocessing(
+            image_size, (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
+        )
+    return Preprocessing(image_size)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs (N, 3, S, S) float32, channels last, and labels (N,) int64, on the device."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+class DeviceLoader:
+    """Batches of a split that lives on the device.
+
+    What is random (order, augmentation) is drawn from (seed, epoch, step) alone, so that any epoch can be
+    had again without those before it.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        batch_size: int,
+        device: torch.device,
+        preprocessing: Preprocessing,
+        *,
+        shuffle: bool = False,
+        policy: Policy | None = None,
+        seed: int = 0,
+    ) -> None:
+        self.images = torch.from_numpy(split.images).to(device)
+        self.labels = torch.from_numpy(split.labels).to(device)
+        self.device, self.preprocessing = device, preprocessing
+        self.shuffle, self.policy, self.seed = shuffle, policy, seed
+        count = len(split)
+        starts = list(range(0, count, batch_size))
+        if count > 1 and count - starts[-1] == 1:
+            starts.pop()  # batch norm cannot train on one image alone: it joins the batch before
+        self.bounds = list(zip(starts, [*starts[1:], count], strict=True))
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.bounds)
+
+    @property
+    def count(self) -> int:
+        """Images in an epoch."""
+        return len(self.labels)
+
+    def batch_sizes(self) -> list[int]:
+        """Images in each batch."""
+        return [end - start for start, end in self.bounds]
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """The batches of epoch `number`, counted from 1."""
+        order = None
+        if self.shuffle:
+            permutation = np.random.default_rng([self.seed, number]).permutation(self.count)
+            order = torch.from_numpy(permutation).to(self.device)
+        for step, (start, end) in enumerate(self.bounds):
+            chosen = slice(start, end) if order is None else order[start:end]
+            images = self.images[chosen]
+            if self.policy is not None:
+                images = self.policy(images, seeded_generator(self.device, self.seed, number, step))
+            yield Batch(self.preprocessing(images), self.labels[chosen])
+
+
+def derived_seed(*parts: int) -> int:
+    """A seed of 63 bits that depends on every part, as NumPy mixes them."""
+    words = np.random.SeedSequence(parts).generate_state(1, np.uint64)
+    return int(words[0]) >> 1
+
+
+def seeded_generator(device: torch.device, *parts: int) -> torch.Generator:
+    """A generator on `device`, seeded by all the parts."""
+    return torch.Generator(device).manual_seed(derived_seed(*parts))
+
+
+def evaluation_batch_size(image_size: int) -> int:
+    """As many images as fill a device well without its memory: 1,000 at 32 pixels, fewer above."""
+    return max(25, min(1000, 1000 * 64 * 64 // (image_size * image_size)))

@@ -1,0 +1,103 @@
+"""How good a model is: top-1, top-5, loss, calibration, superclasses, classes, confusions."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cifar100cli.loader import DeviceLoader
+
+CALIBRATION_BINS = 15
+Autocast = Callable[[], AbstractContextManager[object]]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Accuracies as fractions; the mean cross-entropy in nats."""
+
+    count: int
+    top1: float
+    top5: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class EvalResult(Scores):
+    """Scores with all that `evaluate` shows. `confusions` has (true, predicted, count), most frequent first."""
+
+    ece: float
+    superclass_top1: float | None
+    per_class: tuple[float | None, ...]
+    confusions: tuple[tuple[int, int, int], ...]
+
+
+def predict(model: nn.Module, loader: DeviceLoader, autocast: Autocast) -> tuple[Tensor, Tensor]:
+    """Logits (N, classes) float32 and labels (N,) int64 of a whole split, in its order, on the CPU.
+
+    The model is in evaluation mode meanwhile, and afterwards as it was. The host waits once, at the end.
+    """
+    training = model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast():
+            logits = torch.cat([model(batch.inputs).float() for batch in loader.epoch(1)])
+    finally:
+        model.train(training)
+    return logits.cpu(), loader.labels.cpu()
+
+
+def score(logits: Tensor, labels: Tensor) -> Scores:
+    """Scores from logits (N, classes) and labels (N,)."""
+    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    return Scores(
+        count=len(labels),
+        top1=ranked[:, 0].double().mean().item(),
+        top5=ranked.any(1).double().mean().item(),
+        loss=F.cross_entropy(logits.double(), labels).item(),
+    )
+
+
+def evaluate(logits: Tensor, labels: Tensor, superclass_of: tuple[int, ...] = ()) -> EvalResult:
+    """Everything from logits (N, classes) and labels (N,).
+
+    A prediction's superclass is that of the predicted class. A class without images has no accuracy.
+    """
+    classes = logits.shape[1]
+    scores = score(logits, labels)
+    predicted = logits.topk(1, dim=1).indices[:, 0]
+    counts = torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
+    images = counts.sum(1)
+    superclass_top1 = None
+    if superclass_of:
+        group = torch.tensor(superclass_of)
+        superclass_top1 = (group[predicted] == group[labels]).double().mean().item()
+    off_diagonal = counts.clone().fill_diagonal_(0)
+    pairs = [
+        (int(true), int(guess), int(off_diagonal[true, guess])) for true, guess in off_diagonal.nonzero()
+    ]
+    return EvalResult(
+        **vars(scores),
+        ece=expected_calibration_error(logits, labels),
+        superclass_top1=superclass_top1,
+        per_class=tuple(
+            int(counts[label, label]) / int(images[label]) if images[label] else None
+            for label in range(classes)
+        ),
+        confusions=tuple(sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))),
+    )
+
+
+def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS) -> float:
+    """The mean gap between confidence and accuracy over equal bins of confidence, weighted by their images.
+
+    Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, with 15 bins.
+    """
+    confidence, predicted = logits.double().softmax(1).max(1)
+    correct = (predicted == labels).double()
+    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
+    index = torch.bucketize(confidence, edges[1:-1])
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct - confidence)
+    return (gaps.abs().sum() / len(labels)).item()

@@ -1,0 +1,77 @@
+"""Networks: a timm backbone with the stem and head that a preset asks for. No training here."""
+
+import difflib
+
+import timm
+import torch
+from torch import nn
+
+from cifar100cli.config import Model
+from cifar100cli.errors import DataError, UsageError
+
+
+def check_backbone(name: str) -> None:
+    """Raise `UsageError`, with the nearest name, for a backbone that timm does not know."""
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists what there is"
+        raise UsageError(f"model.backbone = {name}: timm has no such model{hint}")
+
+
+def create_model(
+    config: Model, classes: int, image_size: int, *, pretrained: bool | None = None
+) -> nn.Module:
+    """Build the network for `classes` classes, with random weights or timm's ImageNet weights.
+
+    `pretrained=False` leaves out the weights that the preset asks for, for a caller that loads its own.
+    Raises `UsageError` for a backbone, stem or image size that do not go together, `DataError` when the
+    weights cannot be had.
+    """
+    check_backbone(config.backbone)
+    wants_weights = config.pretrained if pretrained is None else pretrained
+    try:
+        model = timm.create_model(config.backbone, pretrained=wants_weights, num_classes=classes)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        if wants_weights:
+            raise DataError(f"the ImageNet weights of {config.backbone} cannot be had: {reason}") from None
+        raise UsageError(f"model.backbone = {config.backbone}: timm cannot build it here: {reason}") from None
+    if config.stem == "cifar":
+        _use_cifar_stem(model, config.backbone)
+    _check_image_size(model, config.backbone, image_size)
+    return model
+
+
+def _use_cifar_stem(model: nn.Module, name: str) -> None:
+    """Replace the 7x7 stride-2 convolution and the pooling by one 3x3 convolution of stride 1.
+
+    As in the CIFAR experiments of "Deep Residual Learning" (He et al., 2015): 32x32 images keep their
+    resolution until the first strided stage.
+    """
+    conv1 = getattr(model, "conv1", None)
+    if not isinstance(conv1, nn.Conv2d) or not hasattr(model, "maxpool"):
+        raise UsageError(
+            f"model.stem = cifar: {name} has no ResNet stem to replace; use model.stem=imagenet, or a ResNet"
+        )
+    model.conv1 = nn.Conv2d(3, conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+
+
+def _check_image_size(model: nn.Module, name: str, image_size: int) -> None:
+    """Try one blank image, so that a size that the network cannot take is a word and not a traceback."""
+    training = model.training
+    try:
+        with torch.inference_mode():
+            model.eval()(torch.zeros(1, 3, image_size, image_size))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise UsageError(
+            f"data.image_size = {image_size}: {name} cannot take it ({' '.join(str(error).split())[:120]})"
+        ) from None
+    finally:
+        model.train(training)
+
+
+def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:
+    """How many numbers the network has, or of those, how many training moves."""
+    return sum(p.numel() for p in model.parameters() if p.requires_grad or not trainable)

@@ -1,0 +1,45 @@
+"""The optimizer, and the learning rate as a pure function of the step."""
+
+import math
+
+import torch
+from torch import nn
+
+from cifar100cli.config import Optimizer, Schedule
+
+
+def create_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
+    """The fused optimizer over everything that is not frozen; weight decay is on all of it, as in torch."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if config.name == "sgd":
+        return torch.optim.SGD(
+            parameters,
+            lr=config.lr,
+            momentum=config.momentum,
+            nesterov=config.momentum > 0,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
+    return kind(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+
+
+def learning_rate(peak: float, schedule: Schedule, step: int, steps_per_epoch: int, epochs: int) -> float:
+    """The rate of training step `step`, counted from 0 over the whole run.
+
+    It rises linearly to `peak` over the warm-up; then it stays, or falls to 0 along half a cosine
+    (Loshchilov and Hutter, arXiv 1608.03983) that would reach 0 one step after the last.
+    """
+    total = epochs * steps_per_epoch
+    warmup = min(total, round(schedule.warmup_epochs * steps_per_epoch))
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    if schedule.name == "constant":
+        return peak
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Use `rate` from the next step on."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate

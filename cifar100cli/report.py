@@ -1,0 +1,286 @@
+"""Runs beside the published figures: reads run folders only, and needs neither torch nor a GPU."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from cifar100cli import console
+from cifar100cli.config import Config, differences, load_preset, preset_names
+from cifar100cli.console import PROTOCOLS, percent
+from cifar100cli.errors import CifarError, DataError, UsageError
+from cifar100cli.runs import METRICS, RunDir, find_runs
+
+FORMATS = {".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
+COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
+
+
+@dataclass(frozen=True)
+class Row:
+    """The complete runs that share a preset and all settings but the seed.
+
+    `changes` says where they depart from the shipped preset; figures of different settings are never
+    averaged. `delta` is ours minus published, as a fraction, and only on the preset's own data set.
+    """
+
+    preset: str
+    changes: dict[str, object]
+    dataset: str
+    published_top1: float | None
+    published_epoch: int | None
+    n: int
+    top1_mean: float
+    top1_std: float | None
+    delta: float | None
+    select: str
+    epochs: int
+    best_epochs: list[int]
+    seeds: list[int]
+    seconds_mean: float
+    images_per_second_mean: float
+    runs: list[str]
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """A folder that no figure was taken from, and why."""
+
+    run: str
+    reason: str
+    finished_epochs: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What there is under the folders that were asked for."""
+
+    rows: list[Row] = field(default_factory=list)
+    unusable: list[Unusable] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Complete:
+    path: Path
+    preset: str
+    config: Config
+    result: dict[str, Any]
+
+
+def format_of(out: Path | None) -> str:
+    """The format that a file's name asks for."""
+    if out is None:
+        return "table"
+    if out.suffix not in FORMATS:
+        raise UsageError(f"--out {out}: say the --format, or end the name in one of {', '.join(FORMATS)}")
+    return FORMATS[out.suffix]
+
+
+def collect(folders: Sequence[Path]) -> Report:
+    """Read every run under the folders. A broken one is listed with its reason and stops nothing."""
+    paths: list[Path] = []
+    for folder in folders:
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: there is no such folder; `cifar100 train` makes runs, --out says where"
+            )
+        paths += [path for path in find_runs(folder) if path not in paths]
+    groups: dict[str, list[_Complete]] = {}
+    unusable = []
+    for path in paths:
+        try:
+            run = _read(path)
+        except (CifarError, OSError) as error:
+            reason = str(error) if isinstance(error, CifarError) else (error.strerror or str(error))
+            unusable.append(Unusable(str(path), reason.removeprefix(f"{path}: ")))
+            continue
+        if isinstance(run, Unusable):
+            unusable.append(run)
+        else:
+            settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None})
+            groups.setdefault(f"{run.preset}\n{settings.to_yaml()}", []).append(run)
+    order = {name: index for index, name in enumerate(preset_names())}
+    rows = sorted(
+        (_row(group) for group in groups.values()), key=lambda r: (order.get(r.preset, len(order)), r.preset)
+    )
+    return Report(rows, unusable)
+
+
+def _read(path: Path) -> _Complete | Unusable:
+    run = RunDir.open(path)
+    config = run.config()
+    if not run.complete:
+        finished = len(run.metrics())
+        return Unusable(str(path), f"unfinished: {finished} of {config.train.epochs} epochs", finished)
+    result = run.result()
+    _check(path, result)
+    return _Complete(path, run.preset, config, result)
+
+
+def _check(path: Path, result: dict[str, Any]) -> None:
+    """A result file is input like any other: what the report uses must be there and be numbers."""
+    try:
+        numbers = [
+            *(
+                result["test"]["top1"],
+                result["best"]["epoch"],
+                result["seconds"],
+                result["images_per_second"],
+            ),
+            *(result["seed"], result["epochs"]),
+        ]
+        right = all(
+            isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
+        )
+        right = right and 0 <= result["test"]["top1"] <= 1 and isinstance(result["dataset"], str)
+    except (KeyError, TypeError):
+        right = False
+    if not right:
+        raise DataError(f"{path}: its result.json is not one of ours")
+
+
+def _shipped(name: str) -> Config | None:
+    return load_preset(name).config if name in preset_names() else None
+
+
+def _row(group: list[_Complete]) -> Row:
+    first = group[0]
+    config, shipped = first.config, _shipped(first.preset)
+    changes = {}
+    if shipped is not None:
+        changes = {key: ours for key, (ours, _) in differences(config, shipped).items() if key != "seed"}
+    published = config.published
+    own_dataset = shipped.data.dataset if shipped is not None else "cifar100"
+    top1 = [run.result["test"]["top1"] for run in group]
+    mean = fmean(top1)
+    comparable = published is not None and config.data.dataset == own_dataset
+    return Row(
+        preset=first.preset,
+        changes=changes,
+        dataset=first.result["dataset"],
+        published_top1=published.top1 if published else None,
+        published_epoch=published.epoch if published else None,
+        n=len(group),
+        top1_mean=mean,
+        top1_std=stdev(top1) if len(top1) > 1 else None,
+        delta=mean - published.top1 if published and comparable else None,
+        select=config.train.select,
+        epochs=config.train.epochs,
+        best_epochs=[run.result["best"]["epoch"] for run in group],
+        seeds=[run.result["seed"] for run in group],
+        seconds_mean=fmean(run.result["seconds"] for run in group),
+        images_per_second_mean=fmean(run.result["images_per_second"] for run in group),
+        runs=[str(run.path) for run in group],
+    )
+
+
+def outside_tolerance(report: Report, tolerance: float) -> list[str]:
+    """A phrase for every row whose mean is further than `tolerance` percentage points from its figure."""
+    return [
+        f"{row.preset}{_changed(row)}: {percent(row.top1_mean)} is {100 * row.delta:+.2f} points from the published "
+        f"{percent(row.published_top1)}, outside {tolerance:g}"
+        for row in report.rows
+        if row.delta is not None and abs(100 * row.delta) > tolerance + 1e-9
+    ]
+
+
+# ------------------------------------------------------------------------------------------------- showing
+
+
+def _changed(row: Row) -> str:
+    """The settings that are not the preset's, for people."""
+    if not row.changes:
+        return ""
+    return f" ({', '.join(f'{key}={_value(value)}' for key, value in row.changes.items())})"
+
+
+def _value(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.preset + _changed(row),
+        percent(row.published_top1),
+        percent(row.top1_mean),
+        "-" if row.top1_std is None else f"{100 * row.top1_std:.2f}",
+        "-" if row.delta is None else f"{100 * row.delta:+.2f}",
+        str(row.n),
+        str(row.epochs),
+        PROTOCOLS[row.select],
+        "synthetic (drawn)" if row.dataset == "synthetic" else row.dataset,
+    )
+
+
+def _notes(report: Report) -> list[str]:
+    notes = []
+    if any(row.select == "best_test" for row in report.rows):
+        notes.append(
+            "best on test: the epoch was chosen on the test set itself, as the tutorial does; this flatters the figure."
+        )
+    if any(row.dataset == "synthetic" for row in report.rows):
+        notes.append("synthetic: drawn shapes; these figures say nothing about CIFAR-100.")
+    if any(row.changes for row in report.rows):
+        notes.append(
+            "in brackets: settings that are not the preset's, so the published figure is for other settings."
+        )
+    return notes
+
+
+def render(report: Report, form: str) -> str:
+    """The report as Markdown, CSV, JSON, or a plain table."""
+    if form == "json":
+        content = {
+            "rows": [asdict(row) for row in report.rows],
+            "unusable": [asdict(u) for u in report.unusable],
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    if form == "csv":
+        return _csv(report)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "|".join(["---", *["---:"] * 6, "---", "---"]) + "|"]
+    lines += ["| " + " | ".join(_escape(cell) for cell in _cells(row)) + " |" for row in report.rows]
+    lines += ["", *(f"- {note}" for note in _notes(report))]
+    lines += [f"- not counted: `{_escape(u.run)}`: {_escape(u.reason)}" for u in report.unusable]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _csv(report: Report) -> str:
+    buffer = io.StringIO()
+    names = [
+        name for name in Row.__dataclass_fields__ if name not in ("changes", "runs", "seeds", "best_epochs")
+    ]
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*names, "changes", "seeds", "best_epochs", "runs"])
+    for row in report.rows:
+        writer.writerow(
+            [
+                *("" if getattr(row, name) is None else getattr(row, name) for name in names),
+                " ".join(f"{key}={_value(value)}" for key, value in row.changes.items()),
+                *(" ".join(map(str, values)) for values in (row.seeds, row.best_epochs)),
+                " ".join(row.runs),
+            ]
+        )
+    return buffer.getvalue()
+
+
+def _escape(cell: str) -> str:
+    return cell.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def show_table(report: Report) -> None:
+    """Print the report for people."""
+    if report.rows:
+        console.table("", COLUMNS, [_cells(row) for row in report.rows], right=range(1, 7))
+    else:
+        console.result("there is no complete run here yet; `cifar100 train` makes one")
+    for note in _notes(report):
+        console.result(note)
+    for unusable in report.unusable:
+        console.result(f"not counted: {unusable.run}: {unusable.reason}")
+
+
+__all__ = ["METRICS", "Report", "Row", "collect", "format_of", "outside_tolerance", "render", "show_table"]

@@ -1,0 +1,200 @@
+"""A run's folder: its files, how they are written, and how runs are found again. No torch here."""
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Self
+
+from cifar100cli.config import Config, read_config
+from cifar100cli.errors import DataError, UsageError
+
+FORMAT = 1  # of a run folder; a newer one is refused
+
+CONFIG = "config.yaml"
+ENVIRONMENT = "environment.json"
+METRICS = "metrics.jsonl"
+MODEL = "model.safetensors"
+STATE = "state.safetensors"
+RESULT = "result.json"
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success it becomes `path` in one step, else it goes.
+
+    Whoever looks sees the old file or the whole new one, also after a crash: the bytes are on the disk
+    before the name is.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # mkstemp made it private
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a small file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(f"{path}: there is no such file") from None
+    except (UnicodeDecodeError, ValueError, RecursionError):
+        raise DataError(f"{path}: not valid JSON") from None
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a JSON object")
+    return content
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """One training run on disk."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, root: Path, preset: str, config: Config, environment: Mapping[str, object]) -> Self:
+        """Make `<root>/<preset>/<YYYYmmdd-HHMMSS>-seed<N>`; a folder that is there is never reused."""
+        stem = f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed}"
+        parent = root / preset
+        parent.mkdir(parents=True, exist_ok=True)
+        for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
+            try:
+                (parent / name).mkdir()
+            except FileExistsError:  # another run began within this second
+                continue
+            break
+        run = cls(parent / name)
+        write_json(run.path / ENVIRONMENT, {"format": FORMAT, "preset": preset, **environment})
+        write_text(run.path / CONFIG, config.to_yaml())
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> Self:
+        """An existing run. Raises `DataError` when the folder is none, or of a newer format."""
+        if not path.is_dir():
+            raise DataError(f"{path}: there is no such run folder; `cifar100 report` lists the runs")
+        if not (path / CONFIG).is_file():
+            raise DataError(f"{path}: not a run folder: it has no {CONFIG}")
+        run = cls(path)
+        found = run.environment().get("format")
+        if not isinstance(found, int) or isinstance(found, bool) or found < 1:
+            raise DataError(f"{path}: {ENVIRONMENT} has no format number")
+        if found > FORMAT:
+            raise DataError(
+                f"{path}: written by a newer cifar100 (format {found}; this one reads up to {FORMAT})"
+            )
+        return run
+
+    def config(self) -> Config:
+        """The resolved preset that the run was started with."""
+        try:
+            return read_config(self.path / CONFIG)
+        except UsageError as error:
+            raise DataError(str(error)) from None
+
+    def environment(self) -> dict[str, Any]:
+        """Versions, device, command, commit, and the name of the preset."""
+        return _read_json(self.path / ENVIRONMENT)
+
+    @property
+    def preset(self) -> str:
+        """The name of the preset."""
+        name = self.environment().get("preset")
+        return name if isinstance(name, str) else self.path.parent.name
+
+    @property
+    def complete(self) -> bool:
+        """Whether the run went to its end."""
+        return (self.path / RESULT).is_file()
+
+    def result(self) -> dict[str, Any]:
+        """What the run measured; there once it is complete."""
+        return _read_json(self.path / RESULT)
+
+    def write_result(self, result: Mapping[str, object]) -> None:
+        """Complete the run."""
+        write_json(self.path / RESULT, result)
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The finished epochs, in order. A last line that a crash cut short is left out."""
+        try:
+            text = (self.path / METRICS).read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return []
+        lines = []
+        for line in text.splitlines():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError):
+                break
+            if not isinstance(row, dict) or row.get("epoch") != len(lines) + 1:
+                break
+            lines.append(row)
+        return lines
+
+    def append_metrics(self, row: Mapping[str, object]) -> None:
+        """Add one epoch's line and bring it to the disk."""
+        with (self.path / METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def forget_after(self, epoch: int) -> None:
+        """Drop the lines of epochs that were measured but whose training state was not saved."""
+        kept = self.metrics()[:epoch]
+        if len(kept) < epoch:
+            raise DataError(f"{self.path / METRICS}: lines are missing or broken before epoch {epoch}")
+        write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+
+
+def find_runs(root: Path) -> list[Path]:
+    """Every folder under `root` that looks like a run, whole or broken, in order of path."""
+    marks = {CONFIG, METRICS, RESULT, MODEL}
+    found = []
+    for folder, subfolders, files in os.walk(root):
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
+        if marks & set(files):
+            found.append(Path(folder))
+            subfolders.clear()
+    return sorted(found)
+
+
+def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
+    """The run that `--resume last` means: begun last, of that preset if one is named, and not complete."""
+    folders = [
+        path for path in find_runs(root) if (path / CONFIG).is_file() and not (path / RESULT).is_file()
+    ]
+    if preset is not None:
+        folders = [path for path in folders if path.parent.name == preset]
+    if not folders:
+        of_preset = f" of {preset}" if preset else ""
+        raise DataError(f"{root}: there is no unfinished run{of_preset} to resume")
+    return RunDir.open(max(folders, key=lambda path: (path / CONFIG).stat().st_mtime_ns))

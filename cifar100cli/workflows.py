@@ -1,0 +1,368 @@
+"""The composition root: data, model, task and loop put together for each command."""
+
+import csv
+import json
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from cifar100cli import __version__, checkpoint, datasets, metrics, trainer
+from cifar100cli.augment import POLICIES
+from cifar100cli.checkpoint import Card, Checkpoint, TrainState
+from cifar100cli.config import Config, Preset, differences
+from cifar100cli.datasets import Dataset, Split
+from cifar100cli.errors import DataError, DivergedError, RunInterrupted, UsageError
+from cifar100cli.loader import DeviceLoader, Preprocessing, evaluation_batch_size, preprocessing_for
+from cifar100cli.models import check_backbone, count_parameters, create_model
+from cifar100cli.runs import MODEL, RunDir, replacing
+from cifar100cli.tasks import ClassificationTask, Task
+from cifar100cli.trainer import Loaders, Observer
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Folders and device of a command."""
+
+    data_dir: Path
+    runs_dir: Path
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run, ready to go: everything but its folder."""
+
+    config: Config
+    preset: str
+    dataset: Dataset
+    model: nn.Module
+    task: Task
+    loaders: Loaders
+    test: DeviceLoader
+    card: Card
+    device: torch.device
+    precision: str
+
+
+# ------------------------------------------------------------------------------------------------ training
+
+
+def train(preset: Preset, where: Where, observer: Observer) -> dict[str, Any]:
+    """Train a preset from the start in a new run folder; returns what `result.json` holds."""
+    job = prepare(preset, where)
+    run = RunDir.create(where.runs_dir, job.preset, job.config, environment(job))
+    return _fit(job, run, observer)
+
+
+def resume(run: RunDir, where: Where, observer: Observer) -> dict[str, Any]:
+    """Go on with a run that was stopped; a complete one is only read."""
+    if run.complete:
+        return run.result()
+    job = prepare(Preset(run.preset, run.config()), where)
+    began_in = run.environment().get("precision")
+    if job.config.train.precision == "auto" and began_in != job.precision:
+        raise UsageError(
+            f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
+            "resume it on the kind of machine that it was begun on"
+        )
+    return _fit(job, run, observer)
+
+
+def refuse_other_settings(run: RunDir, asked: Config) -> None:
+    """A run goes on as it was begun: raise `UsageError` for a setting that is not the run's own."""
+    changed = differences(asked, run.config())
+    if changed:
+        key, (wanted, has) = next(iter(changed.items()))
+        raise UsageError(
+            f"--resume goes on with the run's own settings, and {run.path} has {key} = {has}, not {wanted}; "
+            "leave the flag out, or start a new run"
+        )
+
+
+def _fit(job: Job, run: RunDir, observer: Observer) -> dict[str, Any]:
+    try:
+        state = trainer.fit(
+            job.model,
+            job.task,
+            job.loaders,
+            job.config,
+            run,
+            job.card,
+            precision=job.precision,
+            observer=observer,
+        )
+    except DivergedError as error:
+        raise DivergedError(
+            f"{error}; {_last_good(run)}; try a lower --lr, or a smaller --set optimizer.grad_clip"
+        )
+    except KeyboardInterrupt as stop:
+        raise RunInterrupted(run.path, len(run.metrics()), job.config.train.epochs, stop) from None
+    result = _result(job, run, state)
+    run.write_result(result)
+    return result
+
+
+def _last_good(run: RunDir) -> str:
+    if not (run.path / MODEL).is_file():
+        return f"no epoch was finished (the run is {run.path})"
+    return f"the last good checkpoint is {run.path / MODEL}"
+
+
+def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
+    """Measure the test set with the selected weights, and gather the run's figures."""
+    tensors, _ = checkpoint.read(run.path / MODEL)
+    checkpoint.load_weights(job.model, tensors, run.path / MODEL)
+    test = _evaluate(job.model, job.test, job.card, job.device, job.precision)
+    rows = run.metrics()
+    split = trainer.SPLIT_OF[job.config.train.select]
+    held_out = job.loaders.evaluation.get("val")
+    result = {
+        "preset": job.preset,
+        "dataset": job.dataset.name,
+        "seed": job.config.seed,
+        "run_dir": str(run.path),
+        "complete": True,
+        "epochs": job.config.train.epochs,
+        "select": job.config.train.select,
+        "test": {key: getattr(test, key) for key in ("top1", "top5", "loss", "ece", "superclass_top1")},
+        "best": {
+            "epoch": state.best_epoch,
+            "top1": state.best_top1 if split else test.top1,
+            "split": split or "test",
+        },
+        "last": {"epoch": state.epoch, "top1": rows[-1][f"{split}_top1"] if split else test.top1},
+        "train": {"loss": rows[-1]["train_loss"], "top1": rows[-1]["train_top1"]},
+        "parameters": count_parameters(job.model),
+        "trainable_parameters": count_parameters(job.model, trainable=True),
+        "seconds": round(sum(row["seconds"] for row in rows), 3),
+        "images_per_second": round(len(rows) / sum(1 / row["images_per_second"] for row in rows), 1),
+        "device": str(job.device),
+        "precision": job.precision,
+    }
+    if held_out is not None:
+        val = _evaluate(job.model, held_out, job.card, job.device, job.precision)
+        result["val"] = {"top1": val.top1, "top5": val.top5, "loss": val.loss}
+    return result
+
+
+def prepare(preset: Preset, where: Where) -> Job:
+    """Check everything and load everything, without writing anything."""
+    config = preset.config
+    check_backbone(config.model.backbone)
+    device = trainer.select_device(where.device)
+    precision = trainer.resolve_precision(config.train.precision, device)
+    dataset = datasets.load(config.data.dataset, where.data_dir)
+    training, held_out = training_splits(dataset, config)
+    preprocessing = preprocessing_for(config.data.normalize, config.data.image_size, training)
+    torch.manual_seed(config.seed)
+    model = create_model(config.model, len(dataset.classes), config.data.image_size)
+    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    train_loader = DeviceLoader(
+        training,
+        config.data.batch_size,
+        device,
+        preprocessing,
+        shuffle=True,
+        policy=POLICIES[config.augment.policy],
+        seed=config.seed,
+    )
+    test_loader = _evaluation_loader(dataset.test, device, preprocessing)
+    evaluation = {}
+    if held_out is not None:
+        evaluation["val"] = _evaluation_loader(held_out, device, preprocessing)
+    if config.train.select == "best_test":  # otherwise the test set is not looked at before the end
+        evaluation["test"] = test_loader
+    card = Card(
+        format=checkpoint.FORMAT,
+        preset=preset.name,
+        dataset=dataset.name,
+        classes=dataset.classes,
+        superclasses=dataset.superclasses,
+        superclass_of=dataset.superclass_of,
+        image_size=preprocessing.image_size,
+        mean=preprocessing.mean,
+        std=preprocessing.std,
+        config=config.model_dump(mode="json", exclude_none=True),
+    )
+    task = ClassificationTask(config.loss.label_smoothing)
+    loaders = Loaders(train_loader, evaluation)
+    return Job(config, preset.name, dataset, model, task, loaders, test_loader, card, device, precision)
+
+
+def training_splits(dataset: Dataset, config: Config) -> tuple[Split, Split | None]:
+    """What a preset trains on and what it holds out: first held out, then a fraction of the rest."""
+    training, held_out = datasets.hold_out(dataset.train, config.data.val_fraction)
+    training = datasets.subset(training, config.data.fraction, config.seed)
+    if len(training) < 2:
+        raise UsageError(f"data.fraction = {config.data.fraction} leaves fewer than two images to train on")
+    return training, held_out
+
+
+def _evaluation_loader(split: Split, device: torch.device, preprocessing: Preprocessing) -> DeviceLoader:
+    return DeviceLoader(split, evaluation_batch_size(preprocessing.image_size), device, preprocessing)
+
+
+def dry_run(preset: Preset, where: Where) -> dict[str, Any]:
+    """Build everything and take one training step; nothing is written."""
+    job = prepare(preset, where)
+    optimizer = trainer.create_optimizer(job.config.optimizer, job.model)
+    batch = next(iter(job.loaders.train.epoch(1)))
+    job.model.train()
+    loss, _ = trainer.train_step(
+        job.model,
+        job.task,
+        batch,
+        optimizer,
+        job.config.optimizer.grad_clip,
+        trainer.autocast(job.device, job.precision),
+    )
+    return {
+        "dry_run": True,
+        "preset": job.preset,
+        "dataset": job.dataset.name,
+        "training_images": job.loaders.train.count,
+        "held_out_images": job.loaders.evaluation["val"].count if "val" in job.loaders.evaluation else 0,
+        "test_images": job.test.count,
+        "backbone": job.config.model.backbone,
+        "parameters": count_parameters(job.model),
+        "trainable_parameters": count_parameters(job.model, trainable=True),
+        "batch": list(batch.inputs.shape),
+        "steps_per_epoch": len(job.loaders.train),
+        "epochs": job.config.train.epochs,
+        "loss": loss.item(),
+        "device": str(job.device),
+        "precision": job.precision,
+    }
+
+
+def environment(job: Job) -> dict[str, Any]:
+    """What a run was made with and on."""
+    device_name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else _processor()
+    versions = {
+        name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "safetensors")
+    }
+    return {
+        "cifar100": __version__,
+        "command": sys.argv,
+        "commit": _commit(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "device": str(job.device),
+        "device_name": device_name,
+        "precision": job.precision,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+        "versions": versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit that this code is at, when it runs from a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+# ---------------------------------------------------------------------------------------------- evaluating
+
+
+def evaluate(
+    path: Path, where: Where, split: str = "test", predictions: Path | None = None
+) -> dict[str, Any]:
+    """Measure a run or checkpoint on a split of its data set; returns what `evaluate --json` prints.
+
+    `predictions` names a CSV file for one line an image: index in the split, true class, predicted class,
+    confidence, and whether it is right.
+    """
+    saved = checkpoint.load_model(path)
+    device = trainer.select_device(where.device)
+    precision = trainer.resolve_precision(saved.config.train.precision, device)
+    dataset = datasets.load(saved.card.dataset, where.data_dir)
+    if dataset.classes != saved.card.classes:
+        raise DataError(f"{saved.path}: its classes are not those of {dataset.name} in {where.data_dir}")
+    model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    loader = _evaluation_loader(_split_of(saved, dataset, split), device, saved.card.preprocessing)
+    logits, labels = metrics.predict(model, loader, trainer.autocast(device, precision))
+    result = metrics.evaluate(logits, labels, saved.card.superclass_of)
+    classes = saved.card.classes
+    if predictions is not None:
+        _write_predictions(predictions, classes, logits, labels)
+    return {
+        "checkpoint": str(saved.path),
+        "preset": saved.card.preset,
+        "epoch": saved.card.epoch,
+        "dataset": dataset.name,
+        "split": split,
+        **{key: getattr(result, key) for key in ("count", "top1", "top5", "loss", "ece", "superclass_top1")},
+        "per_class": dict(zip(classes, result.per_class, strict=True)),
+        "confusions": [
+            {"true": classes[true], "predicted": classes[predicted], "count": count}
+            for true, predicted, count in result.confusions
+        ],
+    }
+
+
+def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
+    """The very images that the checkpoint's run trained on, held out, or tested on."""
+    if split == "test":
+        return dataset.test
+    training, held_out = training_splits(dataset, saved.config)
+    if split == "train":
+        return training
+    if held_out is None:
+        raise UsageError(
+            f"--split val: {saved.path} comes from a run that held nothing out (data.val_fraction is 0)"
+        )
+    return held_out
+
+
+def _evaluate(
+    model: nn.Module, loader: DeviceLoader, card: Card, device: torch.device, precision: str
+) -> metrics.EvalResult:
+    logits, labels = metrics.predict(model, loader, trainer.autocast(device, precision))
+    return metrics.evaluate(logits, labels, card.superclass_of)
+
+
+def _write_predictions(
+    path: Path, classes: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor
+) -> None:
+    confidences, predicted = logits.double().softmax(1).max(1)
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "true", "predicted", "confidence", "correct"])
+        for index, (true, guess, confidence) in enumerate(
+            zip(labels.tolist(), predicted.tolist(), confidences.tolist(), strict=True)
+        ):
+            writer.writerow([index, classes[true], classes[guess], f"{confidence:.6f}", int(true == guess)])
