@@ -135,27 +135,22 @@ def save_state(path: Path, state: TrainState, model: nn.Module, optimizer: torch
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Put model and optimizer back to where `save_state` found them."""
     tensors, about = read(path)
-    load_weights(
-        model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path
-    )
+    load_weights(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path)
     try:
         state = TrainState(int(about["epoch"]), int(about["best_epoch"]), float(about["best_top1"]))
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
         saved: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
-                _, index, key = name.split(".")
-                saved.setdefault(int(index), {})[key] = tensor
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        for index, values in saved.items():
-            for key, value in values.items():
-                if value.shape == parameters[index].shape:
+                _, number, key = name.split(".")
+                parameter = parameters[int(number)]
+                if tensor.shape == parameter.shape:
                     # The memory layout of the parameter, so that the same kernel runs as before the stop.
-                    values[key] = torch.empty_like(parameters[index]).copy_(value)
+                    tensor = torch.empty_like(parameter).copy_(tensor)
+                saved.setdefault(int(number), {})[key] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
     except (KeyError, IndexError, ValueError, TypeError) as error:
-        raise DataError(
-            f"{path}: not a training state of this run ({type(error).__name__}: {error})"
-        ) from None
+        raise DataError(f"{path}: not a training state of this run ({type(error).__name__}: {error})") from None
     return state
 
 
@@ -177,14 +172,10 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if not isinstance(found, int) or found < 1:
                 raise DataError(f"{path}: its format number is not right")
             if found > FORMAT:
-                raise DataError(
-                    f"{path}: written by a newer cifar100 (format {found}; this one reads up to {FORMAT})"
-                )
+                raise DataError(f"{path}: written by a newer cifar100 (format {found}; this one reads up to {FORMAT})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(
-            f"{path}: corrupt, or no safetensors file ({' '.join(str(error).split())[:120]})"
-        ) from None
+        raise DataError(f"{path}: corrupt, or no safetensors file ({' '.join(str(error).split())[:120]})") from None
     return tensors, about

@@ -18,12 +18,10 @@ from cifar100cli import __version__, console
 from cifar100cli.errors import CifarError, DataError, RunInterrupted, Terminated, ToleranceError, UsageError
 
 if TYPE_CHECKING:
-    from cifar100cli.config import Override, Preset
+    from cifar100cli.config import Override
     from cifar100cli.workflows import Where
 
-ClickUsageError: Any = typer.BadParameter.__mro__[
-    1
-]  # Typer carries its own copy of Click and does not export it
+ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
 
 
 class _Stopped(Exception):  # noqa: N818
@@ -93,11 +91,7 @@ def _terminate(*_: object) -> NoReturn:
 
 def _report_stop(stop: KeyboardInterrupt) -> int:
     if isinstance(stop, RunInterrupted):
-        saved = (
-            f"{stop.finished} of {stop.epochs} epochs are done and saved"
-            if stop.finished
-            else "no epoch was done"
-        )
+        saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
         console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {stop.run_dir}")
         return stop.exit_code
     console.error("interrupted")
@@ -146,16 +140,12 @@ Quiet = Annotated[
 ]
 Verbose = Annotated[
     bool,
-    typer.Option(
-        "-v", "--verbose", callback=_verbosity(console.VERBOSE), is_eager=True, help="Tell what goes on."
-    ),
+    typer.Option("-v", "--verbose", callback=_verbosity(console.VERBOSE), is_eager=True, help="Tell what goes on."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 DataDir = Annotated[
     Path | None,
-    typer.Option(
-        envvar="CIFAR100_DATA_DIR", metavar="DIR", help="Where data sets are; default: the user's cache."
-    ),
+    typer.Option(envvar="CIFAR100_DATA_DIR", metavar="DIR", help="Where data sets are; default: the user's cache."),
 ]
 RunsDir = Annotated[
     Path,
@@ -213,12 +203,12 @@ def _overrides(settings: list[str], flags: dict[str, tuple[str, object]]) -> lis
         if not equals or not key:
             raise UsageError(f"--set {setting}: must be KEY=VALUE, as in --set optimizer.lr=0.01")
         overrides[key] = Override(key, parse_value(value, key), f"--set {key}")
-    for key, (flag, value) in flags.items():
-        if value is None:
+    for key, (flag, given) in flags.items():
+        if given is None:
             continue
         if key in overrides:
             raise UsageError(f"{flag} and --set {key} both say what {key} is; leave one out")
-        overrides[key] = Override(key, parse_value(value, key) if isinstance(value, str) else value, flag)
+        overrides[key] = Override(key, parse_value(given, key) if isinstance(given, str) else given, flag)
     return list(overrides.values())
 
 
@@ -230,12 +220,8 @@ def train(
     preset: Annotated[
         str | None, typer.Option(metavar="NAME|FILE", help="One of `cifar100 presets`, or a YAML file.")
     ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="cifar100, cifar10 or synthetic.")
-    ] = None,
-    backbone: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Any image model that timm knows.")
-    ] = None,
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="cifar100, cifar10 or synthetic.")] = None,
+    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Any image model that timm knows.")] = None,
     pretrained: Annotated[
         bool | None, typer.Option("--pretrained/--no-pretrained", help="Start from ImageNet weights.")
     ] = None,
@@ -255,12 +241,8 @@ def train(
     data_dir: DataDir = None,
     device: Device = "auto",
     out: RunsDir = Path("runs"),
-    resume: Annotated[
-        str | None, typer.Option(metavar="RUN|last", help="Go on with a run that was stopped.")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check it all, take one step, write nothing.")
-    ] = False,
+    resume: Annotated[str | None, typer.Option(metavar="RUN|last", help="Go on with a run that was stopped.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it all, take one step, write nothing.")] = False,
     print_config: Annotated[
         bool, typer.Option("--print-config", help="Print the resolved preset as YAML and exit.")
     ] = False,
@@ -333,19 +315,12 @@ def _resume(
     if no_training:
         raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
     stem = load_preset(preset).name if preset else None
-    run = (
-        latest_unfinished(runs_dir.expanduser(), stem)
-        if name == "last"
-        else RunDir.open(Path(name).expanduser())
-    )
+    run = latest_unfinished(runs_dir.expanduser(), stem) if name == "last" else RunDir.open(Path(name).expanduser())
     if preset or overrides:
-        # A seed or file name that was not given again is the run's.
-        asked = load_preset(preset or str(run.path / CONFIG), overrides).config
+        # A seed that is not given again is the run's.
         if not any(override.key == "seed" for override in overrides):
-            asked = load_preset(
-                preset or str(run.path / CONFIG), [*overrides, Override("seed", run.config().seed, "")]
-            )
-            asked = asked.config
+            overrides = [*overrides, Override("seed", run.config().seed, "the run")]
+        asked = load_preset(preset or str(run.path / CONFIG), overrides).config
     else:
         asked = run.config()
     where = _where(data_dir, runs_dir, device)
@@ -405,12 +380,8 @@ def _show_result(result: dict[str, Any], published: Any, json: bool) -> None:
 
 @app.command()
 def evaluate(
-    checkpoint: Annotated[
-        Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a .safetensors file.")
-    ],
-    split: Annotated[
-        Literal["test", "val", "train"], typer.Option(help="Which images to measure on.")
-    ] = "test",
+    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a .safetensors file.")],
+    split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images to measure on.")] = "test",
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Write every image's prediction.")
     ] = None,
@@ -497,12 +468,8 @@ def download(
         typer.Option(metavar="HEX|none", help="What the archive's digest must be.", show_default="official"),
     ] = "official",
     force: Annotated[bool, typer.Option("--force", help="Fetch again what is already there.")] = False,
-    retries: Annotated[
-        int, typer.Option(min=0, help="Attempts in a row without progress before giving up.")
-    ] = 5,
-    timeout: Annotated[
-        float, typer.Option(min=0.1, help="Seconds without a byte before an attempt fails.")
-    ] = 30.0,
+    retries: Annotated[int, typer.Option(min=0, help="Attempts in a row without progress before giving up.")] = 5,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without a byte before an attempt fails.")] = 30.0,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -551,11 +518,7 @@ def download(
         )
         if not json:
             state = "is already in place" if installed.already_there else "is in place"
-            kind = (
-                "the official files"
-                if installed.official
-                else "not the official files, but of the right shape"
-            )
+            kind = "the official files" if installed.official else "not the official files, but of the right shape"
             console.result(f"{name} {state}: {installed.path} ({kind})")
     if json:
         console.result_json(reports[0] if len(reports) == 1 else reports)
@@ -601,9 +564,7 @@ def presets(
         return
     configs = dict(shipped_presets())
     if json:
-        console.result_json(
-            {"presets": [{"name": n, **c.model_dump(mode="json")} for n, c in configs.items()]}
-        )
+        console.result_json({"presets": [{"name": n, **c.model_dump(mode="json")} for n, c in configs.items()]})
         return
     console.table(
         "",
@@ -636,9 +597,7 @@ def report(
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it to a file.")] = None,
     check: Annotated[
         float | None,
-        typer.Option(
-            min=0, metavar="POINTS", help="Exit 5 when a mean is further from its published figure."
-        ),
+        typer.Option(min=0, metavar="POINTS", help="Exit 5 when a mean is further from its published figure."),
     ] = None,
     runs_dir: Annotated[
         Path,

@@ -54,9 +54,7 @@ class Data(Section):
     dataset: Literal["cifar100", "cifar10", "synthetic"] = "cifar100"
     image_size: Integer = Field(32, ge=16, le=1024, description="side in pixels; images are resized to it")
     batch_size: Integer = Field(250, ge=1, le=65536, description="images in a training step")
-    fraction: Number = Field(
-        1.0, gt=0, le=1, description="share of each class's training images that is used"
-    )
+    fraction: Number = Field(1.0, gt=0, le=1, description="share of each class's training images that is used")
     val_fraction: Number = Field(0.0, ge=0, le=0.9, description="share of the training set that is held out")
     normalize: Literal["none", "dataset", "imagenet"] = Field(
         "none", description="after dividing by 255: nothing, or the mean and deviation of ..."
@@ -171,10 +169,10 @@ class _Loader(yaml.SafeLoader):
     """
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):  # type: ignore[no-untyped-call]
+        if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed", mark)
-        return super().compose_node(parent, index)  # type: ignore[no-untyped-call]
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen = set()
@@ -205,13 +203,13 @@ for _tag, _pattern, _first in (
         [*_first, ""] if _tag == "null" else [*_first],
     )
 # PyYAML would read `010` as eight and stumble over `1e5`.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(loader.construct_scalar(node)))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 
 
 def _parse_yaml(text: str, where: str) -> object:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - _Loader is a SafeLoader
+        return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -255,9 +253,7 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
     elif name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
         path = Path(name).expanduser()
         if not path.is_file():
-            raise UsageError(
-                f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name"
-            )
+            raise UsageError(f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name")
     else:
         raise UsageError(
             f"unknown preset {name!r}{_did_you_mean(name, preset_names())} "
@@ -275,9 +271,7 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
         raise UsageError(f"--preset {name}: not a preset: larger than {LARGEST_PRESET // 1024} KiB")
     keys = _parse_yaml(text, f"--preset {name}")
     if not isinstance(keys, dict):
-        raise UsageError(
-            f"--preset {name}: not a preset: it has no keys; `--print-config` shows how one looks"
-        )
+        raise UsageError(f"--preset {name}: not a preset: it has no keys; `--print-config` shows how one looks")
     return path.stem, keys
 
 
@@ -388,13 +382,7 @@ def _nearest_key(key: str) -> str:
 
 
 def _show(value: object) -> str:
-    text = (
-        str(value).lower()
-        if isinstance(value, bool)
-        else value
-        if isinstance(value, str) and value
-        else repr(value)
-    )
+    text = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) and value else repr(value)
     text = text.encode("unicode_escape").decode() if not text.isprintable() else text
     return text if len(text) <= 60 else f"{text[:57]}..."
 

@@ -101,17 +101,13 @@ def waiting(text: str) -> Iterator[None]:
         yield
 
 
-def table(
-    title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()
-) -> None:
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """A table on stdout; `right` names the columns that are numbers."""
     from rich import box
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(
-        title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
-    )
+    drawn = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, name in enumerate(columns):
         drawn.add_column(Text(name), justify="right" if index in right else "left", overflow="fold")
     for row in rows:

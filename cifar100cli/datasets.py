@@ -70,7 +70,10 @@ def load(name: str, data_dir: Path) -> Dataset:
             f"{TITLES[name]} is not in {data_dir}: run `cifar100 download{flag}`, or point --data-dir at it "
             "(`--dataset synthetic` needs no download)"
         )
-    return READERS[name](folder)
+    try:
+        return READERS[name](folder)
+    except DataError as error:
+        raise DataError(f"{error}; `cifar100 download --dataset {name} --force` fetches it again") from None
 
 
 # --------------------------------------------------------------------------------------- the two formats
@@ -94,7 +97,8 @@ def read_cifar100(folder: Path) -> Dataset:
         splits.append(split)
     if (superclass_of < 0).any():
         _refuse(folder / "train", "a class has no images")
-    return Dataset("cifar100", classes, *splits, superclasses, tuple(int(i) for i in superclass_of))
+    train, test = splits
+    return Dataset("cifar100", classes, train, test, superclasses, tuple(int(i) for i in superclass_of))
 
 
 def read_cifar10(folder: Path) -> Dataset:
@@ -104,9 +108,7 @@ def read_cifar10(folder: Path) -> Dataset:
     for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
         path = folder / name
         batches.append(_split(path, _read_file(path), "labels", 10_000, 10))
-    train = Split(
-        np.concatenate([b.images for b in batches[:5]]), np.concatenate([b.labels for b in batches[:5]])
-    )
+    train = Split(np.concatenate([b.images for b in batches[:5]]), np.concatenate([b.labels for b in batches[:5]]))
     return Dataset("cifar10", classes, train, batches[5])
 
 
@@ -115,7 +117,7 @@ READERS = {"cifar100": read_cifar100, "cifar10": read_cifar10}
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:
-    raise DataError(f"{path}: {reason}; `cifar100 download --force` fetches the data set again")
+    raise DataError(f"{path}: {reason}")
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -191,9 +193,7 @@ def hold_out(split: Split, share: float) -> tuple[Split, Split | None]:
         return split, None
     generator = np.random.default_rng(SPLIT_SEED)
     held_out = np.sort(
-        np.concatenate(
-            [indices[: _share_of(len(indices), share)] for indices in _by_class(split.labels, generator)]
-        )
+        np.concatenate([indices[: _share_of(len(indices), share)] for indices in _by_class(split.labels, generator)])
     )
     kept = np.setdiff1d(np.arange(len(split)), held_out)
     if not len(kept):
@@ -229,7 +229,7 @@ class _Mark:
 
 
 _MARK = _Mark()
-_DTYPES = {"u1": np.uint8, "b1": np.bool_, "i1": np.int8, "i2": np.int16, "i4": np.int32, "i8": np.int64}
+_DTYPES = ("u1", "b1", "i1", "i2", "i4", "i8")
 
 
 @dataclass(frozen=True)
@@ -326,11 +326,9 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         values = _above_mark(stack)
         stack.append(dict(zip(values[::2], map(_finished, values[1::2]), strict=True)))
     elif name in ("GLOBAL", "STACK_GLOBAL"):
-        asked = argument if name == "GLOBAL" else "{1} {0}".format(stack.pop(), stack.pop())
+        asked = argument if name == "GLOBAL" else f"{stack.pop()} {stack.pop()}"
         if asked not in _GLOBALS:
-            raise PickleError(
-                f"refused: it asks for {'.'.join(str(asked).split())[:80]}, which could run code"
-            )
+            raise PickleError(f"refused: it asks for {'.'.join(str(asked).split())[:80]}, which could run code")
         stack.append(_GLOBALS[asked])
     elif name == "REDUCE":
         arguments, function = stack.pop(), stack.pop()
@@ -400,11 +398,7 @@ def _construct(function: Any, arguments: Any) -> Any:
 def _build(target: Any, state: Any) -> _Array | _DType:
     if isinstance(target, _DType):
         version, byte_order = state[0], _text(state[1])
-        if (
-            version not in (3, 4)
-            or byte_order not in ("|", "<", ">")
-            or any(part is not None for part in state[2:5])
-        ):
+        if version not in (3, 4) or byte_order not in ("|", "<", ">") or any(part is not None for part in state[2:5]):
             raise PickleError("refused: an array of something else than integers")
         target.byte_order = byte_order
         return target
@@ -417,17 +411,13 @@ def _build(target: Any, state: Any) -> _Array | _DType:
 
 def _array(content: Any, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:
     """The array itself, once its type is known and its shape agrees with the bytes that there are."""
-    if (
-        not isinstance(dtype, _DType)
-        or not isinstance(shape, tuple)
-        or not all(type(n) is int for n in shape)
-    ):
+    if not isinstance(dtype, _DType) or not isinstance(shape, tuple) or not all(type(n) is int for n in shape):
         raise PickleError("refused: an array without a plain shape and type")
     if not isinstance(content, (str, bytes, bytearray)) or order not in ("C", "F"):
         raise PickleError("refused: an array whose content is no bytes")
     # A bytearray, so that the array can be written to and torch shares it without a warning.
     raw = bytearray(content, "latin-1") if isinstance(content, str) else bytearray(content)
-    element = np.dtype(_DTYPES[dtype.code]).newbyteorder(dtype.byte_order)
+    element = np.dtype(f"{dtype.byte_order}{dtype.code}")
     if min(shape, default=0) < 0 or len(shape) > 4 or _product(shape) * element.itemsize != len(raw):
         raise PickleError(f"an array claims the shape {shape!r:.60} but has {len(raw):,} bytes")
     return np.frombuffer(raw, dtype=element).reshape(shape, order="F" if order == "F" else "C")

@@ -33,7 +33,7 @@ class ToleranceError(CifarError):
     exit_code = 5
 
 
-class RunInterrupted(KeyboardInterrupt):  # noqa: N818 - a stop that was asked for is no error
+class RunInterrupted(KeyboardInterrupt):
     """Training was stopped by a signal; what was finished is saved."""
 
     def __init__(self, run_dir: Path, finished: int, epochs: int, cause: KeyboardInterrupt) -> None:
@@ -42,7 +42,7 @@ class RunInterrupted(KeyboardInterrupt):  # noqa: N818 - a stop that was asked f
         self.exit_code = cause.exit_code if isinstance(cause, Terminated) else 130
 
 
-class Terminated(KeyboardInterrupt):  # noqa: N818
+class Terminated(KeyboardInterrupt):
     """SIGTERM, treated as Ctrl-C is."""
 
     exit_code = 143

@@ -49,15 +49,10 @@ def preprocessing_for(normalize: str, image_size: int, train: Split) -> Preproce
         levels = np.arange(256) / 255
         means = [float((count * levels).sum() / count.sum()) for count in counts]
         variances = [
-            float((count * (levels - mean) ** 2).sum() / count.sum())
-            for count, mean in zip(counts, means, strict=True)
+            float((count * (levels - mean) ** 2).sum() / count.sum()) for count, mean in zip(counts, means, strict=True)
         ]
-        deviations = [
-            max(variance**0.5, 1e-6) for variance in variances
-        ]  # a blank channel divides by no zero
-        return Preprocessing(
-            image_size, (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2])
-        )
+        deviations = [max(variance**0.5, 1e-6) for variance in variances]  # a blank channel divides by no zero
+        return Preprocessing(image_size, (means[0], means[1], means[2]), (deviations[0], deviations[1], deviations[2]))
     return Preprocessing(image_size)
 
 

@@ -75,16 +75,13 @@ def evaluate(logits: Tensor, labels: Tensor, superclass_of: tuple[int, ...] = ()
         group = torch.tensor(superclass_of)
         superclass_top1 = (group[predicted] == group[labels]).double().mean().item()
     off_diagonal = counts.clone().fill_diagonal_(0)
-    pairs = [
-        (int(true), int(guess), int(off_diagonal[true, guess])) for true, guess in off_diagonal.nonzero()
-    ]
+    pairs = [(int(true), int(guess), int(off_diagonal[true, guess])) for true, guess in off_diagonal.nonzero()]
     return EvalResult(
         **vars(scores),
         ece=expected_calibration_error(logits, labels),
         superclass_top1=superclass_top1,
         per_class=tuple(
-            int(counts[label, label]) / int(images[label]) if images[label] else None
-            for label in range(classes)
+            int(counts[label, label]) / int(images[label]) if images[label] else None for label in range(classes)
         ),
         confusions=tuple(sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))),
     )

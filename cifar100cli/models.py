@@ -18,9 +18,7 @@ def check_backbone(name: str) -> None:
         raise UsageError(f"model.backbone = {name}: timm has no such model{hint}")
 
 
-def create_model(
-    config: Model, classes: int, image_size: int, *, pretrained: bool | None = None
-) -> nn.Module:
+def create_model(config: Model, classes: int, image_size: int, *, pretrained: bool | None = None) -> nn.Module:
     """Build the network for `classes` classes, with random weights or timm's ImageNet weights.
 
     `pretrained=False` leaves out the weights that the preset asks for, for a caller that loads its own.

@@ -20,7 +20,7 @@ def create_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimiz
             weight_decay=config.weight_decay,
             fused=True,
         )
-    kind = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}[config.name]
+    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
 
 

@@ -85,9 +85,7 @@ def collect(folders: Sequence[Path]) -> Report:
     paths: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(
-                f"{folder}: there is no such folder; `cifar100 train` makes runs, --out says where"
-            )
+            raise DataError(f"{folder}: there is no such folder; `cifar100 train` makes runs, --out says where")
         paths += [path for path in find_runs(folder) if path not in paths]
     groups: dict[str, list[_Complete]] = {}
     unusable = []
@@ -104,9 +102,7 @@ def collect(folders: Sequence[Path]) -> Report:
             settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None})
             groups.setdefault(f"{run.preset}\n{settings.to_yaml()}", []).append(run)
     order = {name: index for index, name in enumerate(preset_names())}
-    rows = sorted(
-        (_row(group) for group in groups.values()), key=lambda r: (order.get(r.preset, len(order)), r.preset)
-    )
+    rows = sorted((_row(group) for group in groups.values()), key=lambda r: (order.get(r.preset, len(order)), r.preset))
     return Report(rows, unusable)
 
 
@@ -133,9 +129,7 @@ def _check(path: Path, result: dict[str, Any]) -> None:
             ),
             *(result["seed"], result["epochs"]),
         ]
-        right = all(
-            isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers
-        )
+        right = all(isinstance(n, (int, float)) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
         right = right and 0 <= result["test"]["top1"] <= 1 and isinstance(result["dataset"], str)
     except (KeyError, TypeError):
         right = False
@@ -225,9 +219,7 @@ def _notes(report: Report) -> list[str]:
     if any(row.dataset == "synthetic" for row in report.rows):
         notes.append("synthetic: drawn shapes; these figures say nothing about CIFAR-100.")
     if any(row.changes for row in report.rows):
-        notes.append(
-            "in brackets: settings that are not the preset's, so the published figure is for other settings."
-        )
+        notes.append("in brackets: settings that are not the preset's, so the published figure is for other settings.")
     return notes
 
 
@@ -250,9 +242,7 @@ def render(report: Report, form: str) -> str:
 
 def _csv(report: Report) -> str:
     buffer = io.StringIO()
-    names = [
-        name for name in Row.__dataclass_fields__ if name not in ("changes", "runs", "seeds", "best_epochs")
-    ]
+    names = [name for name in Row.__dataclass_fields__ if name not in ("changes", "runs", "seeds", "best_epochs")]
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*names, "changes", "seeds", "best_epochs", "runs"])
     for row in report.rows:

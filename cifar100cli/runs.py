@@ -108,9 +108,7 @@ class RunDir:
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
             raise DataError(f"{path}: {ENVIRONMENT} has no format number")
         if found > FORMAT:
-            raise DataError(
-                f"{path}: written by a newer cifar100 (format {found}; this one reads up to {FORMAT})"
-            )
+            raise DataError(f"{path}: written by a newer cifar100 (format {found}; this one reads up to {FORMAT})")
         return run
 
     def config(self) -> Config:
@@ -149,7 +147,7 @@ class RunDir:
             text = (self.path / METRICS).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
-        lines = []
+        lines: list[dict[str, Any]] = []
         for line in text.splitlines():
             try:
                 row = json.loads(line)
@@ -189,9 +187,7 @@ def find_runs(root: Path) -> list[Path]:
 
 def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
     """The run that `--resume last` means: begun last, of that preset if one is named, and not complete."""
-    folders = [
-        path for path in find_runs(root) if (path / CONFIG).is_file() and not (path / RESULT).is_file()
-    ]
+    folders = [path for path in find_runs(root) if (path / CONFIG).is_file() and not (path / RESULT).is_file()]
     if preset is not None:
         folders = [path for path in folders if path.parent.name == preset]
     if not folders:

@@ -64,9 +64,7 @@ def draw(train_per_class: int = TRAIN_PER_CLASS, test_per_class: int = TEST_PER_
     )
 
 
-def _draw_split(
-    per_class: int, generator: np.random.Generator
-) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+def _draw_split(per_class: int, generator: np.random.Generator) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     labels = generator.permutation(np.repeat(np.arange(len(OUTLINES) * len(TEXTURES)), per_class))
     images = np.empty((len(labels), 3, SIDE, SIDE), np.uint8)
     for start in range(0, len(labels), 1000):  # keeps the temporaries in the cache
@@ -78,9 +76,7 @@ def _draw_batch(labels: NDArray[np.int64], generator: np.random.Generator) -> ND
     count = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> NDArray[np.float32]:
-        return (low + (high - low) * generator.random((count, *(shape or (1, 1))), np.float32)).astype(
-            np.float32
-        )
+        return (low + (high - low) * generator.random((count, *(shape or (1, 1))), np.float32)).astype(np.float32)
 
     grid = np.linspace(-1, 1, SIDE, dtype=np.float32)
     x = grid[None, None, :] - uniform(-0.2, 0.2)
@@ -95,12 +91,14 @@ def _draw_batch(labels: NDArray[np.int64], generator: np.random.Generator) -> ND
     background, figure = uniform(0.1, 0.9, 3, 1, 1), uniform(0.1, 0.9, 3, 1, 1)
     # Colours too alike to tell the figure from its ground are pushed apart.
     gap = figure - background
-    figure = background + np.where(np.abs(gap) < 0.25, np.where(background < 0.5, 0.35, -0.35), gap)
+    apart = np.where(background < 0.5, np.float32(0.35), np.float32(-0.35))
+    gap = np.where(np.abs(gap) < 0.25, apart, gap)
     slope = uniform(-0.2, 0.2) * grid[None, None, :] + uniform(-0.2, 0.2) * grid[None, :, None]
     blend = (inside * (0.25 + 0.75 * texture))[:, None]
-    picture = background + slope[:, None] + blend * (figure - background - slope[:, None])
+    picture = background + slope[:, None] + blend * (gap - slope[:, None])
     picture += 0.06 * generator.standard_normal(picture.shape, np.float32)
-    return (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+    pixels: NDArray[np.uint8] = (np.clip(picture, 0, 1) * 255 + 0.5).astype(np.uint8)
+    return pixels
 
 
 def _outline(outline: NDArray[np.int64], angle: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -142,5 +140,5 @@ def _texture(
 
 
 def _sigmoid(value: NDArray[np.float32]) -> NDArray[np.float32]:
-    result: NDArray[np.float32] = 1 / (1 + np.exp(-value))
+    result: NDArray[np.float32] = np.reciprocal(1 + np.exp(-value))
     return result

@@ -56,13 +56,9 @@ def select_device(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError(
-                f"--device {name}: PyTorch finds no CUDA device here; --device auto takes what there is"
-            )
+            raise UsageError(f"--device {name}: PyTorch finds no CUDA device here; --device auto takes what there is")
         if (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(
-                f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0"
-            )
+            raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: PyTorch finds no Apple GPU here; --device auto takes what there is")
@@ -149,9 +145,7 @@ def fit(
         torch.manual_seed(derived_seed(config.seed, epoch))  # drop-out and the like, without a past
         trained = train_epoch(model, task, loaders.train, optimizer, config, epoch, cast, observer)
         train_seconds = time.perf_counter() - started
-        row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(
-            ("test_loss", "test_top1", "test_top5")
-        )
+        row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(("test_loss", "test_top1", "test_top5"))
         for split, loader in loaders.evaluation.items():
             scores = metrics.score(*metrics.predict(model, loader, cast))
             row |= {f"{split}_loss": scores.loss, f"{split}_top1": scores.top1, f"{split}_top5": scores.top5}
@@ -192,9 +186,7 @@ def train_epoch(
             config.optimizer.lr, config.schedule, (epoch - 1) * steps + index, steps, config.train.epochs
         )
         set_learning_rate(optimizer, rate)
-        losses[index], correct[index] = train_step(
-            model, task, batch, optimizer, config.optimizer.grad_clip, cast
-        )
+        losses[index], correct[index] = train_step(model, task, batch, optimizer, config.optimizer.grad_clip, cast)
         observer.step()
 
     step_losses = losses.cpu()
@@ -216,10 +208,6 @@ def _refuse_infinite(row: Mapping[str, Any], model: nn.Module, run: RunDir, stat
     """An epoch's last step can spoil the weights after its loss was taken."""
     for name, value in row.items():
         if name.endswith("_loss") and value is not None and not math.isfinite(value):
-            raise DivergedError(
-                f"{name} was {value} after epoch {row['epoch']}, at learning rate {row['lr']:g}"
-            )
+            raise DivergedError(f"{name} was {value} after epoch {row['epoch']}, at learning rate {row['lr']:g}")
     if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
-        raise DivergedError(
-            f"weights stopped being finite in epoch {row['epoch']}, at learning rate {row['lr']:g}"
-        )
+        raise DivergedError(f"weights stopped being finite in epoch {row['epoch']}, at learning rate {row['lr']:g}")

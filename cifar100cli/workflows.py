@@ -1,17 +1,15 @@
 """The composition root: data, model, task and loop put together for each command."""
 
 import csv
-import json
-import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +22,7 @@ from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, DivergedError, RunInterrupted, UsageError
 from cifar100cli.loader import DeviceLoader, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone, count_parameters, create_model
+from cifar100cli.optim import create_optimizer
 from cifar100cli.runs import MODEL, RunDir, replacing
 from cifar100cli.tasks import ClassificationTask, Task
 from cifar100cli.trainer import Loaders, Observer
@@ -104,9 +103,7 @@ def _fit(job: Job, run: RunDir, observer: Observer) -> dict[str, Any]:
             observer=observer,
         )
     except DivergedError as error:
-        raise DivergedError(
-            f"{error}; {_last_good(run)}; try a lower --lr, or a smaller --set optimizer.grad_clip"
-        )
+        raise DivergedError(f"{error}; {_last_good(run)}; try a lower --lr, or a smaller optimizer.grad_clip") from None
     except KeyboardInterrupt as stop:
         raise RunInterrupted(run.path, len(run.metrics()), job.config.train.epochs, stop) from None
     result = _result(job, run, state)
@@ -217,7 +214,7 @@ def _evaluation_loader(split: Split, device: torch.device, preprocessing: Prepro
 def dry_run(preset: Preset, where: Where) -> dict[str, Any]:
     """Build everything and take one training step; nothing is written."""
     job = prepare(preset, where)
-    optimizer = trainer.create_optimizer(job.config.optimizer, job.model)
+    optimizer = create_optimizer(job.config.optimizer, job.model)
     batch = next(iter(job.loaders.train.epoch(1)))
     job.model.train()
     loss, _ = trainer.train_step(
@@ -250,9 +247,7 @@ def dry_run(preset: Preset, where: Where) -> dict[str, Any]:
 def environment(job: Job) -> dict[str, Any]:
     """What a run was made with and on."""
     device_name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else _processor()
-    versions = {
-        name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "safetensors")
-    }
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "safetensors")}
     return {
         "cifar100": __version__,
         "command": sys.argv,
@@ -298,9 +293,7 @@ def _commit() -> str | None:
 # ---------------------------------------------------------------------------------------------- evaluating
 
 
-def evaluate(
-    path: Path, where: Where, split: str = "test", predictions: Path | None = None
-) -> dict[str, Any]:
+def evaluate(path: Path, where: Where, split: str = "test", predictions: Path | None = None) -> dict[str, Any]:
     """Measure a run or checkpoint on a split of its data set; returns what `evaluate --json` prints.
 
     `predictions` names a CSV file for one line an image: index in the split, true class, predicted class,
@@ -342,9 +335,7 @@ def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
     if split == "train":
         return training
     if held_out is None:
-        raise UsageError(
-            f"--split val: {saved.path} comes from a run that held nothing out (data.val_fraction is 0)"
-        )
+        raise UsageError(f"--split val: {saved.path} comes from a run that held nothing out (data.val_fraction is 0)")
     return held_out
 
 
@@ -355,9 +346,7 @@ def _evaluate(
     return metrics.evaluate(logits, labels, card.superclass_of)
 
 
-def _write_predictions(
-    path: Path, classes: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor
-) -> None:
+def _write_predictions(path: Path, classes: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor) -> None:
     confidences, predicted = logits.double().softmax(1).max(1)
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)

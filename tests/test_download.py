@@ -24,7 +24,7 @@ from typing import IO, Any
 
 import pytest
 
-from cifar100cli import download
+from cifar100cli import download, fetch, unpack
 from cifar100cli.download import ARCHIVES, OFFICIAL, Archive, Installed, find_installed
 from cifar100cli.errors import CifarError, DataError, UsageError
 
@@ -167,7 +167,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """The waits between attempts, which are noted instead of waited."""
     noted: list[float] = []
-    monkeypatch.setattr(download, "_sleep", noted.append)
+    monkeypatch.setattr(fetch, "_sleep", noted.append)
     return noted
 
 
@@ -232,9 +232,7 @@ class Listener:
 def install(data_dir: Path, *urls: str, archive: Archive = ARCHIVE, **options: Any) -> Installed:
     listener = options.pop("listener", None) or Listener()
     options = {"check": listener.check, "timeout": 5.0, **options}
-    return download.install(
-        archive, data_dir, urls=urls, progress=listener.note, log=listener.lines.append, **options
-    )
+    return download.install(archive, data_dir, urls=urls, progress=listener.note, log=listener.lines.append, **options)
 
 
 def assert_complete(data_dir: Path) -> None:
@@ -408,9 +406,7 @@ def test_retry_after(server: Server, tmp_path: Path, waits: list[float], asked: 
     assert waits == [pytest.approx(waited, abs=1.5)]
 
 
-def test_backs_off_then_gives_up_and_goes_on_later(
-    server: Server, tmp_path: Path, waits: list[float]
-) -> None:
+def test_backs_off_then_gives_up_and_goes_on_later(server: Server, tmp_path: Path, waits: list[float]) -> None:
     url = server.url("/a", dropping(HALF), status(503))
     with pytest.raises(CifarError, match=rf"HTTP 503.*{HALF} bytes are kept.*--url.*--from") as raised:
         install(tmp_path, url, retries=8)
@@ -452,11 +448,7 @@ def test_mirrors_share_what_has_come(server: Server, tmp_path: Path) -> None:
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_smaller_archive_does_not_cost_what_has_come(server: Server, tmp_path: Path, ranges: bool) -> None:
     body = gzip.compress(b"another")
-    smaller = (
-        serving(body)
-        if ranges
-        else lambda exchange: exchange.answer(200, {"Content-Length": len(body)}, body)
-    )
+    smaller = serving(body) if ranges else lambda exchange: exchange.answer(200, {"Content-Length": len(body)}, body)
     (tmp_path / PART).write_bytes(BODY[:HALF])
     with pytest.raises(DataError, match=f"has {len(body)} bytes"):
         install(tmp_path, server.url("/a", smaller))
@@ -478,9 +470,7 @@ def test_redirect_to_nowhere(server: Server, tmp_path: Path, target: str) -> Non
     assert raised.value.exit_code == 1
 
 
-@pytest.mark.parametrize(
-    "url", ["ftp://a/b", "file:///b", "a.tar.gz", "http://", "http://a:b/", "http://a/b c", ""]
-)
+@pytest.mark.parametrize("url", ["ftp://a/b", "file:///b", "a.tar.gz", "http://", "http://a:b/", "http://a/b c", ""])
 def test_unusable_address(tmp_path: Path, url: str) -> None:
     with pytest.raises(UsageError, match="http://"):
         install(tmp_path / "data", url)
@@ -531,7 +521,7 @@ def without_end(exchange: Exchange) -> None:
 def test_too_many_bytes(
     server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, behaviour: Behaviour, sha256: str | None
 ) -> None:
-    monkeypatch.setattr(download, "MAX_ARCHIVE", 2_000_000)
+    monkeypatch.setattr(fetch, "MAX_ARCHIVE", 2_000_000)
     put_old(tmp_path)
     with pytest.raises(DataError, match="more than the"):
         install(tmp_path, server.url("/a", behaviour), sha256=sha256)
@@ -558,9 +548,7 @@ def test_another_archive_on_request(server: Server, tmp_path: Path, sha256: str 
     archive = dataclasses.replace(ARCHIVE, files={**MD5S, "meta": "0" * 32})
     installed = install(tmp_path, server.url("/a", serving(OTHER)), archive=archive, sha256=sha256)
     assert (installed.official, installed.sha256) == (False, sha256_of(OTHER))
-    assert find_installed(archive, tmp_path) == dataclasses.replace(
-        installed, already_there=True, fetched_bytes=0
-    )
+    assert find_installed(archive, tmp_path) == dataclasses.replace(installed, already_there=True, fetched_bytes=0)
 
 
 @pytest.mark.parametrize(
@@ -831,7 +819,7 @@ def test_missing_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("limit", "reason"), [("MAX_UNPACKED", "too much"), ("MAX_TAIL", "after its end")])
 def test_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, reason: str) -> None:
-    monkeypatch.setattr(download, limit, 1_000_010)
+    monkeypatch.setattr(unpack, limit, 1_000_010)
     source = tmp_path / "mine.tar.gz"
     source.write_bytes(gzip.compress(PLAIN + bytes(5_000_000)))
     with pytest.raises(DataError, match=reason):
@@ -864,9 +852,9 @@ def full_disk(*_arguments: object) -> None:
 
 
 def test_full_disk_while_fetching(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    append = download._Part.append
+    append = fetch.Part.append
 
-    def append_until_full(part: download._Part, file: IO[bytes], chunk: bytes) -> None:
+    def append_until_full(part: fetch.Part, file: IO[bytes], chunk: bytes) -> None:
         if part.size > 100_000:
             full_disk()
         append(part, file, chunk)
@@ -874,7 +862,7 @@ def test_full_disk_while_fetching(server: Server, tmp_path: Path, monkeypatch: p
     put_old(tmp_path)
     url = server.url("/a", good)
     with monkeypatch.context() as patch:
-        patch.setattr(download._Part, "append", append_until_full)
+        patch.setattr(fetch.Part, "append", append_until_full)
         with pytest.raises(OSError, match="No space"):
             install(tmp_path, url)
     assert len(server.exchanges) == 1
@@ -887,7 +875,7 @@ def test_full_disk_while_unpacking(server: Server, tmp_path: Path, monkeypatch: 
     put_old(tmp_path)
     url = server.url("/a", good)
     with monkeypatch.context() as patch:
-        patch.setattr(download, "_sync", full_disk)
+        patch.setattr(os, "fsync", full_disk)
         with pytest.raises(OSError, match="No space"):
             install(tmp_path, url)
     assert_old(tmp_path)
