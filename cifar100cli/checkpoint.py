@@ -155,7 +155,9 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
 
 
 def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    metadata = {"format": "pt", KEY: json.dumps(about, ensure_ascii=False)}
+    # One key only: safetensors writes several in an order that changes from process to process, and the same
+    # training must end in the same bytes.
+    metadata = {KEY: json.dumps(about, ensure_ascii=False)}
     with replacing(path) as temporary:
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
 

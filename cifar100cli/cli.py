@@ -54,6 +54,7 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Run the command line and leave with the exit code of the contract."""
     signal.signal(signal.SIGTERM, _terminate)
+    console.set_verbosity(console.NORMAL)
     try:
         code = app(prog_name="cifar100", standalone_mode=False)
         sys.stdout.flush()

@@ -370,15 +370,17 @@ def _nearest_key(key: str) -> str:
     if key in sections:
         inside = [name for name in known if name.startswith(f"{key}.")]
         return f": it is a section; its keys are {', '.join(inside)}"
+    leaves: dict[str, str] = {}
+    for name in known:
+        leaves.setdefault(name.split(".")[-1], name)
     leaf = key.split(".")[-1]
-    same_leaf = [name for name in known if name.split(".")[-1] == leaf]
-    if len(same_leaf) == 1:
-        return f"; did you mean {same_leaf[0]}?"
-    by_leaf = {name.split(".")[-1]: name for name in reversed(known)}
-    near_leaf = difflib.get_close_matches(leaf, by_leaf, n=1)
-    if near_leaf and not difflib.get_close_matches(key, sections + known, cutoff=0.5):
-        return f"; did you mean {by_leaf[near_leaf[0]]}?"
-    return _did_you_mean(key, sections + known) or "; `cifar100 train --print-config` shows every key"
+    # A slip of the finger in the whole name, then the right name without its section, then a far guess.
+    guesses = (
+        difflib.get_close_matches(key, sections + known, n=1, cutoff=0.8)
+        or [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
+        or difflib.get_close_matches(key, sections + known, n=1, cutoff=0.5)
+    )
+    return f"; did you mean {guesses[0]}?" if guesses else "; `cifar100 train --print-config` shows every key"
 
 
 def _show(value: object) -> str:

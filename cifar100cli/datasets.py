@@ -4,6 +4,7 @@ Source of format and figures: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 import pickletools
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,7 +241,7 @@ class _Global:
 
 
 _NDARRAY, _DTYPE, _RECONSTRUCT = _Global("ndarray"), _Global("dtype"), _Global("_reconstruct")
-_FROM_BUFFER, _ENCODE = _Global("_frombuffer"), _Global("encode")
+_FROM_BUFFER, _ENCODE, _BYTES = _Global("_frombuffer"), _Global("encode"), _Global("bytes")
 _GLOBALS = {
     "numpy ndarray": _NDARRAY,
     "numpy dtype": _DTYPE,
@@ -250,6 +251,7 @@ _GLOBALS = {
     "numpy.core.numeric _frombuffer": _FROM_BUFFER,
     "numpy._core.numeric _frombuffer": _FROM_BUFFER,
     "_codecs encode": _ENCODE,
+    "__builtin__ bytes": _BYTES,
 }
 
 
@@ -280,11 +282,13 @@ def read_pickle(data: bytes) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            if opcode.name == "STOP":
-                (value,) = stack
-                return _finished(value)
-            _step(opcode.name, argument, stack, memo)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about escapes in old string literals
+            for opcode, argument, _ in pickletools.genops(data):
+                if opcode.name == "STOP":
+                    (value,) = stack
+                    return _finished(value)
+                _step(opcode.name, argument, stack, memo)
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
@@ -326,7 +330,9 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         values = _above_mark(stack)
         stack.append(dict(zip(values[::2], map(_finished, values[1::2]), strict=True)))
     elif name in ("GLOBAL", "STACK_GLOBAL"):
-        asked = argument if name == "GLOBAL" else f"{stack.pop()} {stack.pop()}"
+        asked = argument if name == "GLOBAL" else " ".join(map(str, stack[-2:]))
+        if name == "STACK_GLOBAL":
+            del stack[-2:]
         if asked not in _GLOBALS:
             raise PickleError(f"refused: it asks for {'.'.join(str(asked).split())[:80]}, which could run code")
         stack.append(_GLOBALS[asked])
@@ -389,6 +395,8 @@ def _construct(function: Any, arguments: Any) -> Any:
         return _DType(_text(arguments[0]))
     if function is _ENCODE and type(arguments[0]) is str and arguments[1] in ("latin1", "latin-1"):
         return arguments[0].encode("latin-1")
+    if function is _BYTES and arguments == ():
+        return b""
     if function is _FROM_BUFFER:
         content, dtype, shape, order = arguments
         return _array(content, dtype, shape, order)

@@ -1,0 +1,104 @@
+"""Shared fixtures: a small drawn data set, the command line in-process, and full-size pretend CIFAR files."""
+
+import pickle
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from cifar100cli import cli, synthetic
+
+TINY = (
+    *("--dataset", "synthetic", "--backbone", "test_resnet", "--batch-size", "64"),
+    *("--set", "train.precision=fp32", "--device", "cpu"),
+)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Cli = Callable[..., Outcome]
+
+
+@pytest.fixture(scope="session")
+def few_drawings() -> synthetic.Drawn:
+    """400 training and 200 test images."""
+    return synthetic.draw(train_per_class=4, test_per_class=2)
+
+
+@pytest.fixture
+def small_synthetic(few_drawings: synthetic.Drawn, monkeypatch: pytest.MonkeyPatch) -> synthetic.Drawn:
+    """The drawn data set made small, so that a run takes a second."""
+    monkeypatch.setattr(synthetic, "draw", lambda: few_drawings)
+    return few_drawings
+
+
+@pytest.fixture
+def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+    """The command line in this process, in an empty folder, without the user's environment."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "FORCE_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def run(*arguments: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["cifar100", *map(str, arguments)])
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as leaving:
+            cli.main()
+        captured = capfd.readouterr()
+        code = leaving.value.code
+        assert isinstance(code, int)
+        return Outcome(code, captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def pretend_cifar(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data folder with CIFAR-100 and CIFAR-10 of the official format and size, and random content."""
+    root = tmp_path_factory.mktemp("data")
+    random = np.random.default_rng(0)
+    fine = [f"class {i:02}" for i in range(100)]
+
+    def write(path: Path, content: object) -> None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(pickle.dumps(content, protocol=2))
+
+    folder = root / "cifar-100-python"
+    write(folder / "meta", {"fine_label_names": fine, "coarse_label_names": [f"super {i:02}" for i in range(20)]})
+    for name, count in (("train", 50_000), ("test", 10_000)):
+        labels = random.permutation(np.arange(count) % 100)
+        write(
+            folder / name,
+            {
+                "batch_label": "",
+                "filenames": ["x.png"] * count,
+                "fine_labels": labels.tolist(),
+                "coarse_labels": (labels // 5).tolist(),
+                "data": random.integers(0, 256, (count, 3072), np.uint8),
+            },
+        )
+    folder = root / "cifar-10-batches-py"
+    write(folder / "batches.meta", {"label_names": fine[:10], "num_vis": 3072, "num_cases_per_batch": 10_000})
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        labels = random.permutation(np.arange(10_000) % 10)
+        write(
+            folder / name,
+            {
+                "batch_label": "",
+                "labels": labels.tolist(),
+                "filenames": ["x.png"] * 10_000,
+                "data": random.integers(0, 256, (10_000, 3072), np.uint8),
+            },
+        )
+    return root

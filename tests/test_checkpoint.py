@@ -1,0 +1,160 @@
+"""Files of weights and training state: what comes back, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from cifar100cli import checkpoint
+from cifar100cli.checkpoint import Card, TrainState
+from cifar100cli.config import Config
+from cifar100cli.errors import DataError
+from cifar100cli.models import create_model
+from cifar100cli.optim import create_optimizer
+
+CONFIG = Config.model_validate({"model": {"backbone": "test_resnet"}})
+
+
+def make_card(**changes: object) -> Card:
+    content = {
+        "format": 1,
+        "preset": "mine",
+        "dataset": "cifar10",
+        "classes": tuple("abc"),
+        "image_size": 32,
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.25, 0.25, 0.25),
+        "config": CONFIG.model_dump(mode="json"),
+    }
+    return Card.model_validate(content | changes)
+
+
+def make_model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return create_model(CONFIG.model, classes=3, image_size=32).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, make_model(), make_card())
+    return path
+
+
+def test_a_file_is_enough(saved: Path) -> None:
+    found = checkpoint.load_model(saved)
+    assert found.card == make_card()
+    assert found.card.preprocessing.mean == (0.5, 0.5, 0.5)
+    inputs = torch.randn(2, 3, 32, 32)
+    assert torch.equal(found.model.eval()(inputs), make_model().eval()(inputs))
+    assert [path.name for path in saved.parent.iterdir()] == [saved.name]  # no temporary file is left
+
+
+def edit(path: Path, *, about: dict[str, object] | None = None, tensors: dict[str, torch.Tensor] | None = None) -> None:
+    """Write the file again with something changed."""
+    old_tensors, old_about = checkpoint.read(path)
+    metadata = {checkpoint.KEY: json.dumps({**old_about, **(about or {})})}
+    save_file({**old_tensors, **(tensors or {})}, path, metadata)
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"format": 2}, "newer cifar100"),
+        ({"format": "x"}, "format number"),
+        ({"classes": ["only one"]}, "not right at 'classes'"),
+        ({"classes": ["a", "b", "c", "d"]}, "another shape for fc"),
+        ({"mean": [0.0]}, "'mean"),
+        ({"image_size": -1}, "'image_size'"),
+        ({"config": {"model": {"backbone": "resnet18"}}}, "does not fit the model"),
+        ({"config": {"model": {"backbone": "nothing"}}}, "no such model"),
+        ({"config": {"modle": {}}}, "unknown key"),
+        ({"config": {"train": {"epochs": "many"}}}, "train.epochs"),
+    ],
+)
+def test_descriptions_that_are_not_right(saved: Path, about: dict[str, object], words: str) -> None:
+    edit(saved, about=about)
+    with pytest.raises(DataError, match=words) as refusal:
+        checkpoint.load_model(saved)
+    assert str(saved) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_weights_that_do_not_fit(saved: Path) -> None:
+    edit(saved, tensors={"extra.weight": torch.zeros(1)})
+    with pytest.raises(DataError, match=r"has besides what the model has extra\.weight"):
+        checkpoint.load_model(saved)
+
+
+def test_weights_that_are_not_finite(saved: Path) -> None:
+    edit(saved, tensors={"fc.bias": torch.tensor([0.0, float("nan"), 0.0])})
+    with pytest.raises(DataError, match=r"fc\.bias holds numbers that are not finite"):
+        checkpoint.load_model(saved)
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 100, b"\x08\0\0\0\0\0\0\0{}      ", b"<html></html>" * 50])
+def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(content)
+    with pytest.raises(DataError, match=r"model\.safetensors"):
+        checkpoint.load_model(path)
+
+
+def test_every_truncation_is_refused(saved: Path) -> None:
+    content = saved.read_bytes()
+    for length in (7, 8, 100, len(content) // 2, len(content) - 1):
+        saved.write_bytes(content[:length])
+        with pytest.raises(DataError, match="corrupt"):
+            checkpoint.load_model(saved)
+
+
+def test_a_foreign_safetensors_file(tmp_path: Path) -> None:
+    save_file({"a": torch.zeros(2)}, tmp_path / "other.safetensors")
+    with pytest.raises(DataError, match="not written by cifar100"):
+        checkpoint.load_model(tmp_path / "other.safetensors")
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_training_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None:
+    config = Config.model_validate({"optimizer": {"name": name}}).optimizer
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, seeds: range) -> None:
+        for seed in seeds:
+            optimizer.zero_grad()
+            model(torch.randn(4, 3, 32, 32, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+            optimizer.step()
+
+    model = make_model()
+    optimizer = create_optimizer(config, model)
+    steps(model, optimizer, range(3))
+    checkpoint.save_state(tmp_path / "state", TrainState(3, 2, 0.5), model, optimizer)
+    steps(model, optimizer, range(3, 6))
+
+    other = make_model(seed=1)
+    optimizer = create_optimizer(config, other)
+    assert checkpoint.load_state(tmp_path / "state", other, optimizer) == TrainState(3, 2, 0.5)
+    steps(other, optimizer, range(3, 6))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_state_of_another_model(tmp_path: Path) -> None:
+    model = make_model()
+    checkpoint.save_state(tmp_path / "state", TrainState(), model, create_optimizer(CONFIG.optimizer, model))
+    other = create_model(CONFIG.model, classes=4, image_size=32)
+    with pytest.raises(DataError, match="does not fit"):
+        checkpoint.load_state(tmp_path / "state", other, create_optimizer(CONFIG.optimizer, other))
+
+
+def test_files_hold_no_pickle(saved: Path) -> None:
+    assert load_file(saved)  # safetensors' own reader takes all of it
+    assert b"torch.storage" not in saved.read_bytes()
+
+
+def test_what_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such run or checkpoint"):
+        checkpoint.find_checkpoint(tmp_path / "none")
+    with pytest.raises(DataError, match=r"has no model\.safetensors"):
+        checkpoint.find_checkpoint(tmp_path)

@@ -1,0 +1,379 @@
+"""The command line as a user meets it: files, streams, exit codes, and the words for every mistake."""
+
+import csv
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from cifar100cli import __version__, checkpoint, console, datasets, synthetic
+from tests.conftest import TINY, Cli
+
+pytestmark = pytest.mark.usefixtures("small_synthetic")
+
+
+def train(run_cli: Cli, *arguments: str, epochs: int = 2) -> dict[str, Any]:
+    outcome = run_cli("train", *TINY, "--epochs", str(epochs), "--json", *arguments)
+    assert outcome.code == 0, outcome.err
+    result: dict[str, Any] = json.loads(outcome.out)
+    return result
+
+
+# ---------------------------------------------------------------------------------------- a run and its files
+
+
+def test_a_run_leaves_the_files_of_the_contract(run_cli: Cli) -> None:
+    result = train(run_cli, "--preset", "resnet18-baseline", "--seed", "5")
+    run = Path(result["run_dir"])
+    assert re.fullmatch(r"runs/resnet18-baseline/\d{8}-\d{6}-seed5", str(run))
+    assert {path.name for path in run.iterdir()} == {
+        *("config.yaml", "environment.json", "metrics.jsonl"),
+        *("model.safetensors", "state.safetensors", "result.json"),
+    }
+    assert json.loads((run / "result.json").read_text()) == result
+    assert set(result) >= {
+        *("preset", "dataset", "seed", "run_dir", "complete", "epochs", "select", "test", "best", "last", "train"),
+        *("parameters", "trainable_parameters", "seconds", "images_per_second", "device", "precision"),
+    }
+    assert set(result["test"]) == {"top1", "top5", "loss", "ece", "superclass_top1"}
+    assert (result["preset"], result["dataset"], result["seed"]) == ("resnet18-baseline", "synthetic", 5)
+    assert (result["complete"], result["select"], result["precision"]) == (True, "best_test", "fp32")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    for row in rows:
+        assert set(row) >= {
+            *("epoch", "lr", "train_loss", "train_top1", "test_loss", "test_top1", "test_top5"),
+            *("seconds", "images_per_second"),
+        }
+    assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 2
+    environment = json.loads((run / "environment.json").read_text())
+    assert environment["versions"]["torch"].startswith(torch.__version__.split("+")[0])
+    assert environment["command"][1] == "train"
+
+
+def test_runs_are_never_overwritten(run_cli: Cli) -> None:
+    assert len({train(run_cli, epochs=1)["run_dir"] for _ in range(3)}) == 3
+
+
+def test_out_and_environment_say_where_runs_go(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CIFAR100_RUNS_DIR", "from_environment")
+    assert train(run_cli, epochs=1)["run_dir"].startswith("from_environment/quickstart/")
+    assert train(run_cli, "--out", "from_flag", epochs=1)["run_dir"].startswith("from_flag/quickstart/")
+    assert json.loads(run_cli("report", "--json").out)["rows"][0]["n"] == 1
+
+
+def test_a_pipe_gets_plain_lines(run_cli: Cli) -> None:
+    outcome = run_cli("train", *TINY, "--epochs", "2")
+    lines = outcome.err.splitlines()
+    assert sum(line.startswith("epoch ") for line in lines) == 2
+    assert "synthetic" in outcome.err
+    assert "synthetic" in outcome.out
+    assert "\x1b" not in outcome.err + outcome.out
+    assert "\r" not in outcome.err + outcome.out
+    quiet = run_cli("train", *TINY, "--epochs", "1", "-q")
+    assert quiet.err == ""
+    assert quiet.out
+
+
+def test_evaluate_agrees_with_the_run(run_cli: Cli, small_synthetic: synthetic.Drawn) -> None:
+    result = train(run_cli, "--set", "data.val_fraction=0.25")
+    outcome = run_cli("evaluate", result["run_dir"], "--json", "--device", "cpu", "--predictions", "p.csv")
+    found = json.loads(outcome.out)
+    assert set(found) >= {
+        *("checkpoint", "dataset", "split", "count", "top1", "top5", "loss", "ece", "superclass_top1"),
+        *("per_class", "confusions"),
+    }
+    assert {key: found[key] for key in result["test"]} == result["test"]
+    assert (found["count"], found["split"], len(found["per_class"])) == (200, "test", 100)
+
+    rows = list(csv.DictReader(Path("p.csv").read_text().splitlines()))
+    labels = [small_synthetic.classes[label] for label in small_synthetic.test[1]]
+    assert [row["true"] for row in rows] == labels
+    assert np.mean([row["true"] == row["predicted"] for row in rows]) == pytest.approx(found["top1"])
+    assert [row["correct"] for row in rows] == [str(int(row["true"] == row["predicted"])) for row in rows]
+    wrong = [(row["true"], row["predicted"]) for row in rows if row["true"] != row["predicted"]]
+    assert sum(pair["count"] for pair in found["confusions"]) == len(wrong)
+    top = found["confusions"][0]
+    assert wrong.count((top["true"], top["predicted"])) == top["count"]
+
+    val = json.loads(run_cli("evaluate", result["run_dir"], "--split", "val", "--json", "--device", "cpu").out)
+    assert (val["count"], val["top1"]) == (100, result["val"]["top1"])
+    training = json.loads(run_cli("evaluate", result["run_dir"], "--split", "train", "--json", "--device", "cpu").out)
+    assert training["count"] == 300
+
+
+def test_a_bare_checkpoint_is_enough(run_cli: Cli, tmp_path: Path) -> None:
+    result = train(run_cli)
+    alone = tmp_path / "elsewhere.safetensors"
+    alone.write_bytes((Path(result["run_dir"]) / "model.safetensors").read_bytes())
+    assert json.loads(run_cli("evaluate", alone, "--json", "--device", "cpu").out)["top1"] == result["test"]["top1"]
+    text = run_cli("evaluate", alone, "--device", "cpu").out
+    assert "synthetic" in text
+    assert "top-1" in text
+
+
+def test_report_over_runs(run_cli: Cli) -> None:
+    for seed in ("0", "1"):
+        train(run_cli, "--preset", "resnet18-baseline", "--seed", seed, epochs=1)
+    found = json.loads(run_cli("report", "--json").out)
+    assert found == json.loads(run_cli("report", "--format", "json").out)
+    (row,) = found["rows"]
+    assert (row["preset"], row["n"], row["published_top1"], row["delta"]) == ("resnet18-baseline", 2, 0.4426, None)
+    assert "resnet18-baseline" in run_cli("report").out
+    assert run_cli("report", "--out", "report.md").code == 0
+    assert Path("report.md").read_text() == run_cli("report", "--format", "markdown").out
+    assert run_cli("report", "--check", "0.5").code == 3  # there is nothing that could be compared
+
+
+def test_report_check(run_cli: Cli) -> None:
+    run = Path(train(run_cli, "--preset", "resnet18-baseline", epochs=1)["run_dir"])
+    for name in ("config.yaml", "result.json"):  # as if it had been trained on the real images
+        (run / name).write_text((run / name).read_text().replace("synthetic", "cifar100"))
+    outcome = run_cli("report", "--check", "0.5")
+    assert outcome.code == 5
+    assert "outside 0.5" in outcome.err
+    assert run_cli("report", "--check", "100").code == 0
+
+
+def test_dry_run_writes_nothing(run_cli: Cli, tmp_path: Path) -> None:
+    outcome = run_cli("train", *TINY, "--dry-run", "--json")
+    assert outcome.code == 0
+    assert json.loads(outcome.out)["batch"] == [64, 3, 32, 32]
+    assert run_cli("train", *TINY, "--dry-run").code == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_print_config_round_trips(run_cli: Cli, tmp_path: Path) -> None:
+    first = run_cli("train", "--preset", "resnet18-wd01", "--lr", "2e-3", "--print-config").out
+    Path("mine.yaml").write_text(first)
+    assert run_cli("train", "--preset", "mine.yaml", "--print-config").out == first
+    assert yaml.safe_load(first)["optimizer"]["lr"] == 0.002
+    as_json = json.loads(run_cli("train", "--preset", "mine.yaml", "--print-config", "--json").out)
+    assert as_json["optimizer"]["lr"] == 0.002
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
+
+
+def test_every_flag_reaches_its_key(run_cli: Cli) -> None:
+    flags = {
+        "--dataset": ("cifar10", "data.dataset"),
+        "--backbone": ("resnet50", "model.backbone"),
+        "--image-size": ("64", "data.image_size"),
+        "--batch-size": ("128", "data.batch_size"),
+        "--augment": ("flip", "augment.policy"),
+        "--loss": ("cross_entropy", "loss.name"),
+        "--label-smoothing": ("0.2", "loss.label_smoothing"),
+        "--optimizer": ("sgd", "optimizer.name"),
+        "--lr": ("0.5", "optimizer.lr"),
+        "--weight-decay": ("5e-4", "optimizer.weight_decay"),
+        "--epochs": ("7", "train.epochs"),
+        "--seed": ("9", "seed"),
+    }
+    arguments = [part for flag, (value, _) in flags.items() for part in (flag, value)]
+    by_flag = run_cli("train", *arguments, "--pretrained", "--print-config").out
+    settings = [part for value, key in flags.values() for part in ("--set", f"{key}={value}")]
+    assert by_flag == run_cli("train", *settings, "--set", "model.pretrained=yes", "--print-config").out
+    found = yaml.safe_load(by_flag)
+    for value, key in flags.values():
+        inner = found
+        for part in key.split("."):
+            inner = inner[part]
+        assert inner == yaml.safe_load(value) or inner == float(value)
+
+
+def test_presets(run_cli: Cli) -> None:
+    listed = run_cli("presets").out
+    for name in ("quickstart", "resnet18-baseline", "resnet18-wd01", "resnet18-lbsmooth", "44.26%"):
+        assert name in listed
+    names = [preset["name"] for preset in json.loads(run_cli("presets", "--json").out)["presets"]]
+    assert "resnet18-baseline" in names
+    assert yaml.safe_load(run_cli("presets", "resnet18-wd01").out)["optimizer"]["weight_decay"] == 0.1
+
+
+def test_version_and_help(run_cli: Cli) -> None:
+    assert run_cli("--version").out.strip() == f"cifar100 {__version__}"
+    for arguments in (["--help"], [], ["train", "--help"], ["download", "-h"]):
+        outcome = run_cli(*arguments)
+        assert (outcome.code, outcome.err) == (0, "")
+        assert "Usage" in outcome.out
+    for command in ("train", "evaluate", "report", "download", "presets"):
+        assert "Example: cifar100" in run_cli(command, "--help").out
+
+
+# --------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["trian"], 2, "train"),
+        (["train", "--presett", "x"], 2, "did you mean --preset?"),
+        (["train", "--preset"], 2, "--preset"),
+        (["train", "extra"], 2, "extra"),
+        (["train", "--preset", "resnet18-basline"], 2, "did you mean resnet18-baseline?"),
+        (["train", "--preset", "./nothing.yaml"], 2, "no such file"),
+        (["train", "--set", "optimzer.lr=1"], 2, "did you mean optimizer.lr?"),
+        (["train", "--set", "optimizer.lr"], 2, "KEY=VALUE"),
+        (["train", "--set", "=1"], 2, "KEY=VALUE"),
+        (["train", "--set", "optimizer.lr=["], 2, "not valid YAML"),
+        (["train", "--lr", "fast"], 2, "optimizer.lr = fast (--lr): must be a number"),
+        (["train", "--lr", "1", "--set", "optimizer.lr=2"], 2, "leave one out"),
+        (["train", "--epochs", "0"], 2, "train.epochs = 0 (--epochs)"),
+        (["train", "--epochs", "1.5"], 2, "whole number"),
+        (["train", "--dataset", "cifar"], 2, "did you mean cifar10?"),
+        (["train", "--dataset", "synthetic", "--backbone", "resnet81"], 2, "timm has no such model"),
+        (["train", "--device", "gpu"], 2, "auto, cpu, cuda, cuda:N or mps"),
+        (["train", "--dry-run", "--resume", "last"], 2, "--dry-run"),
+        (["train", "--resume", "last"], 3, "no unfinished run"),
+        (["train", "--resume", "nowhere"], 3, "no such run folder"),
+        (["train", "--preset", "resnet18-baseline", "--data-dir", "nowhere"], 3, "run `cifar100 download`"),
+        (["train", "--dataset", "cifar10", "--data-dir", "nowhere"], 3, "download --dataset cifar10"),
+        (["evaluate"], 2, "RUN|CHECKPOINT"),
+        (["evaluate", "nowhere"], 3, "no such run or checkpoint"),
+        (["evaluate", "."], 3, "no model.safetensors"),
+        (["evaluate", "x", "--split", "tset"], 2, "tset"),
+        (["report", "nowhere"], 3, "no such folder"),
+        (["report", ".", "--out", "report.pdf"], 2, "report.pdf"),
+        (["report", ".", "--out", "no/such/folder.md"], 1, "No such file or directory"),
+        (["report", ".", "--check", "x"], 2, "check"),
+        (["download", "--dataset", "cifar"], 2, "cifar100, cifar10"),
+        (["download", "--sha256", "abc"], 2, "64 hexadecimal digits"),
+        (["download", "--url", "ftp://127.0.0.1/x"], 2, "http"),
+        (["download", "--from", "nothing.tar.gz"], 3, "nothing.tar.gz"),
+        (["download", "--dataset", "cifar10", "--dataset", "cifar100", "--sha256", "none"], 2, "one archive"),
+        (["presets", "nothing"], 2, "unknown preset"),
+    ],
+)
+def test_mistakes_are_one_line(run_cli: Cli, tmp_path: Path, arguments: list[str], code: int, words: str) -> None:
+    outcome = run_cli(*arguments)
+    assert outcome.code == code, outcome.err
+    assert outcome.out == ""
+    (line,) = outcome.err.splitlines()
+    assert line.startswith("error: ")
+    assert words in line
+    assert not list(tmp_path.glob("runs/**/*"))
+
+
+def test_a_runs_folder_that_cannot_be_made(run_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    outcome = run_cli("train", *TINY, "--out", "file/runs")
+    assert outcome.code == 1
+    assert "file" in outcome.err.splitlines()[-1]
+    assert "Traceback" not in outcome.err
+
+
+def test_corrupt_checkpoints_and_data(run_cli: Cli, tmp_path: Path) -> None:
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    content = (run / "model.safetensors").read_bytes()
+    (run / "model.safetensors").write_bytes(content[:-10])
+    outcome = run_cli("evaluate", run)
+    assert (outcome.code, len(outcome.err.splitlines())) == (3, 1)
+    folder = tmp_path / "data" / datasets.FOLDERS["cifar100"]
+    folder.mkdir(parents=True)
+    (folder / "meta").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
+    outcome = run_cli("train", "--preset", "resnet18-baseline", "--data-dir", "data")
+    assert (outcome.code, len(outcome.err.splitlines())) == (3, 1)
+    assert "refused: it asks for os.system" in outcome.err
+    assert "download --dataset cifar100 --force" in outcome.err
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_split_that_was_not_held_out(run_cli: Cli) -> None:
+    run = train(run_cli, "--set", "data.val_fraction=0", "--set", "train.select=last", epochs=1)["run_dir"]
+    outcome = run_cli("evaluate", run, "--split", "val")
+    assert outcome.code == 2
+    assert "held nothing out" in outcome.err
+
+
+def test_a_checkpoint_for_other_classes(run_cli: Cli) -> None:
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    saved = checkpoint.load_model(run)
+    card = saved.card.model_copy(update={"classes": tuple(map(str, range(100)))})
+    checkpoint.save_model(run / "model.safetensors", saved.model, card)
+    outcome = run_cli("evaluate", run)
+    assert outcome.code == 3
+    assert "classes" in outcome.err
+
+
+def test_out_of_memory_says_what_to_lower(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def exhausted(*_: object) -> None:
+        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+
+    from cifar100cli import workflows
+
+    monkeypatch.setattr(workflows, "train", exhausted)
+    outcome = run_cli("train", *TINY)
+    assert outcome.code == 1
+    assert "--batch-size" in outcome.err
+
+
+# --------------------------------------------------------------------------------------- stopping and resuming
+
+
+def test_resume_takes_the_runs_own_settings(run_cli: Cli) -> None:
+    result = train(run_cli, "--seed", "3")
+    run = Path(result["run_dir"])
+    again = run_cli("train", "--resume", run, "--json")
+    assert (again.code, json.loads(again.out)) == (0, result)
+    (run / "result.json").unlink()
+    outcome = run_cli("train", "--resume", "last", "--lr", "0.7")
+    assert outcome.code == 2
+    assert "optimizer.lr" in outcome.err
+    outcome = run_cli("train", "--resume", "last", *TINY, "--epochs", "2", "--json", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["test"] == result["test"]
+
+
+def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "cifar100cli", "train", *arguments]
+    return subprocess.Popen(
+        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_middle_of_an_epoch(tmp_path: Path, number: int, code: int) -> None:
+    process = start(tmp_path, *TINY, "--set", "data.fraction=0.05", "--epochs", "1000")
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("epoch    2/"):
+            break
+    time.sleep(0.1)
+    os.kill(process.pid, number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert out == ""
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    run = re.search(r"cifar100 train --resume (\S+)$", last)
+    assert run is not None, err
+    folder = tmp_path / run[1]
+    finished = len((folder / "metrics.jsonl").read_text().splitlines())
+    assert f"{finished} of 1000 epochs are done and saved" in last
+    assert not list(folder.glob(".*")), "no temporary file is left"
+
+
+def test_python_dash_m_is_the_same_program(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "cifar100cli", "train", "--preset", "nope"]
+    finished = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert finished.returncode == 2
+    assert finished.stderr.startswith("error: unknown preset 'nope'")
+
+
+def test_a_reader_that_goes_away(tmp_path: Path) -> None:
+    command = f"{sys.executable} -m cifar100cli presets --json | head -c 1"
+    finished = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (finished.stdout, finished.stderr) == ("{", "")
+
+
+def test_durations() -> None:
+    assert [console.duration(seconds) for seconds in (0.4, 59.4, 60, 3725)] == ["0 s", "59 s", "1:00", "1:02:05"]

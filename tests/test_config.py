@@ -1,0 +1,162 @@
+"""Presets: what is read, what is refused, and in which words."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cifar100cli.config import Config, Override, differences, load_preset, preset_names, shipped_presets
+from cifar100cli.errors import UsageError
+
+
+def load(tmp_path: Path, text: str, *overrides: Override) -> Config:
+    path = tmp_path / "mine.yaml"
+    path.write_text(text, encoding="utf-8")
+    return load_preset(str(path), overrides).config
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "value"),
+    [
+        ("optimizer: {lr: 1e-3}", "optimizer.lr", 0.001),
+        ("optimizer: {lr: 2E-2}", "optimizer.lr", 0.02),
+        ("optimizer: {lr: .5}", "optimizer.lr", 0.5),
+        ("optimizer: {lr: '1e-2'}", "optimizer.lr", 0.01),
+        ("optimizer: {betas: [0.8, 9.9e-1]}", "optimizer.betas", (0.8, 0.99)),
+        ("train: {epochs: 1e2}", "train.epochs", 100),
+        ("seed: 010", "seed", 10),
+        ("model: {pretrained: on}", "model.pretrained", True),
+        ("model: {pretrained: yes}", "model.pretrained", True),
+        ("model: {pretrained: off}", "model.pretrained", False),
+        ("augment: {policy: none}", "augment.policy", "none"),
+        ("description: off", "description", "off"),
+        ("description: 12:30", "description", "12:30"),
+    ],
+)
+def test_scalars_mean_what_a_user_means(tmp_path: Path, text: str, key: str, value: object) -> None:
+    found: object = load(tmp_path, text)
+    for part in key.split("."):
+        found = getattr(found, part)
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("optimzer: {lr: 1}", ["'optimzer'", "did you mean optimizer?"]),
+        ("optimizer: {ls: 1}", ["'optimizer.ls'", "did you mean optimizer.lr?"]),
+        ("lr: 1", ["'lr'", "did you mean optimizer.lr?"]),
+        ("zzz: 1", ["'zzz'", "--print-config"]),
+        ("optimizer: {name: adanw}", ["optimizer.name", "adanw", "adamw, adam, sgd", "did you mean adamw?"]),
+        ("optimizer: {lr: -1}", ["optimizer.lr", "-1", "above 0"]),
+        ("optimizer: {lr: .nan}", ["optimizer.lr", ".nan", "a number"]),
+        ("optimizer: {lr: .inf}", ["optimizer.lr", ".inf"]),
+        ("optimizer: {lr: 1e999}", ["optimizer.lr", "number"]),
+        ("optimizer: {lr: true}", ["optimizer.lr", "true"]),
+        ("optimizer: {lr: [1]}", ["optimizer.lr", "[1]"]),
+        ("optimizer: {betas: 0.9}", ["optimizer.betas", "0.9", "two numbers"]),
+        ("optimizer: {betas: [0.9, 1.5]}", ["optimizer.betas", "1.5"]),
+        ("train: {epochs: 1.5}", ["train.epochs", "1.5", "whole number"]),
+        ("train: {epochs: 0}", ["train.epochs", "0", "at least 1"]),
+        ("train: {epochs: yes}", ["train.epochs", "yes", "whole number"]),
+        ("train: {select: best_tset}", ["train.select", "best_tset", "did you mean best_test?"]),
+        ("train: {select: best_val}", ["train.select", "data.val_fraction"]),
+        ("model: {pretrained: perhaps}", ["model.pretrained", "perhaps", "true or false"]),
+        ("data: {fraction: 0}", ["data.fraction", "above 0", "at most 1"]),
+        ("data: {image_size: 8}", ["data.image_size", "8", "16"]),
+        ("augment: off", ["augment", "off", "policy"]),
+        ("data:", ["data", "dataset"]),
+        ("seed: -1", ["seed", "-1"]),
+        ("published: {top1: 44}", ["published.top1", "44", "at most 1"]),
+        ("published: {epoch: 4}", ["published.top1", "missing"]),
+        ("seed: 1\nseed: 2", ["'seed'", "twice", "line 2"]),
+        ("{", ["YAML", "line 1"]),
+        ("[1]", ["no keys"]),
+        ("", ["no keys"]),
+        ("a: &x 1\nb: *x", ["aliases", "line 2"]),
+        ("? [a]\n: b", ["plain text"]),
+        ("[" * 5000, ["nested"]),
+        ("seed: " + "9" * 5000, ["YAML"]),
+        ("x: !!python/object/apply:os.system [ls]", ["os.system"]),
+        ("description: " + "x" * 100_000, ["64 KiB"]),
+    ],
+)
+def test_refused_in_one_line(tmp_path: Path, text: str, words: list[str]) -> None:
+    with pytest.raises(UsageError) as refusal:
+        load(tmp_path, text)
+    message = str(refusal.value)
+    assert "\n" not in message
+    assert len(message) < 400
+    for word in words:
+        assert word in message
+
+
+def test_overrides_name_where_they_come_from(tmp_path: Path) -> None:
+    assert load(tmp_path, "seed: 1", Override("seed", 2, "--seed")).seed == 2
+    with pytest.raises(UsageError, match=r"optimizer.lr = fast \(--lr\): must be a number"):
+        load(tmp_path, "seed: 1", Override("optimizer.lr", "fast", "--lr"))
+    with pytest.raises(UsageError, match=r"'train.epoch' in --set train.epoch; did you mean train.epochs\?"):
+        load(tmp_path, "seed: 1", Override("train.epoch", 3, "--set train.epoch"))
+    with pytest.raises(UsageError, match="it is a section"):
+        load(tmp_path, "seed: 1", Override("optimizer", 3, "--set optimizer"))
+
+
+def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_bytes(b"\xff\xfe\x00seed")
+    with pytest.raises(UsageError, match="UTF-8"):
+        load_preset(str(path))
+
+
+def test_a_preset_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="did you mean resnet18-baseline"):
+        load_preset("resnet18-basline")
+    with pytest.raises(UsageError, match="no such file"):
+        load_preset(str(tmp_path / "none.yaml"))
+    with pytest.raises(UsageError, match="no such file"):
+        load_preset(str(tmp_path))
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_yaml_round_trips(tmp_path: Path, name: str) -> None:
+    config = load_preset(name).config
+    assert load(tmp_path, config.to_yaml()) == config
+    # PyYAML's own reader, which other tools use, must see the same values.
+    assert yaml.safe_load(config.to_yaml()) == config.model_dump(mode="json", exclude_none=True)
+
+
+def test_differences_ignore_what_only_describes() -> None:
+    config = Config()
+    other = Config.model_validate({"description": "x", "optimizer": {"lr": 0.5}})
+    assert differences(config, config) == {}
+    assert differences(other, config) == {"optimizer.lr": (0.5, 0.001)}
+
+
+def test_the_tutorials_presets() -> None:
+    presets = dict(shipped_presets())
+    baseline = presets["resnet18-baseline"]
+    assert baseline.published is not None
+    assert (baseline.published.top1, baseline.published.epoch) == (0.4426, 186)
+    expected = {
+        "seed": 0,
+        "data": {"dataset": "cifar100", "image_size": 32, "batch_size": 250, "fraction": 1.0, "normalize": "none"},
+        "augment": {"policy": "none"},
+        "model": {"backbone": "resnet18", "pretrained": False, "stem": "imagenet", "head": "linear"},
+        "loss": {"name": "cross_entropy", "label_smoothing": 0.0},
+        "optimizer": {"name": "adamw", "lr": 0.001, "weight_decay": 0.0001, "betas": [0.9, 0.999], "grad_clip": 5.0},
+        "schedule": {"name": "constant", "warmup_epochs": 0},
+        "train": {"epochs": 200, "precision": "auto", "select": "best_test"},
+    }
+    found = baseline.model_dump(mode="json")
+    for section, keys in expected.items():
+        if isinstance(keys, dict):
+            assert {key: found[section][key] for key in keys} == keys
+    assert differences(presets["resnet18-wd01"], baseline) == {"optimizer.weight_decay": (0.1, 0.0001)}
+    assert differences(presets["resnet18-lbsmooth"], baseline) == {"loss.label_smoothing": (0.1, 0.0)}
+    assert [presets[name].published.top1 for name in ("resnet18-wd01", "resnet18-lbsmooth")] == [0.4012, 0.4481]  # type: ignore[union-attr]
+
+
+def test_only_the_tutorials_presets_choose_on_the_test_set() -> None:
+    for name, config in shipped_presets():
+        assert (config.train.select == "best_test") == (config.published is not None), name

@@ -1,0 +1,73 @@
+"""The levels of the architecture: a file imports only from lower ones, and the quick commands import no torch."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+PACKAGE = Path(__file__).parents[1] / "cifar100cli"
+
+# From the bottom up; a file may import what stands in a line above its own.
+LEVELS = (
+    {"__init__", "errors"},
+    {"config", "console", "fetch", "synthetic", "augment"},
+    {"unpack", "runs", "datasets", "models", "optim"},
+    {"download", "loader"},
+    {"tasks", "metrics", "checkpoint"},
+    {"trainer"},
+    {"workflows", "report"},
+    {"show"},
+    {"cli"},
+    {"__main__"},
+)
+
+
+def imports_of(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module == "cifar100cli":
+            names = {alias.name for alias in node.names}
+            found |= {name if (PACKAGE / f"{name}.py").exists() else "__init__" for name in names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("cifar100cli."):
+            found.add((node.module or "").split(".")[1])
+        elif isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("cifar100cli.")}
+    return found
+
+
+def test_imports_run_downward() -> None:
+    level_of = {name: level for level, names in enumerate(LEVELS) for name in names}
+    files = {path.stem: path for path in PACKAGE.glob("*.py")}
+    assert set(files) == set(level_of), "every file has its level here"
+    upward = [
+        f"{name} (level {level_of[name]}) imports {other} (level {level_of[other]})"
+        for name, path in files.items()
+        for other in imports_of(path)
+        if level_of[other] >= level_of[name]
+    ]
+    assert not upward, "; ".join(upward)
+
+
+def test_no_files_of_odds_and_ends() -> None:
+    assert not {"utils", "helpers", "common", "misc"} & {path.stem for path in PACKAGE.glob("*.py")}
+
+
+def test_quick_commands_import_no_torch(tmp_path: Path) -> None:
+    """One process for all of them: what none imports together, none imports alone."""
+    script = """
+import sys
+from cifar100cli import cli
+for arguments in (["--help"], ["--version"], ["train", "--help"], ["presets"], ["presets", "resnet18-baseline"],
+                  ["train", "--preset", "nope"], ["train", "--nope"], ["nope"], ["train", "--set", "a.b=1"],
+                  ["train", "--lr", "x"], ["train", "--print-config"], ["report", "nowhere"],
+                  ["train", "--resume", "nowhere"], ["download", "--dataset", "x"]):
+    sys.argv = ["cifar100", *arguments]
+    try:
+        cli.main()
+    except SystemExit:
+        pass
+    for heavy in ("torch", "timm", "torchvision", "numpy"):
+        assert heavy not in sys.modules, (heavy, arguments)
+"""
+    finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert finished.returncode == 0, finished.stderr

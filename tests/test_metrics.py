@@ -1,0 +1,65 @@
+"""Every measure against torchmetrics, and by hand where a sum can be done by hand."""
+
+import pytest
+import torch
+from torchmetrics.functional.classification import (
+    multiclass_accuracy,
+    multiclass_calibration_error,
+    multiclass_confusion_matrix,
+)
+
+from cifar100cli import metrics
+
+
+@pytest.fixture
+def answers() -> tuple[torch.Tensor, torch.Tensor]:
+    random = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 100, (5000,), generator=random)
+    logits = torch.randn(5000, 100, generator=random)
+    logits[torch.arange(5000), labels] += 2
+    return logits, labels
+
+
+def test_scores(answers: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = answers
+    result = metrics.score(logits, labels)
+    for k, ours in ((1, result.top1), (5, result.top5)):
+        theirs = multiclass_accuracy(logits, labels, num_classes=100, average="micro", top_k=k)
+        assert ours == pytest.approx(theirs.item(), abs=1e-6)
+    assert result.loss == pytest.approx(-logits.double().log_softmax(1)[torch.arange(5000), labels].mean().item())
+    assert result.count == 5000
+
+
+def test_calibration_error(answers: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = answers
+    theirs = multiclass_calibration_error(logits.softmax(1), labels, num_classes=100, n_bins=15, norm="l1")
+    assert metrics.expected_calibration_error(logits, labels) == pytest.approx(theirs.item(), abs=1e-5)
+
+
+def test_calibration_error_of_the_certain() -> None:
+    logits = torch.eye(4) * 1000
+    assert metrics.expected_calibration_error(logits, torch.arange(4)) == 0
+    assert metrics.expected_calibration_error(logits, torch.tensor([1, 2, 3, 0])) == 1
+
+
+def test_classes_confusions_and_superclasses(answers: tuple[torch.Tensor, torch.Tensor]) -> None:
+    logits, labels = answers
+    superclass_of = tuple(label % 20 for label in range(100))
+    result = metrics.evaluate(logits, labels, superclass_of)
+    matrix = multiclass_confusion_matrix(logits, labels, num_classes=100)
+    expected = multiclass_accuracy(logits, labels, num_classes=100, average="none")
+    assert result.per_class == pytest.approx(expected.tolist(), abs=1e-6)
+    assert all(matrix[true, predicted] == count for true, predicted, count in result.confusions)
+    assert sum(count for *_, count in result.confusions) == 5000 - matrix.trace().item()
+    counts = [count for *_, count in result.confusions]
+    assert counts == sorted(counts, reverse=True)
+    groups = multiclass_confusion_matrix(logits.argmax(1) % 20, labels % 20, num_classes=20)
+    assert result.superclass_top1 == pytest.approx(groups.trace().item() / 5000)
+
+
+def test_by_hand() -> None:
+    logits = torch.tensor([[9.0, 0, 0], [0, 9, 0], [9, 0, 0], [9, 0, 0]])
+    result = metrics.evaluate(logits, torch.tensor([0, 1, 1, 1]))
+    assert (result.top1, result.top5, result.superclass_top1) == (0.5, 1.0, None)
+    assert result.per_class == (1.0, pytest.approx(1 / 3), None)
+    assert result.confusions == ((1, 0, 2),)

@@ -1,0 +1,131 @@
+"""The report: groups, means, differences, protocols, and folders that are not what they should be."""
+
+import csv
+import io
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cifar100cli import report, runs
+from cifar100cli.config import Override, load_preset
+from cifar100cli.runs import RunDir
+
+
+def make_run(root: Path, preset: str, top1: float, seed: int = 0, **settings: Any) -> RunDir:
+    overrides = [Override(key.replace("__", "."), value, "test") for key, value in settings.items()]
+    config = load_preset(preset, [Override("seed", seed, "test"), *overrides]).config
+    run = RunDir.create(root, preset, config, {})
+    run.append_metrics({"epoch": 1, "train_loss": 1.0})
+    run.write_result(
+        {
+            "preset": preset,
+            "dataset": config.data.dataset,
+            "seed": seed,
+            "epochs": config.train.epochs,
+            "test": {"top1": top1},
+            "best": {"epoch": 7},
+            "seconds": 60.0,
+            "images_per_second": 900.0,
+        }
+    )
+    return run
+
+
+def test_seeds_are_averaged(tmp_path: Path) -> None:
+    figures = [0.44, 0.45, 0.43]
+    for seed, top1 in enumerate(figures):
+        make_run(tmp_path, "resnet18-baseline", top1, seed)
+    (row,) = report.collect([tmp_path]).rows
+    assert row.n == 3
+    assert row.top1_mean == pytest.approx(statistics.fmean(figures))
+    assert row.top1_std == pytest.approx(statistics.stdev(figures))
+    assert row.delta == pytest.approx(row.top1_mean - 0.4426)
+    assert (row.published_top1, row.published_epoch, row.select) == (0.4426, 186, "best_test")
+    assert len(row.runs) == 3
+    assert row.changes == {}
+
+
+def test_other_settings_are_other_rows(tmp_path: Path) -> None:
+    make_run(tmp_path, "resnet18-baseline", 0.44)
+    make_run(tmp_path, "resnet18-baseline", 0.30, train__epochs=10)
+    make_run(tmp_path, "resnet18-wd01", 0.40)
+    rows = report.collect([tmp_path]).rows
+    assert [(row.preset, row.changes, row.n) for row in rows] == [
+        ("resnet18-baseline", {}, 1),
+        ("resnet18-baseline", {"train.epochs": 10}, 1),
+        ("resnet18-wd01", {}, 1),
+    ]
+    assert rows[0].top1_std is None
+
+
+def test_another_data_set_is_not_compared(tmp_path: Path) -> None:
+    make_run(tmp_path, "resnet18-baseline", 0.9, data__dataset="synthetic")
+    found = report.collect([tmp_path])
+    assert found.rows[0].delta is None
+    assert "synthetic" in report.render(found, "markdown")
+    assert report.outside_tolerance(found, 0.1) == []
+
+
+def test_tolerance(tmp_path: Path) -> None:
+    make_run(tmp_path, "resnet18-baseline", 0.4476)
+    found = report.collect([tmp_path])
+    assert report.outside_tolerance(found, 0.5) == []
+    (phrase,) = report.outside_tolerance(found, 0.4)
+    assert "+0.50 points" in phrase
+
+
+def test_formats_agree(tmp_path: Path) -> None:
+    make_run(tmp_path, "resnet18-baseline", 0.44, optimizer__lr=0.01)
+    found = report.collect([tmp_path])
+    (from_json,) = json.loads(report.render(found, "json"))["rows"]
+    (from_csv,) = csv.DictReader(io.StringIO(report.render(found, "csv")))
+    assert from_json["top1_mean"] == float(from_csv["top1_mean"]) == 0.44
+    assert from_csv["changes"] == "optimizer.lr=0.01"
+    markdown = report.render(found, "markdown").splitlines()
+    assert [line.count("|") for line in markdown[:3]] == [10, 10, 10]
+    for cell in ("resnet18-baseline (optimizer.lr=0.01)", "44.26%", "44.00%", "-0.26", "best on test"):
+        assert f" {cell} |" in markdown[2]
+
+
+def test_names_are_text(tmp_path: Path) -> None:
+    make_run(tmp_path, "resnet18-baseline", 0.44).path.parent.rename(tmp_path / "a|<b>")
+    run = next((tmp_path / "a|<b>").iterdir())
+    environment = json.loads((run / runs.ENVIRONMENT).read_text())
+    (run / runs.ENVIRONMENT).write_text(json.dumps({**environment, "preset": "a|<b>\nc"}))
+    line = report.render(report.collect([tmp_path]), "markdown").splitlines()[2]
+    assert line.startswith("| a\\|&lt;b> c |")
+
+
+def test_what_is_broken_is_listed_and_stops_nothing(tmp_path: Path) -> None:
+    make_run(tmp_path, "resnet18-baseline", 0.44)
+    unfinished = make_run(tmp_path, "resnet18-wd01", 0.4).path
+    (unfinished / runs.RESULT).unlink()
+    no_json = make_run(tmp_path, "resnet18-wd01", 0.4).path
+    (no_json / runs.RESULT).write_text("{")
+    for number, result in enumerate(({}, {"test": {"top1": "x"}}, {"test": {"top1": float("nan")}})):
+        wrong = make_run(tmp_path, "resnet18-wd01", 0.4, seed=number).path
+        (wrong / runs.RESULT).write_text(json.dumps({**json.loads((wrong / runs.RESULT).read_text()), **result}))
+        if not result:
+            (wrong / runs.RESULT).write_text("{}")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / runs.MODEL).write_bytes(b"")
+    (foreign / runs.METRICS).write_bytes(b"\xff")
+    found = report.collect([tmp_path])
+    assert len(found.rows) == 1
+    reasons = {Path(u.run).name: u.reason for u in found.unusable}
+    assert reasons[unfinished.name] == "unfinished: 1 of 200 epochs"
+    assert "not valid JSON" in reasons[no_json.name]
+    assert "not a run folder" in reasons["foreign"]
+    assert len(found.unusable) == 6
+    assert report.render(found, "markdown").count("not counted") == 6
+
+
+def test_a_run_can_be_named_itself(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "resnet18-baseline", 0.44)
+    make_run(tmp_path, "resnet18-baseline", 0.46, seed=1)
+    assert report.collect([run.path]).rows[0].n == 1
+    assert report.collect([run.path, tmp_path]).rows[0].n == 2

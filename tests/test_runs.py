@@ -1,0 +1,109 @@
+"""Run folders: made once, never overwritten, read with suspicion."""
+
+import json
+import threading
+from pathlib import Path
+
+import pytest
+
+from cifar100cli import runs
+from cifar100cli.config import Config
+from cifar100cli.errors import DataError
+from cifar100cli.runs import RunDir
+
+
+def make_run(root: Path, epochs: int = 0, preset: str = "mine") -> RunDir:
+    run = RunDir.create(root, preset, Config(seed=3), {"device": "cpu"})
+    for epoch in range(1, epochs + 1):
+        run.append_metrics({"epoch": epoch, "train_loss": 1.0})
+    return run
+
+
+def test_runs_of_the_same_second_get_folders_of_their_own(tmp_path: Path) -> None:
+    made: list[RunDir] = []
+    threads = [threading.Thread(target=lambda: made.append(make_run(tmp_path))) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len({run.path for run in made}) == 8
+    assert all("-seed3" in run.path.name and run.path.parent == tmp_path / "mine" for run in made)
+
+
+def test_opens_what_it_made(tmp_path: Path) -> None:
+    run = RunDir.open(make_run(tmp_path, epochs=2).path)
+    assert (run.preset, run.config(), run.complete) == ("mine", Config(seed=3), False)
+    assert [row["epoch"] for row in run.metrics()] == [1, 2]
+    run.write_result({"test": 1})
+    assert run.complete
+    assert run.result() == {"test": 1}
+
+
+def test_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
+    run = make_run(tmp_path, epochs=3)
+    with (run.path / runs.METRICS).open("a") as file:
+        file.write('{"epoch": 4, "tra')
+    assert len(run.metrics()) == 3
+    run.forget_after(2)
+    assert [row["epoch"] for row in run.metrics()] == [1, 2]
+    assert (run.path / runs.METRICS).read_text().count("\n") == 2
+
+
+def test_lines_that_are_gone(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="missing or broken before epoch 5"):
+        make_run(tmp_path, epochs=3).forget_after(5)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (runs.ENVIRONMENT, "{", "not valid JSON"),
+        (runs.ENVIRONMENT, "[]", "not a JSON object"),
+        (runs.ENVIRONMENT, "[" * 100_000, "not valid JSON"),
+        (runs.ENVIRONMENT, "{}", "format number"),
+        (runs.ENVIRONMENT, json.dumps({"format": 99}), "newer cifar100"),
+        (runs.CONFIG, "a: [", "not valid YAML"),
+        (runs.CONFIG, "nope: 1", "unknown key"),
+    ],
+)
+def test_broken_folders(tmp_path: Path, name: str, content: str, words: str) -> None:
+    path = make_run(tmp_path).path
+    (path / name).write_text(content)
+    with pytest.raises(DataError, match=words):
+        RunDir.open(path).config()
+
+
+def test_folders_that_are_no_run(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such run folder"):
+        RunDir.open(tmp_path / "none")
+    with pytest.raises(DataError, match="not a run folder"):
+        RunDir.open(tmp_path)
+
+
+def test_last_is_the_unfinished_run_begun_last(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no unfinished run"):
+        runs.latest_unfinished(tmp_path)
+    make_run(tmp_path, preset="other")
+    second, third = make_run(tmp_path), make_run(tmp_path)
+    assert runs.latest_unfinished(tmp_path) == third
+    third.write_result({})
+    assert runs.latest_unfinished(tmp_path) == second
+    assert runs.latest_unfinished(tmp_path, "other").preset == "other"
+    with pytest.raises(DataError, match="of nothing"):
+        runs.latest_unfinished(tmp_path, "nothing")
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    runs.write_text(path, "old")
+
+    def fail() -> None:
+        with runs.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        fail()
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert path.stat().st_mode & 0o777 == 0o666 & ~runs._umask()

@@ -1,0 +1,295 @@
+"""The loop: against a plain loop of torch, stopped and resumed to the bit, and honest about the test set."""
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+from cifar100cli import runs, synthetic, trainer, workflows
+from cifar100cli.checkpoint import TrainState
+from cifar100cli.config import Config, Preset
+from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
+from cifar100cli.loader import Batch, DeviceLoader
+from cifar100cli.runs import RunDir
+from cifar100cli.trainer import Silent
+from cifar100cli.workflows import Where
+
+pytestmark = pytest.mark.usefixtures("small_synthetic")
+
+
+def make_preset(**sections: dict[str, Any]) -> Preset:
+    content: dict[str, Any] = {
+        "data": {"dataset": "synthetic", "batch_size": 64},
+        "model": {"backbone": "test_resnet"},
+        "train": {"epochs": 3, "precision": "fp32"},
+    }
+    for name, keys in sections.items():
+        content[name] = {**content.get(name, {}), **keys}
+    return Preset("mine", Config.model_validate(content))
+
+
+def where(tmp_path: Path) -> Where:
+    return Where(tmp_path / "data", tmp_path / "runs", "cpu")
+
+
+def only_run(tmp_path: Path) -> RunDir:
+    (path,) = runs.find_runs(tmp_path / "runs")
+    return RunDir.open(path)
+
+
+class StopAfter(Silent):
+    """Presses Ctrl-C after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        self.left = steps
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+def test_equals_a_plain_loop(tmp_path: Path, small_synthetic: synthetic.Drawn) -> None:
+    preset = make_preset(optimizer={"weight_decay": 0.05}, loss={"label_smoothing": 0.1}, train={"select": "best_test"})
+    result = workflows.train(preset, where(tmp_path), Silent())
+
+    images, labels = (torch.from_numpy(array) for array in small_synthetic.train)
+    test_images, test_labels = (torch.from_numpy(array) for array in small_synthetic.test)
+    torch.manual_seed(0)
+    model = timm.create_model("test_resnet", num_classes=100)
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=0.001, betas=(0.9, 0.999), weight_decay=0.05, fused=False, foreach=False
+    )
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
+    curve, accuracies = [], []
+    for epoch in (1, 2, 3):
+        order = np.random.default_rng([0, epoch]).permutation(400)
+        total = 0.0
+        model.train()
+        for start in range(0, 400, 64):
+            chosen = torch.from_numpy(order[start : start + 64])
+            loss = criterion(model(images[chosen] / 255), labels[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            total += loss.item() * len(chosen)
+        curve.append(total / 400)
+        with torch.inference_mode():
+            predicted = model.eval()(test_images / 255).argmax(1)
+        accuracies.append((predicted == test_labels).double().mean().item())
+
+    rows = only_run(tmp_path).metrics()
+    assert [row["train_loss"] for row in rows] == pytest.approx(curve, rel=2e-4)
+    assert [row["test_top1"] for row in rows] == pytest.approx(accuracies, abs=0.011)  # two images of 200
+    assert result["best"]["top1"] == max(row["test_top1"] for row in rows) == result["test"]["top1"]
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bf16": {"train": {"precision": "bf16"}},
+    "sgd, cosine, augmented": {
+        "optimizer": {"name": "sgd", "lr": 0.05},
+        "schedule": {"name": "cosine", "warmup_epochs": 1},
+        "augment": {"policy": "crop_flip"},
+    },
+    "held out": {"data": {"val_fraction": 0.25, "normalize": "dataset"}, "train": {"select": "best_val"}},
+    "best on test": {"train": {"select": "best_test"}},
+}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("stops", [(3,), (7,), (14, 3)])
+def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, recipe: str, stops: tuple[int, ...]) -> None:
+    """An epoch has 7 steps (5 where images are held out): stops in the first, between two, and twice."""
+    preset = make_preset(**RECIPES[recipe])
+    unbroken, broken = where(tmp_path / "unbroken"), where(tmp_path / "broken")
+    workflows.train(preset, unbroken, Silent())
+
+    with pytest.raises(RunInterrupted):
+        workflows.train(preset, broken, StopAfter(stops[0]))
+    for steps in stops[1:]:
+        with pytest.raises(RunInterrupted):
+            workflows.resume(only_run(tmp_path / "broken"), broken, StopAfter(steps))
+    workflows.resume(only_run(tmp_path / "broken"), broken, Silent())
+
+    one, other = only_run(tmp_path / "unbroken"), only_run(tmp_path / "broken")
+    assert (one.path / runs.MODEL).read_bytes() == (other.path / runs.MODEL).read_bytes()
+    assert (one.path / runs.STATE).read_bytes() == (other.path / runs.STATE).read_bytes()
+
+    def untimed(content: Mapping[str, Any]) -> dict[str, Any]:
+        return {k: v for k, v in content.items() if k not in ("seconds", "images_per_second", "run_dir")}
+
+    assert [untimed(row) for row in one.metrics()] == [untimed(row) for row in other.metrics()]
+    assert untimed(one.result()) == untimed(other.result())
+
+
+def test_an_epoch_measured_but_not_saved_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a kill between the line of metrics and the training state."""
+    preset = make_preset()
+    workflows.train(preset, where(tmp_path / "unbroken"), Silent())
+
+    save_state = trainer.checkpoint.save_state
+    calls = 0
+
+    def killed_in_the_second_epoch(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        save_state(*arguments)
+
+    monkeypatch.setattr(trainer.checkpoint, "save_state", killed_in_the_second_epoch)
+    with pytest.raises(RunInterrupted):
+        workflows.train(preset, where(tmp_path), Silent())
+    assert len(only_run(tmp_path).metrics()) == 2
+    workflows.resume(only_run(tmp_path), where(tmp_path), Silent())
+    assert [row["epoch"] for row in only_run(tmp_path).metrics()] == [1, 2, 3]
+    same = [(only_run(folder).path / runs.MODEL).read_bytes() for folder in (tmp_path, tmp_path / "unbroken")]
+    assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("select", ["best_test", "best_val", "last"])
+def test_the_test_set_is_looked_at_once_unless_the_protocol_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
+) -> None:
+    looks = []
+    epoch_of = DeviceLoader.epoch
+
+    def spy(self: DeviceLoader, number: int) -> Iterator[Batch]:
+        if self.count == 200:  # the size of the test set, and of nothing else here
+            looks.append(number)
+        return epoch_of(self, number)
+
+    monkeypatch.setattr(DeviceLoader, "epoch", spy)
+    preset = make_preset(data={"val_fraction": 0.25}, train={"select": select})
+    result = workflows.train(preset, where(tmp_path), Silent())
+    assert len(looks) == (4 if select == "best_test" else 1)
+    rows = only_run(tmp_path).metrics()
+    assert all((row["test_top1"] is None) == (select != "best_test") for row in rows)
+    assert all(0 <= row["val_top1"] <= 1 for row in rows)
+    best = result["best"]
+    if select == "last":
+        assert best["epoch"] == 3
+    else:
+        split = select.removeprefix("best_")
+        figures = [row[f"{split}_top1"] for row in rows]
+        assert (best["top1"], best["epoch"]) == (max(figures), figures.index(max(figures)) + 1)
+        assert best["split"] == split
+    assert load_file(only_run(tmp_path).path / runs.MODEL)
+
+
+def test_the_selected_weights_are_the_best_epochs(tmp_path: Path) -> None:
+    """A run that stops at the best epoch ends with the weights that the longer run selected."""
+    long = make_preset(train={"select": "best_test", "epochs": 5}, optimizer={"lr": 0.02})
+    best = workflows.train(long, where(tmp_path / "long"), Silent())["best"]["epoch"]
+    short = make_preset(train={"select": "last", "epochs": best}, optimizer={"lr": 0.02})
+    workflows.train(short, where(tmp_path / "short"), Silent())
+    one, other = (load_file(only_run(tmp_path / name).path / runs.MODEL) for name in ("long", "short"))
+    assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+def test_seeds_differ_and_the_same_seed_does_not(tmp_path: Path) -> None:
+    def losses(seed: int, folder: str) -> list[float]:
+        config = make_preset().config.model_copy(update={"seed": seed})
+        workflows.train(Preset("mine", config), where(tmp_path / folder), Silent())
+        return [row["train_loss"] for row in only_run(tmp_path / folder).metrics()]
+
+    assert losses(0, "a") == losses(0, "b") != losses(1, "c")
+
+
+def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
+    preset = make_preset(optimizer={"name": "sgd", "lr": 100, "grad_clip": 0}, train={"epochs": 50})
+    with pytest.raises(DivergedError, match=r"epoch \d+.*learning rate 100.*lower --lr"):
+        workflows.train(preset, where(tmp_path), Silent())
+    run = only_run(tmp_path)
+    assert not run.complete
+    if (run.path / runs.MODEL).exists():
+        assert all(torch.isfinite(tensor).all() for tensor in load_file(run.path / runs.MODEL).values())
+
+
+def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class SpoilInEpochTwo(Silent):
+        steps = 0
+
+        def step(self) -> None:
+            self.steps += 1
+            if self.steps == 14:
+                with torch.no_grad():
+                    next(job.model.parameters()).fill_(float("nan"))
+
+    prepare = workflows.prepare
+
+    def remember(*arguments: Any) -> workflows.Job:
+        nonlocal job
+        job = prepare(*arguments)
+        return job
+
+    job: workflows.Job
+    monkeypatch.setattr(workflows, "prepare", remember)
+    with pytest.raises(DivergedError, match=r"weights stopped being finite in epoch 2.*last good checkpoint is"):
+        workflows.train(make_preset(), where(tmp_path), SpoilInEpochTwo())
+    run = only_run(tmp_path)
+    assert len(run.metrics()) == 1
+    assert all(torch.isfinite(tensor).all() for tensor in load_file(run.path / runs.MODEL).values())
+
+
+def test_resuming_in_another_precision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    preset = make_preset(train={"precision": "auto"})
+    with pytest.raises(RunInterrupted):
+        workflows.train(preset, where(tmp_path), StopAfter(9))
+    assert json.loads((only_run(tmp_path).path / runs.ENVIRONMENT).read_text())["precision"] == "bf16"
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    with pytest.raises(UsageError, match="begun in bf16"):
+        workflows.resume(only_run(tmp_path), where(tmp_path), Silent())
+
+
+@pytest.mark.parametrize(
+    ("capabilities", "expected"), [({}, "fp32"), ({"avx512_bf16": True}, "bf16"), ({"amx_bf16": True}, "bf16")]
+)
+def test_auto_precision_asks_the_processor(
+    monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert trainer.resolve_precision("auto", torch.device("cpu")) == expected
+    assert trainer.resolve_precision("fp32", torch.device("cpu")) == "fp32"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_here() -> None:
+    with pytest.raises(UsageError, match="no CUDA device"):
+        trainer.select_device("cuda:1")
+    assert trainer.select_device("cpu") == torch.device("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
+    job = workflows.prepare(make_preset(augment={"policy": "crop_flip"}), Where(tmp_path, tmp_path, "cuda"))
+    optimizer = workflows.create_optimizer(job.config.optimizer, job.model)
+    cast = trainer.autocast(job.device, job.precision)
+
+    class Watch(Silent):
+        def step(self) -> None:
+            torch.cuda.set_sync_debug_mode("error")
+
+    def epoch(number: int, observer: Silent) -> None:
+        trainer.train_epoch(job.model, job.task, job.loaders.train, optimizer, job.config, number, cast, observer)
+
+    epoch(1, Silent())
+    with pytest.raises(RuntimeError, match="synchroniz"):  # the one wait, for the sums at the end
+        epoch(2, Watch())
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_state_is_plain(tmp_path: Path) -> None:
+    workflows.train(make_preset(), where(tmp_path), Silent())
+    tensors, about = trainer.checkpoint.read(only_run(tmp_path).path / runs.STATE)
+    assert TrainState(**{key: about[key] for key in ("epoch", "best_epoch", "best_top1")}) == TrainState(3, 3, -1.0)
+    assert all(name.startswith(("model.", "optimizer.")) for name in tensors)
