@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cifar100cli import __version__, console
+from cifar100cli import __version__, console, show
 from cifar100cli.errors import CifarError, DataError, RunInterrupted, Terminated, ToleranceError, UsageError
 
 if TYPE_CHECKING:
@@ -290,14 +290,14 @@ def train(
     from cifar100cli import workflows
 
     if dry_run:
-        _show_dry_run(workflows.dry_run(chosen, where), json)
+        show.dry_run(workflows.dry_run(chosen, where), json)
         return
     display = console.TrainingDisplay(chosen.name)
     try:
         result = workflows.train(chosen, where, display)
     finally:
         display.close()
-    _show_result(result, chosen.config.published, json)
+    show.training(result, chosen.config.published, json)
 
 
 def _resume(
@@ -333,50 +333,7 @@ def _resume(
         result = workflows.resume(run, where, display)
     finally:
         display.close()
-    _show_result(result, run.config().published, json)
-
-
-def _show_dry_run(result: dict[str, Any], json: bool) -> None:
-    if json:
-        console.result_json(result)
-        return
-    console.result(
-        f"{result['preset']} is ready: {result['backbone']} with {result['parameters']:,} parameters, "
-        f"{result['training_images']:,} images of {result['dataset']} in {result['steps_per_epoch']:,} steps, "
-        f"{result['epochs']} epochs, {result['precision']} on {result['device']}"
-    )
-    console.result(f"one step on a batch of {tuple(result['batch'])} gave the loss {result['loss']:.4f}")
-    console.result("nothing was written (dry run)")
-
-
-def _show_result(result: dict[str, Any], published: Any, json: bool) -> None:
-    if json:
-        console.result_json(result)
-        return
-    test, best = result["test"], result["best"]
-    how = {
-        "best_test": f"epoch {best['epoch']}, the best on the test set itself",
-        "best_val": f"epoch {best['epoch']}, the best on the held-out images ({console.percent(best['top1'])} there)",
-        "last": f"epoch {best['epoch']}, the last",
-    }[result["select"]]
-    synthetic = " of the synthetic (drawn) data" if result["dataset"] == "synthetic" else ""
-    console.result(
-        f"{result['preset']}, seed {result['seed']}: test{synthetic} {console.percent(test['top1'])}, "
-        f"top-5 {console.percent(test['top5'])}, loss {test['loss']:.4f} ({how})"
-    )
-    if published is not None and result["dataset"] != "synthetic":
-        at = f" at epoch {published.epoch}" if published.epoch else ""
-        console.result(
-            f"published: {console.percent(published.top1)}{at}; "
-            f"the difference is {100 * (test['top1'] - published.top1):+.2f} points"
-        )
-    console.result(
-        f"{result['epochs']} epochs in {console.duration(result['seconds'])}, "
-        f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {result['device']}"
-    )
-    console.result(f"the run is {result['run_dir']}")
-    console.result(f"next: cifar100 evaluate {result['run_dir']}")
-    console.result("      cifar100 report")
+    show.training(result, run.config().published, json)
 
 
 @app.command()
@@ -405,49 +362,9 @@ def evaluate(
         result = workflows.evaluate(
             checkpoint.expanduser(), where, split, predictions.expanduser() if predictions else None
         )
-    if json:
-        console.result_json(result)
-    else:
-        _show_evaluation(result)
+    show.evaluation(result, json)
     if predictions is not None:
         console.log(f"predictions are in {predictions}")
-
-
-def _show_evaluation(result: dict[str, Any]) -> None:
-    from cifar100cli.console import percent
-
-    name = "synthetic (drawn)" if result["dataset"] == "synthetic" else result["dataset"]
-    console.result(f"{result['checkpoint']} (epoch {result['epoch']})")
-    console.result(f"on {result['count']:,} {result['split']} images of {name}")
-    rows = [
-        ("top-1", percent(result["top1"])),
-        ("top-5", percent(result["top5"])),
-        ("loss", f"{result['loss']:.4f}"),
-        ("calibration error (ECE)", f"{result['ece']:.4f}"),
-    ]
-    if result["superclass_top1"] is not None:
-        rows.append(("superclass top-1", percent(result["superclass_top1"])))
-    console.table("", ("measure", "value"), rows, right=(1,))
-    ranked = sorted(
-        ((top1, name) for name, top1 in result["per_class"].items() if top1 is not None),
-        key=lambda c: (-c[0], c[1]),
-    )
-    some = min(5, len(ranked) // 2)
-    console.table(
-        "Best and worst classes",
-        ("class", "top-1", "class ", "top-1 "),
-        [
-            (best[1], percent(best[0]), worst[1], percent(worst[0]))
-            for best, worst in zip(ranked[:some], ranked[: -some - 1 : -1], strict=True)
-        ],
-        right=(1, 3),
-    )
-    console.table(
-        "Most frequent confusions",
-        ("true", "predicted", "images"),
-        [(c["true"], c["predicted"], str(c["count"])) for c in result["confusions"][:10]],
-        right=(2,),
-    )
 
 
 @app.command()
@@ -563,25 +480,7 @@ def presets(
         else:
             console.result(config.to_yaml().rstrip())
         return
-    configs = dict(shipped_presets())
-    if json:
-        console.result_json({"presets": [{"name": n, **c.model_dump(mode="json")} for n, c in configs.items()]})
-        return
-    console.table(
-        "",
-        ("preset", "published", "epochs", "chosen by", "what it is"),
-        [
-            (
-                preset_name,
-                console.percent(config.published.top1) if config.published else "-",
-                str(config.train.epochs),
-                console.PROTOCOLS[config.train.select],
-                config.description,
-            )
-            for preset_name, config in configs.items()
-        ],
-        right=(1, 2),
-    )
+    show.presets(dict(shipped_presets()), json)
 
 
 @app.command()

@@ -107,12 +107,23 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
     from rich.table import Table
     from rich.text import Text
 
-    drawn = Table(title=Text(title) if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    drawn = Table(
+        title=Text(title, style="bold") if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+        collapse_padding=True,
+    )
     for index, name in enumerate(columns):
         drawn.add_column(Text(name), justify="right" if index in right else "left", overflow="fold")
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
-    _console(sys.stdout).print(drawn)
+    screen = _console(sys.stdout)
+    with screen.capture() as capture:
+        screen.print(drawn)
+    lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
+    print("\n".join([*lines, ""]), flush=True)
 
 
 def percent(fraction: float | None) -> str:

@@ -14,9 +14,10 @@ from cifar100cli import console
 from cifar100cli.config import Config, differences, load_preset, preset_names
 from cifar100cli.console import PROTOCOLS, percent
 from cifar100cli.errors import CifarError, DataError, UsageError
-from cifar100cli.runs import METRICS, RunDir, find_runs
+from cifar100cli.runs import RunDir, find_runs
 
 FORMATS = {".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
+TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "synthetic": "Synthetic (drawn) data"}
 COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
 
 
@@ -151,7 +152,7 @@ def _row(group: list[_Complete]) -> Row:
     own_dataset = shipped.data.dataset if shipped is not None else "cifar100"
     top1 = [run.result["test"]["top1"] for run in group]
     mean = fmean(top1)
-    comparable = published is not None and config.data.dataset == own_dataset
+    comparable = config.data.dataset == own_dataset != "synthetic"
     return Row(
         preset=first.preset,
         changes=changes,
@@ -213,13 +214,11 @@ def _cells(row: Row) -> tuple[str, ...]:
 def _notes(report: Report) -> list[str]:
     notes = []
     if any(row.select == "best_test" for row in report.rows):
-        notes.append(
-            "best on test: the epoch was chosen on the test set itself, as the tutorial does; this flatters the figure."
-        )
+        notes.append("best on test: the epoch was chosen on the test set itself, as the tutorial does; it flatters.")
     if any(row.dataset == "synthetic" for row in report.rows):
         notes.append("synthetic: drawn shapes; these figures say nothing about CIFAR-100.")
     if any(row.changes for row in report.rows):
-        notes.append("in brackets: settings that are not the preset's, so the published figure is for other settings.")
+        notes.append("in brackets: settings that are not the preset's; the published figure is for the preset's.")
     return notes
 
 
@@ -262,15 +261,39 @@ def _escape(cell: str) -> str:
 
 
 def show_table(report: Report) -> None:
-    """Print the report for people."""
-    if report.rows:
-        console.table("", COLUMNS, [_cells(row) for row in report.rows], right=range(1, 7))
-    else:
+    """Print the report for people: a table for each data set, narrow enough for 80 columns."""
+    if not report.rows:
         console.result("there is no complete run here yet; `cifar100 train` makes one")
+    changes = list(dict.fromkeys(_changed(row) for row in report.rows if row.changes))
+    letters = {changed: _letters(index) for index, changed in enumerate(changes)}
+    for dataset in dict.fromkeys(row.dataset for row in report.rows):
+        console.table(
+            f"{TITLES.get(dataset, dataset)}: top-1 on the test set, in %",
+            ("preset", "published", "ours", "diff", "n", "epochs", "chosen by"),
+            [_narrow(row, letters.get(_changed(row))) for row in report.rows if row.dataset == dataset],
+            right=range(1, 6),
+        )
+    for changed, letter in letters.items():
+        console.result(f"[{letter}] {changed.strip(' ()')}")
     for note in _notes(report):
         console.result(note)
     for unusable in report.unusable:
         console.result(f"not counted: {unusable.run}: {unusable.reason}")
 
 
-__all__ = ["METRICS", "Report", "Row", "collect", "format_of", "outside_tolerance", "render", "show_table"]
+def _narrow(row: Row, letter: str | None) -> tuple[str, ...]:
+    deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
+    return (
+        row.preset + (f" [{letter}]" if letter else ""),
+        "-" if row.published_top1 is None else f"{100 * row.published_top1:.2f}",
+        f"{100 * row.top1_mean:.2f}{deviation}",
+        "-" if row.delta is None else f"{100 * row.delta:+.2f}",
+        str(row.n),
+        str(row.epochs),
+        PROTOCOLS[row.select],
+    )
+
+
+def _letters(index: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)

@@ -34,7 +34,7 @@ def make_card(**changes: object) -> Card:
 
 def make_model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return create_model(CONFIG.model, classes=3, image_size=32).to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return create_model(CONFIG.model, classes=3, image_size=32).to(memory_format=torch.channels_last)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ def test_steps_are_torchs_own(name: Literal["adamw", "adam", "sgd"]) -> None:
     config = Optimizer(name=name, lr=0.01, weight_decay=0.1)
     ours, theirs = make_model(), make_model()
     kwargs = {"lr": 0.01, "weight_decay": 0.1, "fused": False, "foreach": False}
-    reference = {
+    reference: torch.optim.Optimizer = {
         "adamw": lambda: torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.999), **kwargs),  # type: ignore[arg-type]
         "adam": lambda: torch.optim.Adam(theirs.parameters(), betas=(0.9, 0.999), **kwargs),  # type: ignore[arg-type]
         "sgd": lambda: torch.optim.SGD(theirs.parameters(), momentum=0.9, nesterov=True, **kwargs),  # type: ignore[arg-type]

@@ -105,7 +105,8 @@ def test_what_is_broken_is_listed_and_stops_nothing(tmp_path: Path) -> None:
     (unfinished / runs.RESULT).unlink()
     no_json = make_run(tmp_path, "resnet18-wd01", 0.4).path
     (no_json / runs.RESULT).write_text("{")
-    for number, result in enumerate(({}, {"test": {"top1": "x"}}, {"test": {"top1": float("nan")}})):
+    changes: list[dict[str, Any]] = [{}, {"test": {"top1": "x"}}, {"test": {"top1": float("nan")}}]
+    for number, result in enumerate(changes):
         wrong = make_run(tmp_path, "resnet18-wd01", 0.4, seed=number).path
         (wrong / runs.RESULT).write_text(json.dumps({**json.loads((wrong / runs.RESULT).read_text()), **result}))
         if not result:

@@ -11,11 +11,12 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from cifar100cli import runs, synthetic, trainer, workflows
+from cifar100cli import checkpoint, runs, synthetic, trainer, workflows
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Config, Preset
 from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch, DeviceLoader
+from cifar100cli.optim import create_optimizer
 from cifar100cli.runs import RunDir
 from cifar100cli.trainer import Silent
 from cifar100cli.workflows import Where
@@ -135,7 +136,7 @@ def test_an_epoch_measured_but_not_saved_is_done_again(tmp_path: Path, monkeypat
     preset = make_preset()
     workflows.train(preset, where(tmp_path / "unbroken"), Silent())
 
-    save_state = trainer.checkpoint.save_state
+    save_state = checkpoint.save_state
     calls = 0
 
     def killed_in_the_second_epoch(*arguments: Any) -> None:
@@ -145,7 +146,7 @@ def test_an_epoch_measured_but_not_saved_is_done_again(tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         save_state(*arguments)
 
-    monkeypatch.setattr(trainer.checkpoint, "save_state", killed_in_the_second_epoch)
+    monkeypatch.setattr(checkpoint, "save_state", killed_in_the_second_epoch)
     with pytest.raises(RunInterrupted):
         workflows.train(preset, where(tmp_path), Silent())
     assert len(only_run(tmp_path).metrics()) == 2
@@ -222,16 +223,15 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatc
             self.steps += 1
             if self.steps == 14:
                 with torch.no_grad():
-                    next(job.model.parameters()).fill_(float("nan"))
+                    next(jobs[0].model.parameters()).fill_(float("nan"))
 
     prepare = workflows.prepare
 
     def remember(*arguments: Any) -> workflows.Job:
-        nonlocal job
-        job = prepare(*arguments)
-        return job
+        jobs.append(prepare(*arguments))
+        return jobs[0]
 
-    job: workflows.Job
+    jobs: list[workflows.Job] = []
     monkeypatch.setattr(workflows, "prepare", remember)
     with pytest.raises(DivergedError, match=r"weights stopped being finite in epoch 2.*last good checkpoint is"):
         workflows.train(make_preset(), where(tmp_path), SpoilInEpochTwo())
@@ -272,7 +272,7 @@ def test_a_device_that_is_not_here() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     job = workflows.prepare(make_preset(augment={"policy": "crop_flip"}), Where(tmp_path, tmp_path, "cuda"))
-    optimizer = workflows.create_optimizer(job.config.optimizer, job.model)
+    optimizer = create_optimizer(job.config.optimizer, job.model)
     cast = trainer.autocast(job.device, job.precision)
 
     class Watch(Silent):
@@ -290,6 +290,6 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
 
 def test_state_is_plain(tmp_path: Path) -> None:
     workflows.train(make_preset(), where(tmp_path), Silent())
-    tensors, about = trainer.checkpoint.read(only_run(tmp_path).path / runs.STATE)
+    tensors, about = checkpoint.read(only_run(tmp_path).path / runs.STATE)
     assert TrainState(**{key: about[key] for key in ("epoch", "best_epoch", "best_top1")}) == TrainState(3, 3, -1.0)
     assert all(name.startswith(("model.", "optimizer.")) for name in tensors)

@@ -1,0 +1,116 @@
+"""Results in words and tables, for people; with `--json`, as they are."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from cifar100cli import console
+from cifar100cli.console import percent
+
+if TYPE_CHECKING:
+    from cifar100cli.config import Config, Published
+
+
+def dry_run(result: Mapping[str, Any], json: bool) -> None:
+    """What `--dry-run` found."""
+    if json:
+        console.result_json(result)
+        return
+    console.result(
+        f"{result['preset']} is ready: {result['backbone']} with {result['parameters']:,} parameters, "
+        f"{result['training_images']:,} images of {result['dataset']} in {result['steps_per_epoch']:,} steps, "
+        f"{result['epochs']} epochs, {result['precision']} on {result['device']}"
+    )
+    console.result(f"one step on a batch of {tuple(result['batch'])} gave the loss {result['loss']:.4f}")
+    console.result("nothing was written (dry run)")
+
+
+def training(result: Mapping[str, Any], published: "Published | None", json: bool) -> None:
+    """The end of a training run: its figures, the published one, and what one would type next."""
+    if json:
+        console.result_json(result)
+        return
+    test, best = result["test"], result["best"]
+    how = {
+        "best_test": f"epoch {best['epoch']}, the best on the test set itself",
+        "best_val": f"epoch {best['epoch']}, the best on the held-out images ({percent(best['top1'])} there)",
+        "last": f"epoch {best['epoch']}, the last",
+    }[result["select"]]
+    synthetic = " of the synthetic (drawn) data" if result["dataset"] == "synthetic" else ""
+    console.result(
+        f"{result['preset']}, seed {result['seed']}: test{synthetic} {percent(test['top1'])}, "
+        f"top-5 {percent(test['top5'])}, loss {test['loss']:.4f} ({how})"
+    )
+    if published is not None and result["dataset"] != "synthetic":
+        at = f" at epoch {published.epoch}" if published.epoch else ""
+        console.result(
+            f"published: {percent(published.top1)}{at}; "
+            f"the difference is {100 * (test['top1'] - published.top1):+.2f} points"
+        )
+    console.result(
+        f"{result['epochs']} epochs in {console.duration(result['seconds'])}, "
+        f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {result['device']}"
+    )
+    console.result(f"the run is {result['run_dir']}")
+    console.result(f"next: cifar100 evaluate {result['run_dir']}")
+    console.result("      cifar100 report")
+
+
+def evaluation(result: Mapping[str, Any], json: bool) -> None:
+    """What `evaluate` measured."""
+    if json:
+        console.result_json(result)
+        return
+    name = "synthetic (drawn)" if result["dataset"] == "synthetic" else result["dataset"]
+    console.result(f"{result['checkpoint']} (epoch {result['epoch']})")
+    console.result(f"on {result['count']:,} {result['split']} images of {name}")
+    rows = [
+        ("top-1", percent(result["top1"])),
+        ("top-5", percent(result["top5"])),
+        ("loss", f"{result['loss']:.4f}"),
+        ("calibration error (ECE)", f"{result['ece']:.4f}"),
+    ]
+    if result["superclass_top1"] is not None:
+        rows.append(("superclass top-1", percent(result["superclass_top1"])))
+    console.table("", ("measure", "value"), rows, right=(1,))
+    ranked = sorted(
+        ((top1, name) for name, top1 in result["per_class"].items() if top1 is not None),
+        key=lambda c: (-c[0], c[1]),
+    )
+    some = min(5, len(ranked) // 2)
+    console.table(
+        "Best and worst classes",
+        ("class", "top-1", "class ", "top-1 "),
+        [
+            (best[1], percent(best[0]), worst[1], percent(worst[0]))
+            for best, worst in zip(ranked[:some], ranked[: -some - 1 : -1], strict=True)
+        ],
+        right=(1, 3),
+    )
+    console.table(
+        "Most frequent confusions",
+        ("true", "predicted", "images"),
+        [(c["true"], c["predicted"], str(c["count"])) for c in result["confusions"][:10]],
+        right=(2,),
+    )
+
+
+def presets(configs: Mapping[str, "Config"], json: bool) -> None:
+    """The presets that there are."""
+    if json:
+        console.result_json({"presets": [{"name": n, **c.model_dump(mode="json")} for n, c in configs.items()]})
+        return
+    console.table(
+        "",
+        ("preset", "published", "epochs", "chosen by", "what it is"),
+        [
+            (
+                name,
+                percent(config.published.top1) if config.published else "-",
+                str(config.train.epochs),
+                console.PROTOCOLS[config.train.select],
+                config.description,
+            )
+            for name, config in configs.items()
+        ],
+        right=(1, 2),
+    )

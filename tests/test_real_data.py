@@ -1,0 +1,73 @@
+"""The main job on real images: serve the archives, download, compare with torchvision, train, evaluate, report.
+
+Runs where `CIFAR100_TEST_ARCHIVES` names a folder with the two archives.
+"""
+
+import functools
+import hashlib
+import http.server
+import json
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cifar100cli import datasets
+from tests.conftest import Cli
+from tests.test_datasets import assert_equals_torchvision
+
+ARCHIVES = os.environ.get("CIFAR100_TEST_ARCHIVES")
+pytestmark = pytest.mark.skipif(not ARCHIVES, reason="CIFAR100_TEST_ARCHIVES is not set")
+
+
+class _Handler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    handler = functools.partial(_Handler, directory=str(ARCHIVES))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as served:
+        threading.Thread(target=served.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{served.server_port}"
+        served.shutdown()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("real")
+
+
+@pytest.mark.parametrize(("name", "archive"), [("cifar100", "cifar-100-python"), ("cifar10", "cifar-10-python")])
+def test_download_and_read(run_cli: Cli, server: str, data_dir: Path, name: str, archive: str) -> None:
+    path = Path(str(ARCHIVES)) / f"{archive}.tar.gz"
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    arguments = ["--dataset", name, "--data-dir", str(data_dir), "--url", f"{server}/{path.name}", "--sha256", sha256]
+    outcome = run_cli("download", *arguments, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert (found["fetched_bytes"], found["already_there"], found["sha256"]) == (path.stat().st_size, False, sha256)
+    again = json.loads(run_cli("download", *arguments, "--json").out)
+    assert (again["fetched_bytes"], again["already_there"]) == (0, True)
+    assert_equals_torchvision(name, datasets.load(name, data_dir), data_dir)
+
+
+def test_train_evaluate_report(run_cli: Cli, data_dir: Path) -> None:
+    """Two epochs on a tenth of the images: far from good, and far above chance."""
+    common = ["--data-dir", str(data_dir), "--device", "cpu", "--json"]
+    settings = ["--preset", "resnet18-baseline", "--epochs", "2", "--set", "data.fraction=0.1", "--batch-size", "50"]
+    trained = run_cli("train", *settings, *common)
+    assert trained.code == 0, trained.err
+    result = json.loads(trained.out)
+    assert (result["dataset"], result["parameters"]) == ("cifar100", 11_227_812)
+    assert result["test"]["top1"] > 0.04
+    assert result["test"]["superclass_top1"] > result["test"]["top1"]
+    measured = json.loads(run_cli("evaluate", result["run_dir"], *common).out)
+    assert measured["count"] == 10_000
+    assert {key: measured[key] for key in result["test"]} == result["test"]
+    (row,) = json.loads(run_cli("report", "--json").out)["rows"]
+    assert row["delta"] == pytest.approx(result["test"]["top1"] - 0.4426)
+    assert row["changes"] == {"data.batch_size": 50, "data.fraction": 0.1, "train.epochs": 2}
