@@ -34,7 +34,7 @@ class _CIFAR10(torchvision.datasets.CIFAR10):  # type: ignore[misc]
 
 def assert_equals_torchvision(name: str, ours: datasets.Dataset, data_dir: Path) -> None:
     """Every pixel, label and name."""
-    reader = {"cifar100": _CIFAR100, "cifar10": _CIFAR10}[name]
+    reader: Any = {"cifar100": _CIFAR100, "cifar10": _CIFAR10}[name]
     for train, split in ((True, ours.train), (False, ours.test)):
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "dtype.*align")  # torchvision's use of NumPy, not ours

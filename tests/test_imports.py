@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 # From the bottom up; a file may import what stands in a line above its own.
 LEVELS = (
     {"__init__", "errors"},
-    {"config", "console", "fetch", "synthetic", "augment"},
-    {"unpack", "runs", "datasets", "models", "optim"},
+    {"config", "fetch", "synthetic", "augment"},
+    {"console", "unpack", "runs", "datasets", "models", "optim"},
     {"download", "loader"},
     {"tasks", "metrics", "checkpoint"},
     {"trainer"},

@@ -21,12 +21,13 @@ def make_model() -> nn.Module:
 def test_steps_are_torchs_own(name: Literal["adamw", "adam", "sgd"]) -> None:
     config = Optimizer(name=name, lr=0.01, weight_decay=0.1)
     ours, theirs = make_model(), make_model()
-    kwargs = {"lr": 0.01, "weight_decay": 0.1, "fused": False, "foreach": False}
-    reference: torch.optim.Optimizer = {
-        "adamw": lambda: torch.optim.AdamW(theirs.parameters(), betas=(0.9, 0.999), **kwargs),  # type: ignore[arg-type]
-        "adam": lambda: torch.optim.Adam(theirs.parameters(), betas=(0.9, 0.999), **kwargs),  # type: ignore[arg-type]
-        "sgd": lambda: torch.optim.SGD(theirs.parameters(), momentum=0.9, nesterov=True, **kwargs),  # type: ignore[arg-type]
-    }[name]()
+    parameters, plain = theirs.parameters(), {"lr": 0.01, "weight_decay": 0.1, "fused": False, "foreach": False}
+    reference: torch.optim.Optimizer
+    if name == "sgd":
+        reference = torch.optim.SGD(parameters, momentum=0.9, nesterov=True, **plain)  # type: ignore[arg-type]
+    else:
+        kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+        reference = kind(parameters, betas=(0.9, 0.999), **plain)  # type: ignore[arg-type]
     optimizer = create_optimizer(config, ours)
     for step in range(5):
         inputs = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(step))
