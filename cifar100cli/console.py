@@ -102,7 +102,10 @@ def waiting(text: str) -> Iterator[None]:
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
-    """A table on stdout; `right` names the columns that are numbers."""
+    """A table on stdout; `right` names the columns that are numbers. Outside a terminal it is as wide as it is."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        result(_plain_table(title, columns, rows, right))
+        return
     from rich import box
     from rich.table import Table
     from rich.text import Text
@@ -124,6 +127,15 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
         screen.print(drawn)
     lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
     print("\n".join([*lines, ""]), flush=True)
+
+
+def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
+    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    lines = [
+        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        for row in (columns, ["-" * width for width in widths], *rows)
+    ]
+    return "\n".join([*([title] if title else []), *(line.rstrip() for line in lines), ""])
 
 
 def percent(fraction: float | None) -> str:
@@ -166,19 +178,21 @@ def transfer(title: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def _tenths(title: str) -> Callable[[int, int | None], None]:
-    started = time.monotonic()
-    shown = -1
-    at_start: int | None = None
+    """At most a line for every tenth and every two seconds, counted afresh when the bytes start again."""
+    last_done, shown, at_start = 0, 0, 0
+    started = last_line = time.monotonic()
 
     def show(done: int, total: int | None) -> None:
-        nonlocal shown, at_start
-        at_start = done if at_start is None else at_start
+        nonlocal last_done, shown, at_start, started, last_line
+        now = time.monotonic()
+        if done < last_done or not last_done:
+            shown, at_start, started, last_line = 0, done, now, now
+        last_done = done
         tenth = 10 * done // total if total else done // 2**24
-        if tenth > shown:
-            shown = tenth
-            rate = (done - at_start) / max(time.monotonic() - started, 1e-3) / 1e6
+        if tenth > shown and now - last_line >= 2:
+            shown, last_line = tenth, now
             of_total = f" of {total / 1e6:.1f}" if total else ""
-            log(f"{title}: {done / 1e6:.1f}{of_total} MB, {rate:.1f} MB/s")
+            log(f"{title}: {done / 1e6:.1f}{of_total} MB, {(done - at_start) / (now - started) / 1e6:.1f} MB/s")
 
     return show
 
