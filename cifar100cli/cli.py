@@ -5,6 +5,7 @@ Everything slow (torch, Rich, the data) is imported by the command that needs it
 """
 
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -54,6 +55,7 @@ app = typer.Typer(
 def main() -> NoReturn:
     """Run the command line and leave with the exit code of the contract."""
     signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs start with it ignored
     console.set_verbosity(console.NORMAL)
     try:
         code = app(prog_name="cifar100", standalone_mode=False)
@@ -93,7 +95,7 @@ def _terminate(*_: object) -> NoReturn:
 def _report_stop(stop: KeyboardInterrupt) -> int:
     if isinstance(stop, RunInterrupted):
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
-        console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {stop.run_dir}")
+        console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {shlex.quote(str(stop.run_dir))}")
         return stop.exit_code
     console.error("interrupted")
     return stop.exit_code if isinstance(stop, Terminated) else 130
@@ -169,9 +171,16 @@ def _root(
         print(context.get_help(), end="")
 
 
-def _data_dir(given: Path | None) -> Path:
+def _data_dir(given: Path | None, run: Path | None = None) -> Path:
+    """The folder that the user names; else the one that the run was trained from; else the user's cache."""
     if given is not None:
         return given.expanduser()
+    if run is not None and run.is_dir():
+        from cifar100cli.runs import RunDir
+
+        recorded = RunDir(run).recorded("data_dir")
+        if recorded is not None and Path(recorded).is_dir():
+            return Path(recorded)
     from platformdirs import user_cache_path
 
     return user_cache_path("cifar100", appauthor=False)
@@ -185,12 +194,12 @@ def _check_device(name: str) -> str:
     return name
 
 
-def _where(data_dir: Path | None, runs_dir: Path, device: str) -> "Where":
+def _where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None = None) -> "Where":
     """Folders and device for a workflow. Importing it brings torch in, which takes a moment."""
     _check_device(device)
     with console.waiting("starting PyTorch ..."):
         from cifar100cli import workflows
-    return workflows.Where(_data_dir(data_dir), runs_dir.expanduser(), device)
+    return workflows.Where(_data_dir(data_dir, run), runs_dir.expanduser(), device)
 
 
 def _overrides(settings: list[str], flags: dict[str, tuple[str, object]]) -> list["Override"]:
@@ -419,7 +428,9 @@ def _resume(
         asked = load_preset(preset or str(run.path / CONFIG), overrides).config
     else:
         asked = run.config()
-    where = _where(data_dir, runs_dir, device)
+    if device == "auto":
+        device = run.recorded("device") or device
+    where = _where(data_dir, runs_dir, device, run.path)
     from cifar100cli import workflows
 
     workflows.refuse_other_settings(run, asked)
@@ -450,7 +461,7 @@ def evaluate(
 
     Example: cifar100 evaluate runs/resnet18-baseline/20260101-120000-seed0 --predictions test.csv
     """
-    where = _where(data_dir, Path("runs"), device)
+    where = _where(data_dir, Path("runs"), device, checkpoint.expanduser())
     from cifar100cli import workflows
 
     if predictions is not None and not predictions.expanduser().absolute().parent.is_dir():

@@ -122,11 +122,18 @@ class RunDir:
         """Versions, device, command, commit, and the name of the preset."""
         return _read_json(self.path / ENVIRONMENT)
 
+    def recorded(self, key: str) -> str | None:
+        """One line of text of the environment, if it can be had."""
+        try:
+            value = self.environment().get(key)
+        except DataError:
+            return None
+        return value if isinstance(value, str) else None
+
     @property
     def preset(self) -> str:
         """The name of the preset."""
-        name = self.environment().get("preset")
-        return name if isinstance(name, str) else self.path.parent.name
+        return self.recorded("preset") or self.path.parent.name
 
     @property
     def complete(self) -> bool:

@@ -1,5 +1,6 @@
 """Results in words and tables, for people; with `--json`, as they are."""
 
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -51,7 +52,7 @@ def training(result: Mapping[str, Any], published: "Published | None", json: boo
         f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {result['device']}"
     )
     console.result(f"the run is {result['run_dir']}")
-    console.result(f"next: cifar100 evaluate {result['run_dir']}")
+    console.result(f"next: cifar100 evaluate {shlex.quote(result['run_dir'])}")
     console.result("      cifar100 report")
 
 

@@ -61,7 +61,7 @@ class Job:
 def train(preset: Preset, where: Where, observer: Observer) -> dict[str, Any]:
     """Train a preset from the start in a new run folder; returns what `result.json` holds."""
     job = prepare(preset, where)
-    run = RunDir.create(where.runs_dir, job.preset, job.config, environment(job))
+    run = RunDir.create(where.runs_dir, job.preset, job.config, environment(job, where))
     return _fit(job, run, observer)
 
 
@@ -244,7 +244,7 @@ def dry_run(preset: Preset, where: Where) -> dict[str, Any]:
     }
 
 
-def environment(job: Job) -> dict[str, Any]:
+def environment(job: Job, where: Where) -> dict[str, Any]:
     """What a run was made with and on."""
     device_name = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else _processor()
     versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "safetensors")}
@@ -253,6 +253,7 @@ def environment(job: Job) -> dict[str, Any]:
         "command": sys.argv,
         "commit": _commit(),
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "data_dir": str(where.data_dir.absolute()),
         "device": str(job.device),
         "device_name": device_name,
         "precision": job.precision,
