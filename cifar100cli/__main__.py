@@ -1,8 +1,19 @@
 """`python -m cifar100cli` is `cifar100`."""
 
-from cifar100cli.cli import main
+import sys
+from typing import NoReturn
 
-__all__ = ["main"]
+
+def main() -> NoReturn:
+    """Run the command line; Ctrl-C is answered in one line even while that is still being imported."""
+    try:
+        from cifar100cli.cli import main as run
+
+        run()
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        sys.exit(130)
+
 
 if __name__ == "__main__":
     main()

@@ -5,13 +5,15 @@ metadata, so that it can be used without the folder that it came from.
 """
 
 import json
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -26,6 +28,9 @@ FORMAT = 1  # of both files; a newer one is refused
 KEY = "cifar100"  # of the metadata
 
 
+Deviation = Annotated[FiniteFloat, Field(gt=0)]
+
+
 class Card(BaseModel):
     """What a model's file says about the model."""
 
@@ -33,15 +38,24 @@ class Card(BaseModel):
 
     format: int
     preset: str
-    dataset: str
+    dataset: Literal["cifar100", "cifar10", "synthetic"]
     classes: tuple[str, ...] = Field(min_length=2)
     superclasses: tuple[str, ...] = ()
     superclass_of: tuple[int, ...] = ()
     image_size: int = Field(ge=16, le=1024)
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+    std: tuple[Deviation, Deviation, Deviation]
     epoch: int = 0
     config: dict[str, Any]
+
+    @model_validator(mode="after")
+    def _superclasses_fit(self) -> Self:
+        if self.superclass_of and (
+            len(self.superclass_of) != len(self.classes)
+            or not all(0 <= index < len(self.superclasses) for index in self.superclass_of)
+        ):
+            raise ValueError("superclass_of")
+        return self
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -87,7 +101,7 @@ def load_model(path: Path) -> Checkpoint:
         config = parse_config(card.config, str(path))
         model = create_model(config.model, len(card.classes), card.image_size, pretrained=False)
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"]))
+        place = ".".join(map(str, error.errors()[0]["loc"])) or str(error.errors()[0]["ctx"]["error"])
         raise DataError(f"{path}: its description is not right at {place!r}") from None
     except UsageError as error:
         raise DataError(f"{path}: its description is not right: {error}") from None
@@ -159,11 +173,19 @@ def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
     # training must end in the same bytes.
     metadata = {KEY: json.dumps(about, ensure_ascii=False)}
     with replacing(path) as temporary:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
+        except SafetensorError as error:  # safetensors' own word for a full disk and the like
+            number = re.search(r"os error (\d+)", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors of a file of ours and what it says about itself."""
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

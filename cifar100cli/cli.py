@@ -5,6 +5,7 @@ Everything slow (torch, Rich, the data) is imported by the command that needs it
 """
 
 import os
+import re
 import shlex
 import signal
 import sys
@@ -56,10 +57,13 @@ def main() -> NoReturn:
     """Run the command line and leave with the exit code of the contract."""
     signal.signal(signal.SIGTERM, _terminate)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs start with it ignored
+    console.use_safe_streams()
     console.set_verbosity(console.NORMAL)
     try:
         code = app(prog_name="cifar100", standalone_mode=False)
         sys.stdout.flush()
+        if code == 130:  # Typer's word for Ctrl-C while it was still parsing
+            console.error("interrupted")
     except _Stopped as stopped:
         code = _report_stop(stopped.cause)
     except KeyboardInterrupt as stop:
@@ -80,10 +84,10 @@ def main() -> NoReturn:
             raise
         console.error(_os_message(error))
         code = 1
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+    except (RuntimeError, MemoryError) as error:
+        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
             raise
-        console.error("the device ran out of memory: lower --batch-size or --image-size")
+        console.error("out of memory: lower --batch-size or --image-size")
         code = 1
     sys.exit(code or 0)
 
@@ -171,10 +175,31 @@ def _root(
         print(context.get_help(), end="")
 
 
+def _expand(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path}: there is no such user's home") from None
+
+
+def _check_output(flag: str, path: Path) -> Path:
+    """A file to be written must be possible before the work for it begins."""
+    path = _expand(path)
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{flag} {path}: there is no such folder to write it in")
+    from cifar100cli.runs import FILES
+
+    if path.name in FILES and path.exists():
+        raise UsageError(f"{flag} {path}: would overwrite a file of a run; choose another name")
+    return path
+
+
 def _data_dir(given: Path | None, run: Path | None = None) -> Path:
     """The folder that the user names; else the one that the run was trained from; else the user's cache."""
     if given is not None:
-        return given.expanduser()
+        return _expand(given)
     if run is not None and run.is_dir():
         from cifar100cli.runs import RunDir
 
@@ -187,8 +212,6 @@ def _data_dir(given: Path | None, run: Path | None = None) -> Path:
 
 
 def _check_device(name: str) -> str:
-    import re
-
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", name):
         raise UsageError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps")
     return name
@@ -199,7 +222,7 @@ def _where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None 
     _check_device(device)
     with console.waiting("starting PyTorch ..."):
         from cifar100cli import workflows
-    return workflows.Where(_data_dir(data_dir, run), runs_dir.expanduser(), device)
+    return workflows.Where(_data_dir(data_dir, run), _expand(runs_dir), device)
 
 
 def _overrides(settings: list[str], flags: dict[str, tuple[str, object]]) -> list["Override"]:
@@ -274,7 +297,7 @@ def download(
                 archive,
                 _data_dir(data_dir),
                 urls=url or (),
-                source=from_file.expanduser() if from_file else None,
+                source=_expand(from_file) if from_file else None,
                 sha256=_digest(sha256, archive.sha256),
                 force=force,
                 check=lambda folder, name=name: _check_dataset(name, folder),  # type: ignore[misc]
@@ -309,8 +332,6 @@ def _check_dataset(name: str, folder: Path) -> None:
 
 
 def _digest(given: str, official: str) -> str | None:
-    import re
-
     if given == "official":
         return official
     if given.lower() == "none":
@@ -420,7 +441,7 @@ def _resume(
     if no_training:
         raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
     stem = load_preset(preset).name if preset else None
-    run = latest_unfinished(runs_dir.expanduser(), stem) if name == "last" else RunDir.open(Path(name).expanduser())
+    run = latest_unfinished(_expand(runs_dir), stem) if name == "last" else RunDir.open(_expand(Path(name)))
     if preset or overrides:
         # A seed that is not given again is the run's.
         if not any(override.key == "seed" for override in overrides):
@@ -461,18 +482,15 @@ def evaluate(
 
     Example: cifar100 evaluate runs/resnet18-baseline/20260101-120000-seed0 --predictions test.csv
     """
-    where = _where(data_dir, Path("runs"), device, checkpoint.expanduser())
+    csv_file = _check_output("--predictions", predictions) if predictions is not None else None
+    where = _where(data_dir, Path("runs"), device, _expand(checkpoint))
     from cifar100cli import workflows
 
-    if predictions is not None and not predictions.expanduser().absolute().parent.is_dir():
-        raise UsageError(f"--predictions {predictions}: there is no such folder to write it in")
     with console.waiting("evaluating ..."):
-        result = workflows.evaluate(
-            checkpoint.expanduser(), where, split, predictions.expanduser() if predictions else None
-        )
+        result = workflows.evaluate(_expand(checkpoint), where, split, csv_file)
     show.evaluation(result, json)
-    if predictions is not None:
-        console.log(f"predictions are in {predictions}")
+    if csv_file is not None:
+        console.log(f"predictions are in {csv_file}")
 
 
 @app.command()
@@ -527,13 +545,17 @@ def report(
     """
     from cifar100cli import report as reports
 
+    if json and out_format not in (None, "json"):
+        raise UsageError(f"--json and --format {out_format} exclude each other")
+    if out is not None:
+        out = _check_output("--out", out)
     chosen = "json" if json else out_format or reports.format_of(out)
-    found = reports.collect([folder.expanduser() for folder in folders or [runs_dir]])
+    found = reports.collect([_expand(folder) for folder in folders or [runs_dir]])
     text = reports.render(found, chosen)
     if out is not None:
         from cifar100cli.runs import write_text
 
-        write_text(out.expanduser(), text)
+        write_text(out, text)
         console.log(f"the report is in {out}")
     elif chosen == "table":
         reports.show_table(found)

@@ -101,7 +101,7 @@ class Schedule(Section):
     """How the learning rate changes."""
 
     name: Literal["constant", "cosine"] = "constant"
-    warmup_epochs: Number = Field(0, ge=0, description="the rate rises linearly over these")
+    warmup_epochs: Number = Field(0, ge=0, le=100_000, description="the rate rises linearly over these")
 
 
 class Train(Section):
@@ -251,7 +251,9 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
     if "/" not in name and "\\" not in name and shipped.is_file():
         path = shipped
     elif name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
-        path = Path(name).expanduser()
+        path = Path(name)
+        if path.stem.startswith(".") or not path.stem.isprintable():  # it becomes the name of a folder
+            raise UsageError(f"--preset {name}: give the file another name: this one cannot name a run")
         if not path.is_file():
             raise UsageError(f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name")
     else:
@@ -384,6 +386,8 @@ def _nearest_key(key: str) -> str:
 
 
 def _show(value: object) -> str:
+    if value is None:
+        return "null"
     text = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) and value else repr(value)
     text = text.encode("unicode_escape").decode() if not text.isprintable() else text
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -58,9 +58,24 @@ def _styled(text: str, style: str, stream: Any) -> None:
     _console(stream).print(Text(text, style=style), soft_wrap=True)
 
 
+def use_safe_streams() -> None:
+    """Make sure that writing a line can never be what fails: streams may be closed, or know only ASCII."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - for as long as the process lives
+        elif hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def printable(text: str) -> str:
+    """Text from outside, with whatever could steer a terminal written out."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
 def result(text: str = "") -> None:
-    """A line of the result, on stdout."""
-    print(text, flush=True)
+    """Lines of the result, on stdout."""
+    print("\n".join(map(printable, text.split("\n"))), flush=True)
 
 
 def result_json(content: object) -> None:
@@ -71,7 +86,7 @@ def result_json(content: object) -> None:
 def log(text: str) -> None:
     """A line about what goes on, on stderr."""
     if _verbosity > QUIET:
-        print(text, file=sys.stderr, flush=True)
+        print(printable(text), file=sys.stderr, flush=True)
 
 
 def warn(text: str) -> None:
@@ -82,7 +97,8 @@ def warn(text: str) -> None:
 
 def error(text: str) -> None:
     """What went wrong, in one line, on stderr."""
-    _styled(f"error: {' '.join(text.split())}", "bold red", sys.stderr)
+    with contextlib.suppress(OSError):  # the exit code still tells
+        _styled(f"error: {printable(' '.join(text.split()))}", "bold red", sys.stderr)
 
 
 def detail(text: str) -> None:
@@ -103,6 +119,7 @@ def waiting(text: str) -> Iterator[None]:
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """A table on stdout; `right` names the columns that are numbers. Outside a terminal it is as wide as it is."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         result(_plain_table(title, columns, rows, right))
         return
@@ -222,7 +239,9 @@ class TrainingDisplay:
         )
         if config.data.dataset == "synthetic":
             log("the data are synthetic: drawn shapes, whose figures say nothing about CIFAR-100")
-        if first_epoch > 1:
+        if first_epoch > self._epochs:
+            log("every epoch is done: what is left is to measure the result")
+        elif first_epoch > 1:
             log(f"{first_epoch - 1} of {self._epochs} epochs are done: going on with epoch {first_epoch}")
         if on_terminal() and _verbosity > QUIET and first_epoch <= self._epochs:
             from rich import progress

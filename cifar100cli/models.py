@@ -1,6 +1,9 @@
 """Networks: a timm backbone with the stem and head that a preset asks for. No training here."""
 
 import difflib
+import socket
+from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
 
 import timm
 import torch
@@ -27,17 +30,46 @@ def create_model(config: Model, classes: int, image_size: int, *, pretrained: bo
     """
     check_backbone(config.backbone)
     wants_weights = config.pretrained if pretrained is None else pretrained
+    if wants_weights:
+        _ask_the_hub_once()
     try:
         model = timm.create_model(config.backbone, pretrained=wants_weights, num_classes=classes)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if wants_weights:
-            raise DataError(f"the ImageNet weights of {config.backbone} cannot be had: {reason}") from None
+            source = timm.get_pretrained_cfg(config.backbone)
+            place = (source and (source.hf_hub_id or source.url)) or "none are published"
+            raise DataError(
+                f"the ImageNet weights of {config.backbone} cannot be had ({place}): they are not in the cache and "
+                "the model hub cannot be reached from here; train once where it can, and copy the cache folder "
+                f"{_hub_cache()} here, or use --no-pretrained"
+            ) from None
         raise UsageError(f"model.backbone = {config.backbone}: timm cannot build it here: {reason}") from None
     if config.stem == "cifar":
         _use_cifar_stem(model, config.backbone)
     _check_image_size(model, config.backbone, image_size)
     return model
+
+
+def _ask_the_hub_once() -> None:
+    """Spare the user a minute of retries: where the hub does not answer, only its cache is looked at."""
+    from huggingface_hub import constants
+
+    address = urlsplit(constants.ENDPOINT)
+    proxied = address.scheme in getproxies() and not proxy_bypass(address.hostname or "")
+    if constants.HF_HUB_OFFLINE or proxied:
+        return
+    try:
+        port = address.port or (443 if address.scheme == "https" else 80)
+        socket.create_connection((address.hostname or "", port), timeout=5).close()
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
+
+
+def _hub_cache() -> str:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_CACHE
 
 
 def _use_cifar_stem(model: nn.Module, name: str) -> None:

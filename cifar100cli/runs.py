@@ -1,6 +1,7 @@
 """A run's folder: its files, how they are written, and how runs are found again. No torch here."""
 
 import contextlib
+import errno
 import json
 import os
 import tempfile
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cifar100cli.config import Config, read_config
-from cifar100cli.errors import DataError, UsageError
+from cifar100cli.errors import CifarError, DataError, UsageError
 
 FORMAT = 1  # of a run folder; a newer one is refused
 
@@ -21,6 +22,17 @@ METRICS = "metrics.jsonl"
 MODEL = "model.safetensors"
 STATE = "state.safetensors"
 RESULT = "result.json"
+LOCK = ".lock"
+FILES = (CONFIG, ENVIRONMENT, METRICS, MODEL, STATE, RESULT)
+
+_NUMBER = (int, float)
+RESULT_SHAPE: Mapping[str, Any] = {
+    **dict.fromkeys(("preset", "dataset", "select", "device", "precision", "run_dir"), str),
+    **dict.fromkeys(("seed", "epochs", "seconds", "images_per_second"), _NUMBER),
+    "test": dict.fromkeys(("top1", "top5", "loss", "ece"), _NUMBER),
+    "best": dict.fromkeys(("epoch", "top1"), _NUMBER),
+}
+ROW_SHAPE: Mapping[str, Any] = dict.fromkeys(("train_loss", "train_top1", "seconds", "images_per_second"), _NUMBER)
 
 
 @contextlib.contextmanager
@@ -28,9 +40,18 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path` in one step, else it goes.
 
     Whoever looks sees the old file or the whole new one, also after a crash: the bytes are on the disk
-    before the name is.
+    before the name is. A link is followed, and a device such as /dev/stdout is written to as it is.
     """
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    path = path.resolve()
+    if path.exists() and not path.is_file() and not path.is_dir():
+        yield path
+        return
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
     os.close(handle)
     temporary = Path(name)
     try:
@@ -53,7 +74,7 @@ def _umask() -> int:
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, content: object) -> None:
@@ -64,13 +85,31 @@ def write_json(path: Path, content: object) -> None:
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, IsADirectoryError):
         raise DataError(f"{path}: there is no such file") from None
     except (UnicodeDecodeError, ValueError, RecursionError):
         raise DataError(f"{path}: not valid JSON") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a JSON object")
     return content
+
+
+def _misshapen(content: object, shape: Mapping[str, Any], place: str = "") -> str | None:
+    """The first key that is missing or not what it should be; a run's files are input like any other."""
+    for key, kind in shape.items():
+        value = content.get(key) if isinstance(content, dict) else None
+        if isinstance(kind, Mapping):
+            inside = _misshapen(value, kind, f"{place}{key}.")
+            if inside:
+                return inside
+        elif not isinstance(value, kind) or isinstance(value, bool):
+            return f"{place}{key}"
+        elif isinstance(value, str):
+            if not value.isprintable():
+                return f"{place}{key}"
+        elif not abs(value) < 1e15:  # which NaN is not either
+            return f"{place}{key}"
+    return None
 
 
 @dataclass(frozen=True)
@@ -128,7 +167,7 @@ class RunDir:
             value = self.environment().get(key)
         except DataError:
             return None
-        return value if isinstance(value, str) else None
+        return value if isinstance(value, str) and value.isprintable() else None
 
     @property
     def preset(self) -> str:
@@ -142,7 +181,11 @@ class RunDir:
 
     def result(self) -> dict[str, Any]:
         """What the run measured; there once it is complete."""
-        return _read_json(self.path / RESULT)
+        content = _read_json(self.path / RESULT)
+        wrong = _misshapen(content, RESULT_SHAPE)
+        if wrong:
+            raise DataError(f"{self.path / RESULT}: {wrong} is missing or not what it should be")
+        return content
 
     def write_result(self, result: Mapping[str, object]) -> None:
         """Complete the run."""
@@ -154,13 +197,15 @@ class RunDir:
             text = (self.path / METRICS).read_text(encoding="utf-8", errors="replace")
         except FileNotFoundError:
             return []
+        except IsADirectoryError:
+            raise DataError(f"{self.path / METRICS}: not a file") from None
         lines: list[dict[str, Any]] = []
         for line in text.splitlines():
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError):
                 break
-            if not isinstance(row, dict) or row.get("epoch") != len(lines) + 1:
+            if not isinstance(row, dict) or row.get("epoch") != len(lines) + 1 or _misshapen(row, ROW_SHAPE):
                 break
             lines.append(row)
         return lines
@@ -179,6 +224,33 @@ class RunDir:
             raise DataError(f"{self.path / METRICS}: lines are missing or broken before epoch {epoch}")
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
 
+    @contextlib.contextmanager
+    def exclusively(self) -> Iterator[None]:
+        """Hold the run against other processes; raise `CifarError` when one has it already."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise CifarError(f"{self.path}: another process is training this run right now") from None
+        try:
+            yield
+        finally:
+            (self.path / LOCK).unlink(missing_ok=True)
+            lock.release()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether another process is training it."""
+        if not (self.path / LOCK).exists():
+            return False
+        try:
+            with self.exclusively():
+                return False
+        except CifarError:
+            return True
+
 
 def find_runs(root: Path) -> list[Path]:
     """Every folder under `root` that looks like a run, whole or broken, in order of path."""
@@ -188,13 +260,13 @@ def find_runs(root: Path) -> list[Path]:
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         if marks & set(files):
             found.append(Path(folder))
-            subfolders.clear()
     return sorted(found)
 
 
 def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
     """The run that `--resume last` means: begun last, of that preset if one is named, and not complete."""
-    folders = [path for path in find_runs(root) if (path / CONFIG).is_file() and not (path / RESULT).is_file()]
+    begun = [path for path in find_runs(root) if (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()]
+    folders = [path for path in begun if not (path / RESULT).is_file() and not RunDir(path).in_use]
     if preset is not None:
         folders = [path for path in folders if path.parent.name == preset]
     if not folders:

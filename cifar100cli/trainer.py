@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cifar100cli import checkpoint, metrics
 from cifar100cli.checkpoint import Card, TrainState
 from cifar100cli.config import Config
-from cifar100cli.errors import DivergedError, UsageError
+from cifar100cli.errors import DataError, DivergedError, UsageError
 from cifar100cli.loader import DeviceLoader, derived_seed
 from cifar100cli.optim import create_optimizer, learning_rate, set_learning_rate
 from cifar100cli.runs import MODEL, STATE, RunDir
@@ -137,6 +137,8 @@ def fit(
     state = TrainState()
     if (run.path / STATE).is_file():
         state = checkpoint.load_state(run.path / STATE, model, optimizer)
+    elif len(run.metrics()) > 1:  # one epoch may have been measured and not yet saved
+        raise DataError(f"{run.path}: has no {STATE}, so it cannot go on; start a new run")
     run.forget_after(state.epoch)
     observer.begin(config, state.epoch + 1, len(loaders.train))
 

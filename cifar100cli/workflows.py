@@ -2,6 +2,7 @@
 
 import csv
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -13,13 +14,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar100cli import __version__, checkpoint, datasets, metrics, trainer
 from cifar100cli.augment import POLICIES
 from cifar100cli.checkpoint import Card, Checkpoint, TrainState
 from cifar100cli.config import Config, Preset, differences
 from cifar100cli.datasets import Dataset, Split
-from cifar100cli.errors import DataError, DivergedError, RunInterrupted, UsageError
+from cifar100cli.errors import CifarError, DataError, DivergedError, RunInterrupted, UsageError
 from cifar100cli.loader import DeviceLoader, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone, count_parameters, create_model
 from cifar100cli.optim import create_optimizer
@@ -92,22 +94,22 @@ def refuse_other_settings(run: RunDir, asked: Config) -> None:
 
 def _fit(job: Job, run: RunDir, observer: Observer) -> dict[str, Any]:
     try:
-        state = trainer.fit(
-            job.model,
-            job.task,
-            job.loaders,
-            job.config,
-            run,
-            job.card,
-            precision=job.precision,
-            observer=observer,
-        )
+        with run.exclusively():
+            state = trainer.fit(
+                job.model, job.task, job.loaders, job.config, run, job.card, precision=job.precision, observer=observer
+            )
+            result = _result(job, run, state)
+            run.write_result(result)
     except DivergedError as error:
         raise DivergedError(f"{error}; {_last_good(run)}; try a lower --lr, or a smaller optimizer.grad_clip") from None
     except KeyboardInterrupt as stop:
         raise RunInterrupted(run.path, len(run.metrics()), job.config.train.epochs, stop) from None
-    result = _result(job, run, state)
-    run.write_result(result)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise CifarError(
+            f"{where}{error.strerror or error}; finished epochs are saved; once there is room again, go on with: "
+            f"cifar100 train --resume {shlex.quote(str(run.path))}"
+        ) from None
     return result
 
 
@@ -175,6 +177,8 @@ def prepare(preset: Preset, where: Where) -> Job:
         policy=POLICIES[config.augment.policy],
         seed=config.seed,
     )
+    if 1 in train_loader.batch_sizes() and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise UsageError("data.batch_size = 1: batch norm cannot train on one image at a time; use at least 2")
     test_loader = _evaluation_loader(dataset.test, device, preprocessing)
     evaluation = {}
     if held_out is not None:

@@ -13,10 +13,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import yaml
+from safetensors import SafetensorError
 
 from cifar100cli import __version__, checkpoint, console, datasets, synthetic
+from cifar100cli.runs import RunDir
 from tests.conftest import TINY, Cli
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
@@ -243,7 +246,16 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["evaluate", "x", "--split", "tset"], 2, "tset"),
         (["report", "nowhere"], 3, "no such folder"),
         (["report", ".", "--out", "report.pdf"], 2, "report.pdf"),
-        (["report", ".", "--out", "no/such/folder.md"], 1, "No such file or directory"),
+        (["report", ".", "--out", "no/such/folder.md"], 2, "there is no such folder to write it in"),
+        (["report", ".", "--out", "."], 2, "is a folder"),
+        (["report", ".", "--json", "--format", "csv"], 2, "exclude each other"),
+        (["report", "~nobody-of-this-name"], 2, "no such user"),
+        (["evaluate", "x", "--predictions", ""], 2, "is a folder"),
+        (["train", "--preset", "./.hidden.yaml"], 2, "another name"),
+        (["train", "--preset", "./...yaml"], 2, "another name"),
+        (["train", "--set", "schedule.warmup_epochs=1e308"], 2, "at most 100000"),
+        (["train", "--set", "seed=null"], 2, "seed = null"),
+        (["train", "--dataset", "synthetic", "--batch-size", "1"], 2, "at least 2"),
         (["report", ".", "--check", "x"], 2, "check"),
         (["download", "--dataset", "cifar"], 2, "cifar100, cifar10"),
         (["download", "--sha256", "abc"], 2, "64 hexadecimal digits"),
@@ -304,6 +316,47 @@ def test_a_checkpoint_for_other_classes(run_cli: Cli) -> None:
     assert "classes" in outcome.err
 
 
+def test_predictions_overwrite_no_file_of_a_run(run_cli: Cli) -> None:
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    before = (run / "model.safetensors").read_bytes()
+    outcome = run_cli("evaluate", run, "--predictions", run / "model.safetensors")
+    assert outcome.code == 2
+    assert (run / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("about", "words"),
+    [
+        ({"dataset": "mnist"}, "dataset"),
+        ({"superclass_of": [0]}, "superclass_of"),
+        ({"superclass_of": [99] * 100}, "superclass_of"),
+        ({"std": [0, 0, 0]}, "std"),
+        ({"mean": [float("nan")] * 3}, "mean"),
+    ],
+)
+def test_checkpoints_that_describe_themselves_wrongly(run_cli: Cli, about: dict[str, Any], words: str) -> None:
+    path = Path(train(run_cli, epochs=1)["run_dir"]) / "model.safetensors"
+    tensors, old = checkpoint.read(path)
+    safetensors.torch.save_file(tensors, path, {checkpoint.KEY: json.dumps({**old, **about})})
+    outcome = run_cli("evaluate", path)
+    assert (outcome.code, len(outcome.err.splitlines())) == (3, 1)
+    assert words in outcome.err
+
+
+def test_weights_without_a_hub(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")  # nobody listens there
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "empty"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("no_proxy", "*")
+    outcome = run_cli("train", "--dataset", "synthetic", "--backbone", "resnet18", "--pretrained")
+    assert (outcome.code, len(outcome.err.splitlines())) == (3, 1), outcome.err
+    for words in ("timm/resnet18", "--no-pretrained", "empty"):
+        assert words in outcome.err
+    assert not (tmp_path / "runs").exists()
+
+
 def test_out_of_memory_says_what_to_lower(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     def exhausted(*_: object) -> None:
         raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
@@ -331,6 +384,61 @@ def test_resume_takes_the_runs_own_settings(run_cli: Cli) -> None:
     outcome = run_cli("train", "--resume", "last", *TINY, "--epochs", "2", "--json", "--device", "cpu")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["test"] == result["test"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("result.json", "{}", "result.json: preset is missing"),
+        ("state.safetensors", None, "has no state.safetensors"),
+        ("state.safetensors", "x", "state.safetensors: corrupt"),
+        ("metrics.jsonl", '{"epoch": 1}', "metrics.jsonl: lines are missing"),
+    ],
+)
+def test_resuming_a_damaged_run(run_cli: Cli, name: str, content: str | None, words: str) -> None:
+    run = Path(train(run_cli, epochs=3)["run_dir"])
+    if name != "result.json":
+        (run / "result.json").unlink()
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_text(content)
+    outcome = run_cli("train", "--resume", run)
+    assert outcome.code == 3, outcome.err
+    assert words in outcome.err.splitlines()[-1]
+
+
+def test_a_run_in_use_is_left_alone(run_cli: Cli) -> None:
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    (run / "result.json").unlink()
+    with RunDir(run).exclusively():
+        outcome = run_cli("train", "--resume", run)
+        assert outcome.code == 1
+        assert "another process is training" in outcome.err.splitlines()[-1]
+        assert run_cli("train", "--resume", "last").code == 3
+
+
+def test_a_full_disk(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As safetensors reports it, from the second epoch on; then there is room again."""
+    expected = train(run_cli, epochs=3)["test"]
+    calls = 0
+    save_file = safetensors.torch.save_file
+
+    def full(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        outcome = run_cli("train", *TINY, "--epochs", "3")
+    assert outcome.code == 1
+    line = outcome.err.splitlines()[-1]
+    assert "No space left on device" in line
+    run = line.split("--resume ")[1]
+    assert not list(Path(run).glob(".*"))
+    assert json.loads(run_cli("train", "--resume", run, "--json").out)["test"] == expected
 
 
 def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -373,6 +481,33 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     command = f"{sys.executable} -m cifar100cli presets --json | head -c 1"
     finished = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (finished.stdout, finished.stderr) == ("{", "")
+
+
+@pytest.mark.parametrize(
+    ("command", "code"),
+    [("presets >&-", 0), ("presets nope 2>&-", 2), ("report nowhere 2>/dev/full", 3), ("presets >/dev/full", 1)],
+)
+def test_streams_that_cannot_be_written(tmp_path: Path, command: str, code: int) -> None:
+    full = f"{sys.executable} -m cifar100cli {command}"
+    finished = subprocess.run(["bash", "-c", full], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert finished.returncode == code
+    assert "Traceback" not in finished.stderr
+
+
+def test_ctrl_c_while_starting(tmp_path: Path) -> None:
+    process = start(tmp_path, *TINY)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines() == ["error: interrupted"]
+
+
+def test_a_terminal_is_not_steered_by_names(run_cli: Cli) -> None:
+    outcome = run_cli("train", "--preset", "x\x1b[31m\u202ey")
+    assert outcome.code == 2
+    assert "\x1b" not in outcome.err
+    assert "\u202e" not in outcome.err
 
 
 def test_durations() -> None:

@@ -18,15 +18,19 @@ def make_run(root: Path, preset: str, top1: float, seed: int = 0, **settings: An
     overrides = [Override(key.replace("__", "."), value, "test") for key, value in settings.items()]
     config = load_preset(preset, [Override("seed", seed, "test"), *overrides]).config
     run = RunDir.create(root, preset, config, {})
-    run.append_metrics({"epoch": 1, "train_loss": 1.0})
+    run.append_metrics({"epoch": 1, "train_loss": 1.0, "train_top1": 0.1, "seconds": 1, "images_per_second": 1})
     run.write_result(
         {
             "preset": preset,
             "dataset": config.data.dataset,
             "seed": seed,
             "epochs": config.train.epochs,
-            "test": {"top1": top1},
-            "best": {"epoch": 7},
+            "test": {"top1": top1, "top5": 0.7, "loss": 2.0, "ece": 0.1},
+            "best": {"epoch": 7, "top1": top1},
+            "select": config.train.select,
+            "run_dir": str(run.path),
+            "device": "cpu",
+            "precision": "fp32",
             "seconds": 60.0,
             "images_per_second": 900.0,
         }
@@ -94,9 +98,9 @@ def test_names_are_text(tmp_path: Path) -> None:
     make_run(tmp_path, "resnet18-baseline", 0.44).path.parent.rename(tmp_path / "a|<b>")
     run = next((tmp_path / "a|<b>").iterdir())
     environment = json.loads((run / runs.ENVIRONMENT).read_text())
-    (run / runs.ENVIRONMENT).write_text(json.dumps({**environment, "preset": "a|<b>\nc"}))
+    (run / runs.ENVIRONMENT).write_text(json.dumps({**environment, "preset": "x\x1b[31m\ny"}))
     line = report.render(report.collect([tmp_path]), "markdown").splitlines()[2]
-    assert line.startswith("| a\\|&lt;b> c |")
+    assert line.startswith("| a\\|&lt;b> |"), "what is not printable is not taken for a name"
 
 
 def test_what_is_broken_is_listed_and_stops_nothing(tmp_path: Path) -> None:
@@ -105,7 +109,15 @@ def test_what_is_broken_is_listed_and_stops_nothing(tmp_path: Path) -> None:
     (unfinished / runs.RESULT).unlink()
     no_json = make_run(tmp_path, "resnet18-wd01", 0.4).path
     (no_json / runs.RESULT).write_text("{")
-    changes: list[dict[str, Any]] = [{}, {"test": {"top1": "x"}}, {"test": {"top1": float("nan")}}]
+    changes: list[dict[str, Any]] = [
+        {},
+        {"test": {"top1": "x"}},
+        {"test": {"top1": float("nan")}},
+        {"test": {"top1": 2, "top5": 1, "loss": 1, "ece": 0}},
+        {"seconds": 10**400},
+        {"device": "\ud800"},
+        {"select": "\x1b[31m"},
+    ]
     for number, result in enumerate(changes):
         wrong = make_run(tmp_path, "resnet18-wd01", 0.4, seed=number).path
         (wrong / runs.RESULT).write_text(json.dumps({**json.loads((wrong / runs.RESULT).read_text()), **result}))
@@ -121,8 +133,8 @@ def test_what_is_broken_is_listed_and_stops_nothing(tmp_path: Path) -> None:
     assert reasons[unfinished.name] == "unfinished: 1 of 200 epochs"
     assert "not valid JSON" in reasons[no_json.name]
     assert "not a run folder" in reasons["foreign"]
-    assert len(found.unusable) == 6
-    assert report.render(found, "markdown").count("not counted") == 6
+    assert len(found.unusable) == 3 + len(changes)
+    assert report.render(found, "markdown").count("not counted") == len(found.unusable)
 
 
 def test_a_run_can_be_named_itself(tmp_path: Path) -> None:

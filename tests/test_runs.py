@@ -1,6 +1,7 @@
 """Run folders: made once, never overwritten, read with suspicion."""
 
 import json
+import os
 import threading
 from pathlib import Path
 
@@ -8,14 +9,15 @@ import pytest
 
 from cifar100cli import runs
 from cifar100cli.config import Config
-from cifar100cli.errors import DataError
+from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import RunDir
 
 
 def make_run(root: Path, epochs: int = 0, preset: str = "mine") -> RunDir:
     run = RunDir.create(root, preset, Config(seed=3), {"device": "cpu"})
     for epoch in range(1, epochs + 1):
-        run.append_metrics({"epoch": epoch, "train_loss": 1.0})
+        row = {"train_loss": 1.0, "train_top1": 0.1, "seconds": 1.0, "images_per_second": 9.0}
+        run.append_metrics({"epoch": epoch, **row})
     return run
 
 
@@ -36,7 +38,8 @@ def test_opens_what_it_made(tmp_path: Path) -> None:
     assert [row["epoch"] for row in run.metrics()] == [1, 2]
     run.write_result({"test": 1})
     assert run.complete
-    assert run.result() == {"test": 1}
+    with pytest.raises(DataError, match=r"result\.json: preset is missing"):
+        run.result()
 
 
 def test_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
@@ -107,3 +110,42 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o666 & ~runs._umask()
+
+
+def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
+    first, second = make_run(tmp_path), make_run(tmp_path)
+    with second.exclusively():
+        assert second.in_use
+        assert not first.in_use
+        with pytest.raises(CifarError, match="another process is training"), RunDir(second.path).exclusively():
+            pass
+        assert runs.latest_unfinished(tmp_path) == first
+    assert not second.in_use
+    assert runs.latest_unfinished(tmp_path) == second
+    assert not list(second.path.glob(".*"))
+
+
+def test_a_stray_file_above_the_runs_hides_none(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    (tmp_path / runs.CONFIG).write_text("seed: 1")
+    assert run.path in runs.find_runs(tmp_path)
+    assert runs.latest_unfinished(tmp_path) == run
+
+
+def test_links_are_followed_and_folders_refused(tmp_path: Path) -> None:
+    (tmp_path / "real").write_text("old")
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    runs.write_text(tmp_path / "link", "new")
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "real").read_text() == "new"
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        runs.write_text(tmp_path / "folder", "x")
+    with pytest.raises(OSError, match="nowhere/file"):
+        runs.write_text(tmp_path / "nowhere" / "file", "x")
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    with runs.replacing(tmp_path / "pipe") as target:
+        assert target == tmp_path / "pipe"
+    os.close(reader)
+    assert (tmp_path / "pipe").is_fifo()
