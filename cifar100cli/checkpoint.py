@@ -99,7 +99,7 @@ def load_model(path: Path) -> Checkpoint:
     try:
         card = Card.model_validate(about)
         config = parse_config(card.config, str(path))
-        model = create_model(config.model, len(card.classes), card.image_size, pretrained=False)
+        model = create_model(config, len(card.classes), pretrained=False)
     except ValidationError as error:
         place = ".".join(map(str, error.errors()[0]["loc"])) or str(error.errors()[0]["ctx"]["error"])
         raise DataError(f"{path}: its description is not right at {place!r}") from None

@@ -354,7 +354,7 @@ def train(
     image_size: Annotated[str | None, typer.Option(metavar="N", help="Side in pixels.")] = None,
     batch_size: Annotated[str | None, typer.Option(metavar="N", help="Images in a training step.")] = None,
     augment: Annotated[str | None, typer.Option(metavar="POLICY", help="none, flip or crop_flip.")] = None,
-    loss: Annotated[str | None, typer.Option(metavar="NAME", help="cross_entropy.")] = None,
+    loss: Annotated[str | None, typer.Option(metavar="NAME", help="cross_entropy, arcface or cosface.")] = None,
     label_smoothing: Annotated[str | None, typer.Option(metavar="X", help="From 0 to below 1.")] = None,
     optimizer: Annotated[str | None, typer.Option(metavar="NAME", help="adamw, adam or sgd.")] = None,
     lr: Annotated[str | None, typer.Option(metavar="X", help="Learning rate.")] = None,

@@ -73,14 +73,18 @@ class Model(Section):
     backbone: str = Field("resnet18", min_length=1, description="any image model that timm knows")
     pretrained: bool = Field(False, description="start from timm's ImageNet weights")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="cifar: 3x3, stride 1, no pooling")
-    head: Literal["linear"] = "linear"
+    head: Literal["linear", "cosine"] = Field("linear", description="cosine: an embedding against class vectors")
+    embedding_dim: Integer = Field(512, ge=2, le=8192, description="of the cosine head")
 
 
 class Loss(Section):
     """What training minimises."""
 
-    name: Literal["cross_entropy"] = "cross_entropy"
+    name: Literal["cross_entropy", "arcface", "cosface"] = "cross_entropy"
     label_smoothing: Number = Field(0.0, ge=0, lt=1)
+    scale: Number = Field(8.0, gt=0, le=1000, description="of the cosines that a cosine head gives")
+    margin: Number = Field(0.35, ge=0, le=1.5, description="radians for arcface; a cosine for cosface")
+    gradient: Literal["exact", "straight_through"] = Field("exact", description="of arcface's margin")
 
 
 class Optimizer(Section):
@@ -127,7 +131,9 @@ class Config(Section):
     train: Train = Train()
 
     @model_validator(mode="after")
-    def _held_out_split_exists(self) -> Self:
+    def _keys_go_together(self) -> Self:
+        if self.loss.name in ("arcface", "cosface") and self.model.head != "cosine":
+            raise ValueError(f"loss.name = {self.loss.name} works on cosines: set model.head to cosine as well")
         if self.train.select == "best_val" and self.data.val_fraction == 0:
             raise ValueError(
                 "train.select = best_val needs a held-out split: "

@@ -15,7 +15,15 @@ from torch.nn import functional as F
 _LEAST_SQUARED_SINE = torch.finfo(torch.float32).eps
 
 
-def arcface(cosines: Tensor, labels: Tensor, *, scale: float, margin: float, straight_through: bool = False) -> Tensor:
+def arcface(
+    cosines: Tensor,
+    labels: Tensor,
+    *,
+    scale: float,
+    margin: float,
+    straight_through: bool = False,
+    label_smoothing: float = 0.0,
+) -> Tensor:
     """Additive angular margin: cos(angle + margin) in place of cos(angle) for the true class.
 
     Deng et al., "ArcFace", arXiv 1801.07698. Where angle + margin would pass pi, the target goes on as
@@ -30,11 +38,12 @@ def arcface(cosines: Tensor, labels: Tensor, *, scale: float, margin: float, str
     moved = torch.where(target > -math.cos(margin), shifted, continued)
     if straight_through:
         moved = target + (moved - target).detach()
-    return F.cross_entropy(scale * cosines.scatter(1, labels[:, None], moved), labels)
+    logits = scale * cosines.scatter(1, labels[:, None], moved)
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
 
 
-def cosface(cosines: Tensor, labels: Tensor, *, scale: float, margin: float) -> Tensor:
+def cosface(cosines: Tensor, labels: Tensor, *, scale: float, margin: float, label_smoothing: float = 0.0) -> Tensor:
     """Additive cosine margin: cos(angle) - margin for the true class. Wang et al., arXiv 1801.09414."""
     cosines = cosines.float()
     reduction = margin * F.one_hot(labels, cosines.shape[1])
-    return F.cross_entropy(scale * (cosines - reduction), labels)
+    return F.cross_entropy(scale * (cosines - reduction), labels, label_smoothing=label_smoothing)

@@ -2,14 +2,16 @@
 
 import difflib
 import socket
+from collections import OrderedDict
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-from cifar100cli.config import Model
+from cifar100cli.config import Config
 from cifar100cli.errors import DataError, UsageError
 
 
@@ -21,33 +23,61 @@ def check_backbone(name: str) -> None:
         raise UsageError(f"model.backbone = {name}: timm has no such model{hint}")
 
 
-def create_model(config: Model, classes: int, image_size: int, *, pretrained: bool | None = None) -> nn.Module:
+class CosineHead(nn.Module):
+    """Features to an embedding, and its cosine to a learned vector of each class, times `scale`.
+
+    A linear layer without bias, batch norm, then cosines in float32 whatever the autocast. The output is
+    logits (N, classes) float32 like any other's; a margin loss divides the scale out again.
+    """
+
+    def __init__(self, features: int, embedding_dim: int, classes: int, scale: float) -> None:
+        super().__init__()
+        self.embed = nn.Linear(features, embedding_dim, bias=False)
+        self.norm = nn.BatchNorm1d(embedding_dim)
+        self.class_vectors = nn.Parameter(torch.empty(classes, embedding_dim))
+        self.scale = scale
+        nn.init.normal_(self.class_vectors, std=0.01)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(N, features) to (N, classes)."""
+        embedding = self.norm(self.embed(features))
+        with torch.autocast(embedding.device.type, enabled=False):
+            cosines = F.linear(F.normalize(embedding.float()), F.normalize(self.class_vectors))
+            return self.scale * cosines
+
+
+def create_model(config: Config, classes: int, *, pretrained: bool | None = None) -> nn.Module:
     """Build the network for `classes` classes, with random weights or timm's ImageNet weights.
 
     `pretrained=False` leaves out the weights that the preset asks for, for a caller that loads its own.
     Raises `UsageError` for a backbone, stem or image size that do not go together, `DataError` when the
     weights cannot be had.
     """
-    check_backbone(config.backbone)
-    wants_weights = config.pretrained if pretrained is None else pretrained
+    name = config.model.backbone
+    check_backbone(name)
+    wants_weights = config.model.pretrained if pretrained is None else pretrained
     if wants_weights:
         _ask_the_hub_once()
     try:
-        model = timm.create_model(config.backbone, pretrained=wants_weights, num_classes=classes)
+        outputs = classes if config.model.head == "linear" else 0  # 0: timm gives the pooled features
+        model = timm.create_model(name, pretrained=wants_weights, num_classes=outputs)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
         if wants_weights:
-            source = timm.get_pretrained_cfg(config.backbone)
+            source = timm.get_pretrained_cfg(name)
             place = (source and (source.hf_hub_id or source.url)) or "none are published"
             raise DataError(
-                f"the ImageNet weights of {config.backbone} cannot be had ({place}): they are not in the cache and "
+                f"the ImageNet weights of {name} cannot be had ({place}): they are not in the cache and "
                 "the model hub cannot be reached from here; train once where it can, and copy the cache folder "
                 f"{_hub_cache()} here, or use --no-pretrained"
             ) from None
-        raise UsageError(f"model.backbone = {config.backbone}: timm cannot build it here: {reason}") from None
-    if config.stem == "cifar":
-        _use_cifar_stem(model, config.backbone)
-    _check_image_size(model, config.backbone, image_size)
+        raise UsageError(f"model.backbone = {name}: timm cannot build it here: {reason}") from None
+    if config.model.stem == "cifar":
+        _use_cifar_stem(model, name)
+    features = _check_image_size(model, name, config.data.image_size).shape[1]
+    if config.model.head == "cosine":
+        head = CosineHead(features, config.model.embedding_dim, classes, config.loss.scale)
+        model = nn.Sequential(OrderedDict(backbone=model, head=head))
     return model
 
 
@@ -88,12 +118,13 @@ def _use_cifar_stem(model: nn.Module, name: str) -> None:
     model.maxpool = nn.Identity()
 
 
-def _check_image_size(model: nn.Module, name: str, image_size: int) -> None:
+def _check_image_size(model: nn.Module, name: str, image_size: int) -> Tensor:
     """Try one blank image, so that a size that the network cannot take is a word and not a traceback."""
     training = model.training
     try:
         with torch.inference_mode():
-            model.eval()(torch.zeros(1, 3, image_size, image_size))
+            output: Tensor = model.eval()(torch.zeros(1, 3, image_size, image_size))
+            return output
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(
             f"data.image_size = {image_size}: {name} cannot take it ({' '.join(str(error).split())[:120]})"

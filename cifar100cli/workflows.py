@@ -26,7 +26,7 @@ from cifar100cli.loader import DeviceLoader, Preprocessing, evaluation_batch_siz
 from cifar100cli.models import check_backbone, count_parameters, create_model
 from cifar100cli.optim import create_optimizer
 from cifar100cli.runs import MODEL, RunDir, replacing
-from cifar100cli.tasks import ClassificationTask, Task
+from cifar100cli.tasks import Task, create_task
 from cifar100cli.trainer import Loaders, Observer
 
 Log = Callable[[str], None]
@@ -166,7 +166,7 @@ def prepare(preset: Preset, where: Where) -> Job:
     training, held_out = training_splits(dataset, config)
     preprocessing = preprocessing_for(config.data.normalize, config.data.image_size, training)
     torch.manual_seed(config.seed)
-    model = create_model(config.model, len(dataset.classes), config.data.image_size)
+    model = create_model(config, len(dataset.classes))
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_loader = DeviceLoader(
         training,
@@ -197,7 +197,7 @@ def prepare(preset: Preset, where: Where) -> Job:
         std=preprocessing.std,
         config=config.model_dump(mode="json", exclude_none=True),
     )
-    task = ClassificationTask(config.loss.label_smoothing)
+    task = create_task(config.loss)
     loaders = Loaders(train_loader, evaluation)
     return Job(config, preset.name, dataset, model, task, loaders, test_loader, card, device, precision)
 

@@ -34,7 +34,7 @@ def make_card(**changes: object) -> Card:
 
 def make_model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
-    return create_model(CONFIG.model, classes=3, image_size=32).to(memory_format=torch.channels_last)
+    return create_model(CONFIG, classes=3).to(memory_format=torch.channels_last)
 
 
 @pytest.fixture
@@ -143,7 +143,7 @@ def test_training_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None
 def test_a_state_of_another_model(tmp_path: Path) -> None:
     model = make_model()
     checkpoint.save_state(tmp_path / "state", TrainState(), model, create_optimizer(CONFIG.optimizer, model))
-    other = create_model(CONFIG.model, classes=4, image_size=32)
+    other = create_model(CONFIG, classes=4)
     with pytest.raises(DataError, match="does not fit"):
         checkpoint.load_state(tmp_path / "state", other, create_optimizer(CONFIG.optimizer, other))
 

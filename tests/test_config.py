@@ -62,6 +62,7 @@ def test_scalars_mean_what_a_user_means(tmp_path: Path, text: str, key: str, val
         ("train: {epochs: yes}", ["train.epochs", "yes", "whole number"]),
         ("train: {select: best_tset}", ["train.select", "best_tset", "did you mean best_test?"]),
         ("train: {select: best_val}", ["train.select", "data.val_fraction"]),
+        ("loss: {name: arcface}", ["loss.name = arcface", "model.head"]),
         ("model: {pretrained: perhaps}", ["model.pretrained", "perhaps", "true or false"]),
         ("data: {fraction: 0}", ["data.fraction", "above 0", "at most 1"]),
         ("data: {image_size: 8}", ["data.image_size", "8", "16"]),

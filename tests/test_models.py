@@ -5,14 +5,18 @@ import timm
 import torch
 from torch import nn
 
-from cifar100cli.config import Model
+from cifar100cli.config import Config
 from cifar100cli.errors import UsageError
-from cifar100cli.models import count_parameters, create_model
+from cifar100cli.models import CosineHead, count_parameters, create_model
+
+
+def make_config(**keys: object) -> Config:
+    return Config.model_validate({"model": keys})
 
 
 def test_is_timms_model() -> None:
     torch.manual_seed(0)
-    ours = create_model(Model(), classes=100, image_size=32)
+    ours = create_model(Config(), classes=100)
     torch.manual_seed(0)
     theirs = timm.create_model("resnet18", num_classes=100)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
@@ -22,7 +26,7 @@ def test_is_timms_model() -> None:
 
 
 def test_cifar_stem_keeps_the_resolution() -> None:
-    model = create_model(Model(stem="cifar"), classes=10, image_size=32)
+    model = create_model(make_config(stem="cifar"), classes=10)
     assert isinstance(model.conv1, nn.Conv2d)
     assert (model.conv1.kernel_size, model.conv1.stride) == ((3, 3), (1, 1))
     with torch.inference_mode():
@@ -31,7 +35,7 @@ def test_cifar_stem_keeps_the_resolution() -> None:
 
 
 def test_what_is_frozen_does_not_count_as_trainable() -> None:
-    model = create_model(Model(), classes=10, image_size=32)
+    model = create_model(Config(), classes=10)
     assert count_parameters(model, trainable=True) == count_parameters(model)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
@@ -39,15 +43,38 @@ def test_what_is_frozen_does_not_count_as_trainable() -> None:
 
 
 @pytest.mark.parametrize(
-    ("config", "image_size", "words"),
+    ("keys", "words"),
     [
-        (Model(backbone="resnet81"), 32, "timm has no such model; did you mean"),
-        (Model(backbone="zzzzzzzzzz"), 32, "list_models"),
-        (Model(backbone="vit_tiny_patch16_224"), 32, "data.image_size = 32"),
-        (Model(backbone="mobilenetv3_small_050", stem="cifar"), 32, "model.stem"),
+        ({"backbone": "resnet81"}, "timm has no such model; did you mean"),
+        ({"backbone": "zzzzzzzzzz"}, "list_models"),
+        ({"backbone": "vit_tiny_patch16_224"}, "data.image_size = 32"),
+        ({"backbone": "mobilenetv3_small_050", "stem": "cifar"}, "model.stem"),
     ],
 )
-def test_refused(config: Model, image_size: int, words: str) -> None:
+def test_refused(keys: dict[str, str], words: str) -> None:
     with pytest.raises(UsageError, match=words) as refusal:
-        create_model(config, classes=10, image_size=image_size)
+        create_model(make_config(**keys), classes=10)
     assert "\n" not in str(refusal.value)
+
+
+def test_cosine_head_gives_scaled_cosines_whatever_the_autocast() -> None:
+    config = Config.model_validate(
+        {"model": {"backbone": "test_resnet", "head": "cosine", "embedding_dim": 64}, "loss": {"scale": 16}}
+    )
+    model = create_model(config, classes=10).eval()
+    inputs = torch.randn(4, 3, 32, 32)
+    with torch.inference_mode():
+        features = model.backbone(inputs)  # type: ignore[operator]
+        head = model.head
+        assert isinstance(head, CosineHead)
+        embedding = torch.nn.functional.batch_norm(
+            features @ head.embed.weight.T, head.norm.running_mean, head.norm.running_var, head.norm.weight
+        )
+        expected = torch.nn.functional.cosine_similarity(embedding[:, None], head.class_vectors[None], dim=2)
+        torch.testing.assert_close(model(inputs), 16 * expected, atol=1e-4, rtol=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(inputs)
+    assert logits.dtype == torch.float32
+    assert logits.abs().max() <= 16.001
+    assert head.class_vectors.std().item() == pytest.approx(0.01, rel=0.15)
+    assert head.embed.bias is None

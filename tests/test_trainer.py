@@ -102,6 +102,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "held out": {"data": {"val_fraction": 0.25, "normalize": "dataset"}, "train": {"select": "best_val"}},
     "best on test": {"train": {"select": "best_test"}},
+    "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface"}, "train": {"precision": "bf16"}},
 }
 
 
@@ -194,6 +195,24 @@ def test_the_selected_weights_are_the_best_epochs(tmp_path: Path) -> None:
     workflows.train(short, where(tmp_path / "short"), Silent())
     one, other = (load_file(only_run(tmp_path / name).path / runs.MODEL) for name in ("long", "short"))
     assert all(torch.equal(one[name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("name", ["arcface", "cosface"])
+def test_the_margin_is_in_the_loss_and_nowhere_else(tmp_path: Path, name: str) -> None:
+    """At the same weights a larger margin raises the training loss and leaves every measure as it was."""
+
+    def first_epoch(margin: float) -> dict[str, Any]:
+        sections: dict[str, Any] = {"model": {"head": "cosine"}, "optimizer": {"lr": 1e-9}}
+        preset = make_preset(
+            **sections, loss={"name": name, "margin": margin}, train={"select": "best_test", "epochs": 1}
+        )
+        workflows.train(preset, where(tmp_path / str(margin)), Silent())
+        return only_run(tmp_path / str(margin)).metrics()[0]
+
+    plain, with_margin = first_epoch(0.0), first_epoch(0.4)
+    assert with_margin["train_loss"] > plain["train_loss"] + 1
+    for key in ("train_top1", "test_loss", "test_top1", "test_top5"):
+        assert with_margin[key] == pytest.approx(plain[key], abs=1e-4), key
 
 
 def test_seeds_differ_and_the_same_seed_does_not(tmp_path: Path) -> None:
