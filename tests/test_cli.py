@@ -494,13 +494,24 @@ def test_streams_that_cannot_be_written(tmp_path: Path, command: str, code: int)
     assert "Traceback" not in finished.stderr
 
 
-def test_ctrl_c_while_starting(tmp_path: Path) -> None:
-    process = start(tmp_path, *TINY)
-    time.sleep(0.3)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert err.splitlines() == ["error: interrupted"]
+@pytest.mark.parametrize("module", ["typer", "cifar100cli.console", "pydantic"])
+def test_ctrl_c_while_starting(tmp_path: Path, module: str) -> None:
+    script = f"""
+import os, signal, sys
+
+class PressCtrlC:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+from cifar100cli.__main__ import main
+sys.meta_path.insert(0, PressCtrlC())
+sys.argv = ["cifar100", "presets", "--json"]
+main()
+"""
+    finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert finished.returncode == 130
+    assert finished.stderr.splitlines() == ["error: interrupted"]
 
 
 def test_a_terminal_is_not_steered_by_names(run_cli: Cli) -> None:
