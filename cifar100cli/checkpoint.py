@@ -22,7 +22,7 @@ from cifar100cli.config import Config, parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model
-from cifar100cli.runs import MODEL, replacing
+from cifar100cli.runs import find_model, replacing
 
 FORMAT = 1  # of both files; a newer one is refused
 KEY = "cifar100"  # of the metadata
@@ -73,17 +73,6 @@ class Checkpoint:
     config: Config
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The model's file of a run folder, or the file itself."""
-    if path.is_dir():
-        path = path / MODEL
-        if not path.is_file():
-            raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished")
-    elif not path.is_file():
-        raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report` lists the runs")
-    return path
-
-
 def save_model(path: Path, model: nn.Module, card: Card) -> None:
     """Write weights and card to `path`, whole or not at all."""
     _save(path, model.state_dict(), card.model_dump(mode="json"))
@@ -94,7 +83,7 @@ def load_model(path: Path) -> Checkpoint:
 
     Raises `DataError` for a file that is missing, broken, foreign, newer, or whose weights do not fit.
     """
-    path = find_checkpoint(path)
+    path = find_model(path)
     tensors, about = read(path)
     try:
         card = Card.model_validate(about)

@@ -411,6 +411,10 @@ def train(
         else:
             console.result(chosen.config.to_yaml().rstrip())
         return
+    if chosen.config.data.dataset != "synthetic":
+        from cifar100cli import datasets
+
+        datasets.find(chosen.config.data.dataset, _data_dir(data_dir))  # before PyTorch, which takes seconds to load
     where = _where(data_dir, out, device)
     from cifar100cli import workflows
 
@@ -482,7 +486,10 @@ def evaluate(
 
     Example: cifar100 evaluate runs/resnet18-baseline/20260101-120000-seed0 --predictions test.csv
     """
+    from cifar100cli.runs import find_model
+
     csv_file = _check_output("--predictions", predictions) if predictions is not None else None
+    find_model(_expand(checkpoint))
     where = _where(data_dir, Path("runs"), device, _expand(checkpoint))
     from cifar100cli import workflows
 

@@ -64,6 +64,15 @@ def load(name: str, data_dir: Path) -> Dataset:
             drawn.superclasses,
             drawn.superclass_of,
         )
+    folder = find(name, data_dir)
+    try:
+        return READERS[name](folder)
+    except DataError as error:
+        raise DataError(f"{error}; `cifar100 download --dataset {name} --force` fetches it again") from None
+
+
+def find(name: str, data_dir: Path) -> Path:
+    """The data set's folder. Raises `DataError`, which says what to do, when it is not there."""
     folder = data_dir / FOLDERS[name]
     if not folder.is_dir():
         flag = "" if name == "cifar100" else f" --dataset {name}"
@@ -71,10 +80,7 @@ def load(name: str, data_dir: Path) -> Dataset:
             f"{TITLES[name]} is not in {data_dir}: run `cifar100 download{flag}`, or point --data-dir at it "
             "(`--dataset synthetic` needs no download)"
         )
-    try:
-        return READERS[name](folder)
-    except DataError as error:
-        raise DataError(f"{error}; `cifar100 download --dataset {name} --force` fetches it again") from None
+    return folder
 
 
 # --------------------------------------------------------------------------------------- the two formats

@@ -273,3 +273,14 @@ def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
         of_preset = f" of {preset}" if preset else ""
         raise DataError(f"{root}: there is no unfinished run{of_preset} to resume")
     return RunDir.open(max(folders, key=lambda path: (path / CONFIG).stat().st_mtime_ns))
+
+
+def find_model(path: Path) -> Path:
+    """The model's file of a run folder, or the file itself."""
+    if path.is_dir():
+        path = path / MODEL
+        if not path.is_file():
+            raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished")
+    elif not path.is_file():
+        raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report` lists the runs")
+    return path

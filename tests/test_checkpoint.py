@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cifar100cli import checkpoint
+from cifar100cli import checkpoint, runs
 from cifar100cli.checkpoint import Card, TrainState
 from cifar100cli.config import Config
 from cifar100cli.errors import DataError
@@ -155,6 +155,6 @@ def test_files_hold_no_pickle(saved: Path) -> None:
 
 def test_what_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such run or checkpoint"):
-        checkpoint.find_checkpoint(tmp_path / "none")
+        runs.find_model(tmp_path / "none")
     with pytest.raises(DataError, match=r"has no model\.safetensors"):
-        checkpoint.find_checkpoint(tmp_path)
+        runs.find_model(tmp_path)
