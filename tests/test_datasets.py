@@ -14,8 +14,9 @@ import pytest
 import torchvision
 
 from cifar100cli import datasets
-from cifar100cli.datasets import PickleError, Split, read_pickle
+from cifar100cli.datasets import Split
 from cifar100cli.errors import DataError, UsageError
+from cifar100cli.unpickle import PickleError, read_pickle
 
 
 class _CIFAR100(torchvision.datasets.CIFAR100):  # type: ignore[misc]

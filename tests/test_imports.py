@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 # From the bottom up; a file may import what stands in a line above its own.
 LEVELS = (
     {"__init__", "errors"},
-    {"config", "fetch", "synthetic", "augment", "losses"},
+    {"config", "unpickle", "fetch", "synthetic", "augment", "losses"},
     {"console", "unpack", "runs", "datasets", "models", "optim"},
     {"download", "loader"},
     {"tasks", "metrics", "checkpoint"},
