@@ -272,11 +272,9 @@ class TrainingDisplay:
             log(line)
             return
         self._bar.console.print(line, markup=False, soft_wrap=True)
-        self._bar.reset(
-            self._task,
-            description=f"epoch {min(row['epoch'] + 1, self._epochs)}/{self._epochs}",
-            total=self._steps,
-        )
+        last = row["epoch"] == self._epochs
+        following = "measuring the result" if last else f"epoch {row['epoch'] + 1}/{self._epochs}"
+        self._bar.reset(self._task, description=following, total=self._steps)
 
     def close(self) -> None:
         """Training is over, one way or another; the terminal is given back."""

@@ -1,5 +1,6 @@
 """Batches from images that stay on the device as uint8: order, augmentation, enlarging, normalising."""
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -33,10 +34,14 @@ class Preprocessing:
             )
         pixels = pixels.div_(255)
         if any(self.mean) or self.std != (1.0, 1.0, 1.0):
-            mean = torch.tensor(self.mean, device=pixels.device)[:, None, None]
-            std = torch.tensor(self.std, device=pixels.device)[:, None, None]
-            pixels = pixels.sub_(mean).div_(std)
+            pixels = pixels.sub_(_per_channel(self.mean, pixels.device)).div_(_per_channel(self.std, pixels.device))
         return pixels
+
+
+@functools.lru_cache(maxsize=32)
+def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(3, 1, 1) on the device; kept, because a copy from the host would make the host wait in every batch."""
+    return torch.tensor(values, device=device)[:, None, None]
 
 
 def preprocessing_for(normalize: str, image_size: int, train: Split) -> Preprocessing:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar100cli import console
@@ -53,7 +54,8 @@ def training(result: Mapping[str, Any], published: "Published | None", json: boo
     )
     console.result(f"the run is {result['run_dir']}")
     console.result(f"next: cifar100 evaluate {shlex.quote(result['run_dir'])}")
-    console.result("      cifar100 report")
+    root = str(Path(result["run_dir"]).parent.parent)
+    console.result("      cifar100 report" + ("" if root == "runs" else f" {shlex.quote(root)}"))
 
 
 def evaluation(result: Mapping[str, Any], json: bool) -> None:

@@ -73,7 +73,7 @@ def unpack(
             end = plain.tell() + MAX_TAIL
             while plain.read(TAR_CHUNK):
                 if plain.tell() > end:
-                    raise DataError(f"{label}: goes on after its end; nothing of it is kept")
+                    raise DataError(f"{label}: damaged, as it goes on after its end; nothing of it is kept")
             progress(total, total)
     except CifarError:
         raise

@@ -290,20 +290,26 @@ def test_a_device_that_is_not_here() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
-    job = workflows.prepare(make_preset(augment={"policy": "crop_flip"}), Where(tmp_path, tmp_path, "cuda"))
+    preset = make_preset(augment={"policy": "crop_flip"}, data={"normalize": "dataset"})
+    job = workflows.prepare(preset, Where(tmp_path, tmp_path, "cuda"))
     optimizer = create_optimizer(job.config.optimizer, job.model)
     cast = trainer.autocast(job.device, job.precision)
 
     class Watch(Silent):
+        steps = 0
+
         def step(self) -> None:
+            self.steps += 1
             torch.cuda.set_sync_debug_mode("error")
 
     def epoch(number: int, observer: Silent) -> None:
         trainer.train_epoch(job.model, job.task, job.loaders.train, optimizer, job.config, number, cast, observer)
 
     epoch(1, Silent())
-    with pytest.raises(RuntimeError, match="synchroniz"):  # the one wait, for the sums at the end
-        epoch(2, Watch())
+    watch = Watch()
+    with pytest.raises(RuntimeError, match="synchroniz"):  # the one wait, for the sums, after every step is issued
+        epoch(2, watch)
+    assert watch.steps == len(job.loaders.train)
     torch.cuda.set_sync_debug_mode("default")
 
 
