@@ -411,6 +411,10 @@ def train(
         else:
             console.result(chosen.config.to_yaml().rstrip())
         return
+    if not dry_run:
+        from cifar100cli.runs import check_writable
+
+        check_writable(_expand(out))
     if chosen.config.data.dataset != "synthetic":
         from cifar100cli import datasets
 

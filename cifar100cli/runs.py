@@ -123,7 +123,10 @@ class RunDir:
         """Make `<root>/<preset>/<YYYYmmdd-HHMMSS>-seed<N>`; a folder that is there is never reused."""
         stem = f"{datetime.now():%Y%m%d-%H%M%S}-seed{config.seed}"
         parent = root / preset
-        parent.mkdir(parents=True, exist_ok=True)
+        try:
+            parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _unwritable(root, error.strerror) from None
         for name in (stem, *(f"{stem}-{number}" for number in range(2, 1000))):
             try:
                 (parent / name).mkdir()
@@ -250,6 +253,21 @@ class RunDir:
                 return False
         except CifarError:
             return True
+
+
+def check_writable(root: Path) -> None:
+    """Raise `CifarError` when runs cannot be made under `root`; asked before the long preparations, changes nothing."""
+    existing = root.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not existing.is_dir():
+        raise _unwritable(root, f"{existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise _unwritable(root, f"{existing} must not be written to")
+
+
+def _unwritable(root: Path, reason: str | None) -> CifarError:
+    return CifarError(f"runs cannot be written to {root}: {reason}; --out or CIFAR100_RUNS_DIR names another place")
 
 
 def find_runs(root: Path) -> list[Path]:

@@ -279,8 +279,14 @@ def test_a_runs_folder_that_cannot_be_made(run_cli: Cli, tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     outcome = run_cli("train", *TINY, "--out", "file/runs")
     assert outcome.code == 1
-    assert "file" in outcome.err.splitlines()[-1]
-    assert "Traceback" not in outcome.err
+    (line,) = outcome.err.splitlines()
+    assert "runs cannot be written to file/runs" in line
+    assert "--out" in line
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "quickstart").write_text("")
+    outcome = run_cli("train", *TINY, "--out", "taken")
+    assert outcome.code == 1
+    assert "runs cannot be written to taken" in outcome.err.splitlines()[-1]
 
 
 def test_corrupt_checkpoints_and_data(run_cli: Cli, tmp_path: Path) -> None:
