@@ -222,7 +222,10 @@ def _where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None 
     _check_device(device)
     with console.waiting("starting PyTorch ..."):
         from cifar100cli import workflows
-    return workflows.Where(_data_dir(data_dir, run), _expand(runs_dir), device)
+    where = workflows.Where(_data_dir(data_dir, run), _expand(runs_dir), device)
+    console.detail(f"data folder {where.data_dir.absolute()}, runs folder {where.runs_dir.absolute()}")
+    console.detail(workflows.machine(device))
+    return where
 
 
 def _overrides(settings: list[str], flags: dict[str, tuple[str, object]]) -> list["Override"]:

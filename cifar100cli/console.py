@@ -268,6 +268,8 @@ class TrainingDisplay:
         if _verbosity == QUIET:
             return
         line = self._line(row, state)
+        if _verbosity >= VERBOSE:
+            line += f"  lr {row['lr']:.2g}  {row['seconds']:.1f} s"
         if self._bar is None or self._task is None:
             log(line)
             return

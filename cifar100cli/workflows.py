@@ -269,6 +269,14 @@ def environment(job: Job, where: Where) -> dict[str, Any]:
     }
 
 
+def machine(device: str) -> str:
+    """PyTorch and the device that it would use, in one line."""
+    chosen = trainer.select_device(device)
+    name = torch.cuda.get_device_name(chosen) if chosen.type == "cuda" else _processor()
+    precision = trainer.resolve_precision("auto", chosen)
+    return f"PyTorch {torch.__version__} on {chosen} ({name}), {torch.get_num_threads()} threads, precision {precision}"
+
+
 def _processor() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():

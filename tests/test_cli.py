@@ -83,6 +83,11 @@ def test_a_pipe_gets_plain_lines(run_cli: Cli) -> None:
     assert "synthetic" in outcome.out
     assert "\x1b" not in outcome.err + outcome.out
     assert "\r" not in outcome.err + outcome.out
+    verbose = run_cli("-v", "train", *TINY, "--epochs", "1").err
+    assert "data folder" in verbose
+    assert f"PyTorch {torch.__version__} on cpu" in verbose
+    assert "  lr " in verbose
+    assert "data folder" not in outcome.err
     quiet = run_cli("train", *TINY, "--epochs", "1", "-q")
     assert quiet.err == ""
     assert quiet.out
