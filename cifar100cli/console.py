@@ -89,12 +89,6 @@ def log(text: str) -> None:
         print(printable(text), file=sys.stderr, flush=True)
 
 
-def warn(text: str) -> None:
-    """A line that the user should not miss, on stderr."""
-    if _verbosity > QUIET:
-        _styled(f"warning: {text}", "yellow", sys.stderr)
-
-
 def error(text: str) -> None:
     """What went wrong, in one line, on stderr."""
     with contextlib.suppress(OSError):  # the exit code still tells

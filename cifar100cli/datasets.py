@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cifar100cli import synthetic
 from cifar100cli.errors import DataError, UsageError
-from cifar100cli.unpickle import PickleError, read_pickle
+from cifar100cli.unpickle import PickleError, as_text, read_pickle
 
 LARGEST_FILE = 256 * 1024 * 1024  # bytes; CIFAR-100's training file has 155,249,918
 SPLIT_SEED = 20090408  # the day of the CIFAR report; held-out images are the same for every seed of a run
@@ -137,11 +137,7 @@ def _read_file(path: Path) -> dict[str, Any]:
         _refuse(path, str(error))
     if not isinstance(content, dict):
         _refuse(path, "holds no dictionary")
-    return {_text(key): value for key, value in content.items() if isinstance(key, (str, bytes))}
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value
+    return {as_text(key): value for key, value in content.items() if isinstance(key, (str, bytes))}
 
 
 def _get(path: Path, content: dict[str, Any], key: str) -> Any:
@@ -154,9 +150,9 @@ def _names(path: Path, content: dict[str, Any], key: str, count: int) -> tuple[s
     names = _get(path, content, key)
     if not isinstance(names, list) or not all(isinstance(name, (str, bytes)) for name in names):
         _refuse(path, f"{key} is no list of names")
-    if len({_text(name) for name in names}) != count or len(names) != count:
+    if len({as_text(name) for name in names}) != count or len(names) != count:
         _refuse(path, f"{key} has {len(names)} names and not {count} different ones")
-    return tuple(_text(name) for name in names)
+    return tuple(as_text(name) for name in names)
 
 
 def _labels(path: Path, content: dict[str, Any], key: str, count: int, classes: int) -> NDArray[np.int64]:

@@ -8,6 +8,7 @@ from urllib.request import getproxies, proxy_bypass
 
 import timm
 import torch
+from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -66,10 +67,13 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
         if wants_weights:
             source = timm.get_pretrained_cfg(name)
             place = (source and (source.hf_hub_id or source.url)) or "none are published"
+            if constants.HF_HUB_OFFLINE:
+                reason = (
+                    "they are not in the cache and the model hub cannot be reached from here; train once where it "
+                    f"can, and copy the cache folder {constants.HF_HUB_CACHE} here"
+                )
             raise DataError(
-                f"the ImageNet weights of {name} cannot be had ({place}): they are not in the cache and "
-                "the model hub cannot be reached from here; train once where it can, and copy the cache folder "
-                f"{_hub_cache()} here, or use --no-pretrained"
+                f"the ImageNet weights of {name} cannot be had ({place}): {reason}; or use --no-pretrained"
             ) from None
         raise UsageError(f"model.backbone = {name}: timm cannot build it here: {reason}") from None
     if config.model.stem == "cifar":
@@ -83,8 +87,6 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
 
 def _ask_the_hub_once() -> None:
     """Spare the user a minute of retries: where the hub does not answer, only its cache is looked at."""
-    from huggingface_hub import constants
-
     address = urlsplit(constants.ENDPOINT)
     proxied = address.scheme in getproxies() and not proxy_bypass(address.hostname or "")
     if constants.HF_HUB_OFFLINE or proxied:
@@ -94,12 +96,6 @@ def _ask_the_hub_once() -> None:
         socket.create_connection((address.hostname or "", port), timeout=5).close()
     except OSError:
         constants.HF_HUB_OFFLINE = True
-
-
-def _hub_cache() -> str:
-    from huggingface_hub import constants
-
-    return constants.HF_HUB_CACHE
 
 
 def _use_cifar_stem(model: nn.Module, name: str) -> None:

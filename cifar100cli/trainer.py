@@ -36,14 +36,6 @@ class Observer(Protocol):
         """An epoch is finished, measured and saved."""
 
 
-class Silent:
-    """An observer that shows nothing."""
-
-    def begin(self, config: Config, first_epoch: int, steps_per_epoch: int) -> None: ...
-    def step(self) -> None: ...
-    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
-
-
 # ------------------------------------------------------------------------------------ device and precision
 
 

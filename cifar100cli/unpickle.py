@@ -183,8 +183,8 @@ def _above_mark(stack: list[Any]) -> list[Any]:
 def _construct(function: Any, arguments: Any) -> Any:
     if function is _RECONSTRUCT and arguments[0] is _NDARRAY:
         return _Array()
-    if function is _DTYPE and _as_text(arguments[0]) in _DTYPES:
-        return _DType(_as_text(arguments[0]))
+    if function is _DTYPE and as_text(arguments[0]) in _DTYPES:
+        return _DType(as_text(arguments[0]))
     if function is _ENCODE and type(arguments[0]) is str and arguments[1] in ("latin1", "latin-1"):
         return arguments[0].encode("latin-1")
     if function is _BYTES and arguments == ():
@@ -197,7 +197,7 @@ def _construct(function: Any, arguments: Any) -> Any:
 
 def _build(target: Any, state: Any) -> _Array | _DType:
     if isinstance(target, _DType):
-        version, byte_order = state[0], _as_text(state[1])
+        version, byte_order = state[0], as_text(state[1])
         if version not in (3, 4) or byte_order not in ("|", "<", ">") or any(part is not None for part in state[2:5]):
             raise PickleError("refused: an array of something else than integers")
         target.byte_order = byte_order
@@ -241,5 +241,6 @@ def _finished(value: Any) -> Any:
     return value
 
 
-def _as_text(value: str | bytes) -> str:
+def as_text(value: str | bytes) -> str:
+    """Names are bytes or text, by the Python that wrote them."""
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else value

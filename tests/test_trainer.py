@@ -18,7 +18,6 @@ from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch, DeviceLoader
 from cifar100cli.optim import create_optimizer
 from cifar100cli.runs import RunDir
-from cifar100cli.trainer import Silent
 from cifar100cli.workflows import Where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
@@ -42,6 +41,14 @@ def where(tmp_path: Path) -> Where:
 def only_run(tmp_path: Path) -> RunDir:
     (path,) = runs.find_runs(tmp_path / "runs")
     return RunDir.open(path)
+
+
+class Silent:
+    """An observer that shows nothing."""
+
+    def begin(self, config: Config, first_epoch: int, steps_per_epoch: int) -> None: ...
+    def step(self) -> None: ...
+    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
 
 
 class StopAfter(Silent):
