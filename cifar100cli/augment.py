@@ -5,6 +5,7 @@ the same shape and type. Uint8, before enlarging and normalising, is where the d
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -12,10 +13,44 @@ from torch import Tensor
 Policy = Callable[[Tensor, torch.Generator], Tensor]
 
 
-def flip(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Mirror each image left to right with probability 1/2."""
-    mirrored = torch.rand(len(images), generator=generator, device=images.device) < 0.5
-    return torch.where(mirrored[:, None, None, None], images.flip(-1), images)
+@dataclass(frozen=True)
+class Views:
+    """A policy under which an image has few versions, each as likely as the others.
+
+    What depends on the version alone, such as a teacher's logits, can be computed once for each and kept.
+    """
+
+    versions: tuple[Callable[[Tensor], Tensor], ...]
+
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """(count,) int64: the index of each image's version."""
+        if len(self.versions) == 1:
+            return torch.zeros(count, dtype=torch.int64, device=generator.device)
+        return torch.randint(0, len(self.versions), (count,), generator=generator, device=generator.device)
+
+    def apply(self, images: Tensor, drawn: Tensor) -> Tensor:
+        """Each image in the version that was drawn for it."""
+        result = self.versions[0](images)
+        for index, version in enumerate(self.versions[1:], start=1):
+            result = torch.where((drawn == index)[:, None, None, None], version(images), result)
+        return result
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw and apply."""
+        return self.apply(images, self.draw(len(images), generator))
+
+
+def unchanged(images: Tensor) -> Tensor:
+    """The images as they are."""
+    return images
+
+
+def mirrored(images: Tensor) -> Tensor:
+    """The images with left and right exchanged."""
+    return images.flip(-1)
+
+
+flip = Views((unchanged, mirrored))
 
 
 def crop(images: Tensor, generator: torch.Generator, padding: int = 4) -> Tensor:
@@ -37,4 +72,4 @@ def crop_flip(images: Tensor, generator: torch.Generator) -> Tensor:
     return flip(crop(images, generator), generator)
 
 
-POLICIES: dict[str, Policy | None] = {"none": None, "flip": flip, "crop_flip": crop_flip}
+POLICIES: dict[str, Policy] = {"none": Views((unchanged,)), "flip": flip, "crop_flip": crop_flip}

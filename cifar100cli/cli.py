@@ -9,18 +9,18 @@ import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from cifar100cli import __version__, console, show
+from cifar100cli import __version__, console, options, show
 from cifar100cli.errors import CifarError, DataError, RunInterrupted, Terminated, ToleranceError, UsageError
+from cifar100cli.options import expand
 
 if TYPE_CHECKING:
-    from cifar100cli.config import Override
+    from cifar100cli.config import Config, Override
     from cifar100cli.workflows import Where
 
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
@@ -118,47 +118,10 @@ def _os_message(error: OSError) -> str:
     return f"{place}{error.strerror or error}"
 
 
-# ----------------------------------------------------------------------------------------- shared options
-
-
 def _show_version(wanted: bool) -> None:
     if wanted:
         print(f"cifar100 {__version__}")
         raise typer.Exit
-
-
-def _verbosity(level: int) -> Callable[[bool], None]:
-    def set_level(wanted: bool) -> None:
-        if wanted:
-            console.set_verbosity(level)
-
-    return set_level
-
-
-Quiet = Annotated[
-    bool,
-    typer.Option(
-        "-q",
-        "--quiet",
-        callback=_verbosity(console.QUIET),
-        is_eager=True,
-        help="Show results and errors only.",
-    ),
-]
-Verbose = Annotated[
-    bool,
-    typer.Option("-v", "--verbose", callback=_verbosity(console.VERBOSE), is_eager=True, help="Tell what goes on."),
-]
-Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
-DataDir = Annotated[
-    Path | None,
-    typer.Option(envvar="CIFAR100_DATA_DIR", metavar="DIR", help="Where data sets are; default: the user's cache."),
-]
-RunsDir = Annotated[
-    Path,
-    typer.Option("--out", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders go."),
-]
-Device = Annotated[str, typer.Option(metavar="NAME", help="auto, cpu, cuda, cuda:N or mps.")]
 
 
 @app.callback(invoke_without_command=True)
@@ -168,23 +131,16 @@ def _root(
         bool,
         typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit."),
     ] = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     if context.invoked_subcommand is None:
         print(context.get_help(), end="")
 
 
-def _expand(path: Path) -> Path:
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise UsageError(f"{path}: there is no such user's home") from None
-
-
 def _check_output(flag: str, path: Path) -> Path:
     """A file to be written must be possible before the work for it begins."""
-    path = _expand(path)
+    path = expand(path)
     if path.is_dir():
         raise UsageError(f"{flag} {path}: is a folder; name a file")
     if not path.absolute().parent.is_dir():
@@ -199,16 +155,26 @@ def _check_output(flag: str, path: Path) -> Path:
 def _data_dir(given: Path | None, run: Path | None = None) -> Path:
     """The folder that the user names; else the one that the run was trained from; else the user's cache."""
     if given is not None:
-        return _expand(given)
+        return expand(given)
     if run is not None and run.is_dir():
         from cifar100cli.runs import RunDir
 
         recorded = RunDir(run).recorded("data_dir")
         if recorded is not None and Path(recorded).is_dir():
             return Path(recorded)
+    return _user_cache()
+
+
+def _user_cache() -> Path:
     from platformdirs import user_cache_path
 
     return user_cache_path("cifar100", appauthor=False)
+
+
+def _cache_dir() -> Path:
+    """Where a teacher's logits are kept."""
+    named = os.environ.get("CIFAR100_CACHE_DIR")
+    return expand(Path(named)) if named else _user_cache() / "computed"
 
 
 def _check_device(name: str) -> str:
@@ -222,30 +188,10 @@ def _where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None 
     _check_device(device)
     with console.waiting("starting PyTorch ..."):
         from cifar100cli import workflows
-    where = workflows.Where(_data_dir(data_dir, run), _expand(runs_dir), device)
+    where = workflows.Where(_data_dir(data_dir, run), expand(runs_dir), _cache_dir(), device)
     console.detail(f"data folder {where.data_dir.absolute()}, runs folder {where.runs_dir.absolute()}")
     console.detail(workflows.machine(device))
     return where
-
-
-def _overrides(settings: list[str], flags: dict[str, tuple[str, object]]) -> list["Override"]:
-    """What `--set` and the flags say, as overrides of the preset. Both for one key is a mistake."""
-    from cifar100cli.config import Override, parse_value
-
-    overrides: dict[str, Override] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        key = key.strip()
-        if not equals or not key:
-            raise UsageError(f"--set {setting}: must be KEY=VALUE, as in --set optimizer.lr=0.01")
-        overrides[key] = Override(key, parse_value(value, key), f"--set {key}")
-    for key, (flag, given) in flags.items():
-        if given is None:
-            continue
-        if key in overrides:
-            raise UsageError(f"{flag} and --set {key} both say what {key} is; leave one out")
-        overrides[key] = Override(key, parse_value(given, key) if isinstance(given, str) else given, flag)
-    return list(overrides.values())
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -256,7 +202,7 @@ def download(
     dataset: Annotated[
         list[str] | None, typer.Option(metavar="cifar100|cifar10", help="May be repeated; default: cifar100.")
     ] = None,
-    data_dir: DataDir = None,
+    data_dir: options.DataDir = None,
     url: Annotated[
         list[str] | None,
         typer.Option(metavar="URL", help="Mirrors to try in turn; default: the official page."),
@@ -272,9 +218,9 @@ def download(
     force: Annotated[bool, typer.Option("--force", help="Fetch again what is already there.")] = False,
     retries: Annotated[int, typer.Option(min=0, help="Attempts in a row without progress before giving up.")] = 5,
     timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without a byte before an attempt fails.")] = 30.0,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Fetch and verify CIFAR-100 or CIFAR-10.
 
@@ -300,7 +246,7 @@ def download(
                 archive,
                 _data_dir(data_dir),
                 urls=url or (),
-                source=_expand(from_file) if from_file else None,
+                source=expand(from_file) if from_file else None,
                 sha256=_digest(sha256, archive.sha256),
                 force=force,
                 check=lambda folder, name=name: _check_dataset(name, folder),  # type: ignore[misc]
@@ -346,38 +292,32 @@ def _digest(given: str, official: str) -> str | None:
 
 @app.command()
 def train(
-    preset: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help="One of `cifar100 presets`, or a YAML file.")
-    ] = None,
-    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="cifar100, cifar10 or synthetic.")] = None,
-    backbone: Annotated[str | None, typer.Option(metavar="NAME", help="Any image model that timm knows.")] = None,
-    pretrained: Annotated[
-        bool | None, typer.Option("--pretrained/--no-pretrained", help="Start from ImageNet weights.")
-    ] = None,
-    image_size: Annotated[str | None, typer.Option(metavar="N", help="Side in pixels.")] = None,
-    batch_size: Annotated[str | None, typer.Option(metavar="N", help="Images in a training step.")] = None,
-    augment: Annotated[str | None, typer.Option(metavar="POLICY", help="none, flip or crop_flip.")] = None,
-    loss: Annotated[str | None, typer.Option(metavar="NAME", help="cross_entropy, arcface or cosface.")] = None,
-    label_smoothing: Annotated[str | None, typer.Option(metavar="X", help="From 0 to below 1.")] = None,
-    optimizer: Annotated[str | None, typer.Option(metavar="NAME", help="adamw, adam or sgd.")] = None,
-    lr: Annotated[str | None, typer.Option(metavar="X", help="Learning rate.")] = None,
-    weight_decay: Annotated[str | None, typer.Option(metavar="X", help="Weight decay.")] = None,
-    epochs: Annotated[str | None, typer.Option(metavar="N", help="Passes over the training images.")] = None,
-    seed: Annotated[str | None, typer.Option(metavar="N", help="Of weights, order and augmentation.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")
-    ] = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    out: RunsDir = Path("runs"),
-    resume: Annotated[str | None, typer.Option(metavar="RUN|last", help="Go on with a run that was stopped.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check it all, take one step, write nothing.")] = False,
-    print_config: Annotated[
-        bool, typer.Option("--print-config", help="Print the resolved preset as YAML and exit.")
-    ] = False,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    context: typer.Context,
+    preset: options.Preset = None,
+    dataset: options.Dataset = None,
+    backbone: options.Backbone = None,
+    pretrained: options.Pretrained = None,
+    weights: options.Weights = None,
+    image_size: options.ImageSize = None,
+    batch_size: options.BatchSize = None,
+    augment: options.AugmentPolicy = None,
+    loss: options.LossName = None,
+    label_smoothing: options.LabelSmoothing = None,
+    optimizer: options.OptimizerName = None,
+    lr: options.LearningRate = None,
+    weight_decay: options.WeightDecay = None,
+    epochs: options.Epochs = None,
+    seed: options.Seed = None,
+    settings: options.Settings = None,
+    data_dir: options.DataDir = None,
+    device: options.Device = "auto",
+    out: options.RunsDir = Path("runs"),
+    resume: options.Resume = None,
+    dry_run: options.DryRun = False,
+    print_config: options.PrintConfig = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Train a preset, with flags that override it.
 
@@ -385,30 +325,67 @@ def train(
 
     Example: cifar100 train --preset resnet18-baseline --epochs 10 --seed 1
     """
-    from cifar100cli.config import DEFAULT_PRESET, Preset, load_preset
+    from cifar100cli.config import DEFAULT_PRESET
 
-    flags: dict[str, tuple[str, object]] = {
-        "data.dataset": ("--dataset", dataset),
-        "model.backbone": ("--backbone", backbone),
-        "model.pretrained": ("--pretrained", pretrained),
-        "data.image_size": ("--image-size", image_size),
-        "data.batch_size": ("--batch-size", batch_size),
-        "augment.policy": ("--augment", augment),
-        "loss.name": ("--loss", loss),
-        "loss.label_smoothing": ("--label-smoothing", label_smoothing),
-        "optimizer.name": ("--optimizer", optimizer),
-        "optimizer.lr": ("--lr", lr),
-        "optimizer.weight_decay": ("--weight-decay", weight_decay),
-        "train.epochs": ("--epochs", epochs),
-        "seed": ("--seed", seed),
-    }
-    overrides = _overrides(settings or [], flags)
-    _check_device(device)
-    if resume is not None:
-        _resume(resume, preset, overrides, data_dir, out, device, json, dry_run or print_config)
+    _train(context, DEFAULT_PRESET)
+
+
+@app.command()
+def distill(
+    context: typer.Context,
+    teacher: options.Teacher = None,
+    alpha: options.Alpha = None,
+    temperature: options.Temperature = None,
+    preset: options.Preset = None,
+    dataset: options.Dataset = None,
+    backbone: options.Backbone = None,
+    pretrained: options.Pretrained = None,
+    weights: options.Weights = None,
+    image_size: options.ImageSize = None,
+    batch_size: options.BatchSize = None,
+    augment: options.AugmentPolicy = None,
+    loss: options.LossName = None,
+    label_smoothing: options.LabelSmoothing = None,
+    optimizer: options.OptimizerName = None,
+    lr: options.LearningRate = None,
+    weight_decay: options.WeightDecay = None,
+    epochs: options.Epochs = None,
+    seed: options.Seed = None,
+    settings: options.Settings = None,
+    data_dir: options.DataDir = None,
+    device: options.Device = "auto",
+    out: options.RunsDir = Path("runs"),
+    resume: options.Resume = None,
+    dry_run: options.DryRun = False,
+    print_config: options.PrintConfig = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Train a student on a teacher's logits, beside the labels.
+
+    Without a preset it runs `resnet18-arcface-kd`. Under --augment none or flip the teacher looks at each image
+    once, and its logits are kept for the next run. Newer forms: --set distillation.form=decoupled and
+    --set distillation.standardize=true.
+
+    Example: cifar100 distill --teacher runs/resnet50-arcface-224/20260101-120000-seed0
+    """
+    _train(context, "resnet18-arcface-kd")
+
+
+def _train(context: typer.Context, default_preset: str) -> None:
+    """What every command that trains does with its options."""
+    from cifar100cli.config import load_preset
+
+    given = context.params
+    json, dry_run = given["json"], given["dry_run"]
+    overrides = options.overrides(given)
+    _check_device(given["device"])
+    if given["resume"] is not None:
+        _resume(given, overrides)
         return
-    chosen: Preset = load_preset(preset or DEFAULT_PRESET, overrides)
-    if print_config:
+    chosen = load_preset(given["preset"] or default_preset, overrides)
+    if given["print_config"]:
         if json:
             console.result_json(chosen.config.model_dump(mode="json"))
         else:
@@ -417,42 +394,41 @@ def train(
     if not dry_run:
         from cifar100cli.runs import check_writable
 
-        check_writable(_expand(out))
-    if chosen.config.data.dataset != "synthetic":
-        from cifar100cli import datasets
-
-        datasets.find(chosen.config.data.dataset, _data_dir(data_dir))  # before PyTorch, which takes seconds to load
-    where = _where(data_dir, out, device)
+        check_writable(expand(given["out"]))
+    _check_inputs(chosen.config, given["data_dir"])
+    where = _where(given["data_dir"], given["out"], given["device"])
     from cifar100cli import workflows
 
-    if dry_run:
-        show.dry_run(workflows.dry_run(chosen, where), json)
-        return
-    display = console.TrainingDisplay(chosen.name)
-    try:
+    with console.TrainingDisplay(chosen.name) as display:
+        if dry_run:
+            show.dry_run(workflows.dry_run(chosen, where, display), json)
+            return
         result = workflows.train(chosen, where, display)
-    finally:
-        display.close()
     show.training(result, chosen.config.published, json)
 
 
-def _resume(
-    name: str,
-    preset: str | None,
-    overrides: list["Override"],
-    data_dir: Path | None,
-    runs_dir: Path,
-    device: str,
-    json: bool,
-    no_training: bool,
-) -> None:
+def _check_inputs(config: "Config", data_dir: Path | None) -> None:
+    """What a run reads must be there, and is asked for before PyTorch, which takes seconds to load."""
+    from cifar100cli import datasets
+    from cifar100cli.runs import find_model
+
+    if config.data.dataset != "synthetic":
+        datasets.find(config.data.dataset, _data_dir(data_dir))
+    if config.model.weights is not None and not Path(config.model.weights).is_file():
+        raise DataError(f"--weights {config.model.weights}: there is no such file")
+    if config.distillation is not None:
+        find_model(Path(config.distillation.required_teacher()))
+
+
+def _resume(given: dict[str, Any], overrides: list["Override"]) -> None:
     from cifar100cli.config import Override, load_preset
     from cifar100cli.runs import CONFIG, RunDir, latest_unfinished
 
-    if no_training:
+    if given["dry_run"] or given["print_config"]:
         raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
+    name, preset, device = given["resume"], given["preset"], given["device"]
     stem = load_preset(preset).name if preset else None
-    run = latest_unfinished(_expand(runs_dir), stem) if name == "last" else RunDir.open(_expand(Path(name)))
+    run = latest_unfinished(expand(given["out"]), stem) if name == "last" else RunDir.open(expand(Path(name)))
     if preset or overrides:
         # A seed that is not given again is the run's.
         if not any(override.key == "seed" for override in overrides):
@@ -462,16 +438,13 @@ def _resume(
         asked = run.config()
     if device == "auto":
         device = run.recorded("device") or device
-    where = _where(data_dir, runs_dir, device, run.path)
+    where = _where(given["data_dir"], given["out"], device, run.path)
     from cifar100cli import workflows
 
     workflows.refuse_other_settings(run, asked)
-    display = console.TrainingDisplay(run.preset)
-    try:
+    with console.TrainingDisplay(run.preset) as display:
         result = workflows.resume(run, where, display)
-    finally:
-        display.close()
-    show.training(result, run.config().published, json)
+    show.training(result, run.config().published, given["json"])
 
 
 @app.command()
@@ -481,11 +454,11 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Write every image's prediction.")
     ] = None,
-    data_dir: DataDir = None,
-    device: Device = "auto",
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    data_dir: options.DataDir = None,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Measure a trained model on one of its splits.
 
@@ -496,12 +469,12 @@ def evaluate(
     from cifar100cli.runs import find_model
 
     csv_file = _check_output("--predictions", predictions) if predictions is not None else None
-    find_model(_expand(checkpoint))
-    where = _where(data_dir, Path("runs"), device, _expand(checkpoint))
+    find_model(expand(checkpoint))
+    where = _where(data_dir, Path("runs"), device, expand(checkpoint))
     from cifar100cli import workflows
 
     with console.waiting("evaluating ..."):
-        result = workflows.evaluate(_expand(checkpoint), where, split, csv_file)
+        result = workflows.evaluate(expand(checkpoint), where, split, csv_file)
     show.evaluation(result, json)
     if csv_file is not None:
         console.log(f"predictions are in {csv_file}")
@@ -510,9 +483,9 @@ def evaluate(
 @app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this one as YAML.")] = None,
-    json: Json = False,
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """List the presets, or show one as YAML.
 
@@ -540,7 +513,7 @@ def report(
         Literal["table", "markdown", "csv", "json"] | None,
         typer.Option("--format", help="Default: by the name of --out, else table."),
     ] = None,
-    json: Json = False,
+    json: options.Json = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it to a file.")] = None,
     check: Annotated[
         float | None,
@@ -550,8 +523,8 @@ def report(
         Path,
         typer.Option("--runs-dir", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders are."),
     ] = Path("runs"),
-    quiet: Quiet = False,
-    verbose: Verbose = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
 ) -> None:
     """Set every run beside its published figure.
 
@@ -564,7 +537,7 @@ def report(
     if out is not None:
         out = _check_output("--out", out)
     chosen = "json" if json else out_format or reports.format_of(out)
-    found = reports.collect([_expand(folder) for folder in folders or [runs_dir]])
+    found = reports.collect([expand(folder) for folder in folders or [runs_dir]])
     text = reports.render(found, chosen)
     if out is not None:
         from cifar100cli.runs import write_text

@@ -56,7 +56,7 @@ class Data(Section):
     batch_size: Integer = Field(250, ge=1, le=65536, description="images in a training step")
     fraction: Number = Field(1.0, gt=0, le=1, description="share of each class's training images that is used")
     val_fraction: Number = Field(0.0, ge=0, le=0.9, description="share of the training set that is held out")
-    normalize: Literal["none", "dataset", "imagenet"] = Field(
+    normalize: Literal["none", "dataset", "imagenet", "backbone"] = Field(
         "none", description="after dividing by 255: nothing, or the mean and deviation of ..."
     )
 
@@ -64,14 +64,18 @@ class Data(Section):
 class Augment(Section):
     """How training images are varied."""
 
-    policy: Literal["none", "flip", "crop_flip"] = "none"
+    policy: Literal["none", "flip", "crop_flip", "one_of"] = Field(
+        "none", description="one_of: shift-scale-rotate, dropout, colours, or a mirror image, as in the tutorial"
+    )
+    backend: Literal["batched", "albumentations"] = Field("batched", description="of one_of: ours, or the reference")
 
 
 class Model(Section):
     """The network."""
 
     backbone: str = Field("resnet18", min_length=1, description="any image model that timm knows")
-    pretrained: bool = Field(False, description="start from timm's ImageNet weights")
+    pretrained: bool = Field(False, description="start from ImageNet weights: timm's, or those of `weights`")
+    weights: str | None = Field(None, min_length=1, description="a file of weights for the backbone")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="cifar: 3x3, stride 1, no pooling")
     head: Literal["linear", "cosine"] = Field("linear", description="cosine: an embedding against class vectors")
     embedding_dim: Integer = Field(512, ge=2, le=8192, description="of the cosine head")
@@ -85,6 +89,24 @@ class Loss(Section):
     scale: Number = Field(8.0, gt=0, le=1000, description="of the cosines that a cosine head gives")
     margin: Number = Field(0.35, ge=0, le=1.5, description="radians for arcface; a cosine for cosface")
     gradient: Literal["exact", "straight_through"] = Field("exact", description="of arcface's margin")
+
+
+class Distillation(Section):
+    """How a teacher's logits are learned from, beside the labels."""
+
+    teacher: str | None = Field(None, min_length=1, description="a run or checkpoint of the same classes")
+    alpha: Number = Field(0.7, ge=0, le=1, description="weight of the teacher's term; the labels' is 1 - alpha")
+    temperature: Number = Field(4.0, gt=0, le=100, description="both softmaxes are taken at logits / temperature")
+    form: Literal["plain", "decoupled"] = "plain"
+    target_weight: Number = Field(1.0, ge=0, le=1000, description="decoupled: of the true class against the rest")
+    nontarget_weight: Number = Field(8.0, ge=0, le=1000, description="decoupled: among the other classes")
+    standardize: bool = Field(False, description="first bring each image's logits to mean 0 and deviation 1")
+
+    def required_teacher(self) -> str:
+        """The teacher's run or checkpoint; raises `UsageError` where none is named."""
+        if self.teacher is None:
+            raise UsageError("distillation needs a teacher: cifar100 distill --teacher RUN|CHECKPOINT")
+        return self.teacher
 
 
 class Optimizer(Section):
@@ -126,6 +148,7 @@ class Config(Section):
     augment: Augment = Augment()
     model: Model = Model()
     loss: Loss = Loss()
+    distillation: Distillation | None = None
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     train: Train = Train()
@@ -134,6 +157,12 @@ class Config(Section):
     def _keys_go_together(self) -> Self:
         if self.loss.name in ("arcface", "cosface") and self.model.head != "cosine":
             raise ValueError(f"loss.name = {self.loss.name} works on cosines: set model.head to cosine as well")
+        if self.model.weights is not None and not self.model.pretrained:
+            raise ValueError("model.weights names weights to start from: set model.pretrained to true, or leave it out")
+        if self.augment.backend != "batched" and self.augment.policy != "one_of":
+            raise ValueError(
+                f"augment.backend = {self.augment.backend} is for augment.policy = one_of, not {self.augment.policy}"
+            )
         if self.train.select == "best_val" and self.data.val_fraction == 0:
             raise ValueError(
                 "train.select = best_val needs a held-out split: "
@@ -174,6 +203,8 @@ class _Loader(yaml.SafeLoader):
     The Python parser and not libyaml's: nested without end, it raises RecursionError, not a signal.
     """
 
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML declares it
+
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
@@ -195,27 +226,33 @@ class _Loader(yaml.SafeLoader):
         return mapping
 
 
+class _QuickLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """For our own presets alone, which are well formed: libyaml's parser, where there is one, is ten times as fast."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML declares it
+
+
 # The core schema of YAML 1.2, where PyYAML follows 1.1: no `off` for false, no `1:30` for 90, and `1e-3` a number.
-_Loader.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"null|Null|NULL|~|", "nN~"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(
-        f"tag:yaml.org,2002:{_tag}",
-        re.compile(rf"^(?:{_pattern})$"),
-        [*_first, ""] if _tag == "null" else [*_first],
-    )
-# PyYAML would read `010` as eight and stumble over `1e5`.
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
+    for _loader in (_Loader, _QuickLoader):
+        _loader.add_implicit_resolver(
+            f"tag:yaml.org,2002:{_tag}",
+            re.compile(rf"^(?:{_pattern})$"),
+            [*_first, ""] if _tag == "null" else [*_first],
+        )
+for _loader in (_Loader, _QuickLoader):  # PyYAML would read `010` as eight and stumble over `1e5`
+    _loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+    _loader.add_constructor("tag:yaml.org,2002:float", lambda loader, node: float(node.value))
 
 
-def _parse_yaml(text: str, where: str) -> object:
+def _parse_yaml(text: str, where: str, loader: Any = _Loader) -> object:
     try:
-        return yaml.load(text, _Loader)
+        return yaml.load(text, loader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
@@ -277,7 +314,7 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
         raise UsageError(f"--preset {name}: not a preset: not UTF-8 text") from None
     if len(content) > LARGEST_PRESET:
         raise UsageError(f"--preset {name}: not a preset: larger than {LARGEST_PRESET // 1024} KiB")
-    keys = _parse_yaml(text, f"--preset {name}")
+    keys = _parse_yaml(text, f"--preset {name}", _QuickLoader if path == shipped else _Loader)
     if not isinstance(keys, dict):
         raise UsageError(f"--preset {name}: not a preset: it has no keys; `--print-config` shows how one looks")
     return path.stem, keys

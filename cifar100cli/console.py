@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -208,6 +208,37 @@ def _tenths(title: str) -> Callable[[int, int | None], None]:
     return show
 
 
+@contextlib.contextmanager
+def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Progress of a known number of things: a bar with time left, or a line for every tenth elsewhere.
+
+    What is given takes how many were done since the last call.
+    """
+    if _verbosity > QUIET and on_terminal():
+        from rich import progress
+
+        columns = (
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        with progress.Progress(*columns, console=_console(sys.stderr), transient=True) as bar:
+            task = bar.add_task(title, total=total)
+            yield lambda count: bar.advance(task, count)
+        return
+    done, shown, last_line = 0, 0, time.monotonic()
+
+    def advance(count: int) -> None:
+        nonlocal done, shown, last_line
+        done += count
+        if 10 * done // total > shown and time.monotonic() - last_line >= 2:
+            shown, last_line = 10 * done // total, time.monotonic()
+            log(f"{title}: {done:,} of {total:,}")
+
+    yield advance
+
+
 # ------------------------------------------------------------------------------------------------- training
 
 
@@ -222,14 +253,32 @@ class TrainingDisplay:
         self._epochs = self._first = self._steps = 0
         self._started = 0.0
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Training is over, one way or another; the terminal is given back."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def say(self, text: str) -> None:
+        """A line about what goes on."""
+        log(text)
+
+    def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
+        """Something of `total` steps begins."""
+        return counting(title, total)
+
     def begin(self, config: "Config", first_epoch: int, steps_per_epoch: int) -> None:
         """Training starts, or goes on, with `first_epoch`."""
         self._select, self._epochs = config.train.select, config.train.epochs
         self._first, self._steps = first_epoch, steps_per_epoch
         self._started = time.monotonic()
+        weights = f", weights of {config.model.weights or 'timm'}" if config.model.pretrained else ""
         log(
-            f"{self._preset}: {config.model.backbone} on {config.data.dataset} at {config.data.image_size} pixels, "
-            f"{self._epochs} epochs, seed {config.seed}"
+            f"{self._preset}: {config.model.backbone}{weights} on {config.data.dataset} "
+            f"at {config.data.image_size} pixels, {self._epochs} epochs, seed {config.seed}"
         )
         if config.data.dataset == "synthetic":
             log("the data are synthetic: drawn shapes, whose figures say nothing about CIFAR-100")
@@ -271,12 +320,6 @@ class TrainingDisplay:
         last = row["epoch"] == self._epochs
         following = "measuring the result" if last else f"epoch {row['epoch'] + 1}/{self._epochs}"
         self._bar.reset(self._task, description=following, total=self._steps)
-
-    def close(self) -> None:
-        """Training is over, one way or another; the terminal is given back."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
 
     def _line(self, row: Mapping[str, Any], state: Any) -> str:
         width = len(str(self._epochs))

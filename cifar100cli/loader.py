@@ -8,8 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar100cli.augment import Policy
+from cifar100cli.augment import POLICIES, Policy, Views
 from cifar100cli.datasets import Split
+from cifar100cli.models import backbone_normalization
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 1
 
@@ -44,10 +45,12 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None]
 
 
-def preprocessing_for(normalize: str, image_size: int, train: Split) -> Preprocessing:
-    """The preprocessing that a preset's `data.normalize` means for this training set."""
+def preprocessing_for(normalize: str, image_size: int, train: Split, backbone: str) -> Preprocessing:
+    """The preprocessing that a preset's `data.normalize` means for this training set and timm's `backbone`."""
     if normalize == "imagenet":
         return Preprocessing(image_size, IMAGENET_MEAN, IMAGENET_STD)
+    if normalize == "backbone":
+        return Preprocessing(image_size, *backbone_normalization(backbone))
     if normalize == "dataset":
         # Counting grey levels is exact, whatever the number of images.
         counts = [np.bincount(train.images[:, channel].ravel(), minlength=256) for channel in range(3)]
@@ -63,10 +66,17 @@ def preprocessing_for(normalize: str, image_size: int, train: Split) -> Preproce
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs (N, 3, S, S) float32, channels last, and labels (N,) int64, on the device."""
+    """Inputs (N, 3, S, S) float32, channels last, and labels (N,) int64, on the device.
+
+    With them what they were made of: the augmented images (N, 3, H, W) uint8, their positions in the split
+    (N,) int64, and under a policy of few versions the version of each (N,) int64.
+    """
 
     inputs: Tensor
     labels: Tensor
+    images: Tensor
+    positions: Tensor
+    views: Tensor | None
 
 
 class DeviceLoader:
@@ -84,7 +94,7 @@ class DeviceLoader:
         preprocessing: Preprocessing,
         *,
         shuffle: bool = False,
-        policy: Policy | None = None,
+        policy: Policy = POLICIES["none"],
         seed: int = 0,
     ) -> None:
         self.images = torch.from_numpy(split.images).to(device)
@@ -117,11 +127,20 @@ class DeviceLoader:
             permutation = np.random.default_rng([self.seed, number]).permutation(self.count)
             order = torch.from_numpy(permutation).to(self.device)
         for step, (start, end) in enumerate(self.bounds):
-            chosen = slice(start, end) if order is None else order[start:end]
-            images = self.images[chosen]
-            if self.policy is not None:
-                images = self.policy(images, seeded_generator(self.device, self.seed, number, step))
-            yield Batch(self.preprocessing(images), self.labels[chosen])
+            if order is None:
+                chosen = torch.arange(start, end, device=self.device)
+                images, labels = self.images[start:end], self.labels[start:end]
+            else:
+                chosen = order[start:end]
+                images, labels = self.images[chosen], self.labels[chosen]
+            generator = seeded_generator(self.device, self.seed, number, step)
+            views = None
+            if isinstance(self.policy, Views):
+                views = self.policy.draw(len(images), generator)
+                images = self.policy.apply(images, views)
+            else:
+                images = self.policy(images, generator)
+            yield Batch(self.preprocessing(images), labels, images, chosen, views)
 
 
 def derived_seed(*parts: int) -> int:

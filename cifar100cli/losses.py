@@ -1,6 +1,6 @@
-"""Margin losses on raw cosines, as functions.
+"""Margin losses on raw cosines, and losses between a student's and a teacher's logits, as functions.
 
-They take cosines (N, classes) float32 between embeddings and class vectors, labels (N,) int64, and return
+Margin losses take cosines (N, classes) float32 between embeddings and class vectors, labels (N,) int64, and return
 the mean cross-entropy of the scaled cosines after the margin was taken off the true class. Cosines of exactly
 1 and -1, and beyond by rounding, give finite losses and finite gradients.
 """
@@ -47,3 +47,55 @@ def cosface(cosines: Tensor, labels: Tensor, *, scale: float, margin: float, lab
     cosines = cosines.float()
     reduction = margin * F.one_hot(labels, cosines.shape[1])
     return F.cross_entropy(scale * (cosines - reduction), labels, label_smoothing=label_smoothing)
+
+
+def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || student), both softmaxes at logits / T, mean over images.
+
+    Logits (N, classes). Hinton et al., "Distilling the Knowledge in a Neural Network", arXiv 1503.02531: T^2
+    keeps the gradient's size whatever the temperature.
+    """
+    ours = F.log_softmax(student.float() / temperature, dim=1)
+    theirs = F.log_softmax(teacher.float() / temperature, dim=1)
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2
+
+
+def decoupled_distillation(
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor,
+    temperature: float,
+    *,
+    target_weight: float,
+    nontarget_weight: float,
+) -> Tensor:
+    """T^2 (target_weight TCKD + nontarget_weight NCKD), mean over images.
+
+    Zhao et al., "Decoupled Knowledge Distillation", arXiv 2203.08679. TCKD is the divergence between the two
+    ways of parting probability between the true class and all others, NCKD that among the others alone; plain
+    distillation is TCKD + (1 - p) NCKD, with the teacher's p of the true class.
+    """
+    ours, theirs = student.float() / temperature, teacher.float() / temperature
+    true = F.one_hot(labels, ours.shape[1]).bool()
+
+    def parted(logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Log-probabilities (N, 2) of the true class and of the rest; (N, classes - 1) among the rest."""
+        others = logits[~true].view(len(logits), -1)
+        both = torch.stack([logits[true], others.logsumexp(1)], dim=1)
+        return F.log_softmax(both, dim=1), F.log_softmax(others, dim=1)
+
+    (our_target, our_rest), (their_target, their_rest) = parted(ours), parted(theirs)
+    target = F.kl_div(our_target, their_target, reduction="batchmean", log_target=True)
+    rest = F.kl_div(our_rest, their_rest, reduction="batchmean", log_target=True)
+    return (target_weight * target + nontarget_weight * rest) * temperature**2
+
+
+def standardized(logits: Tensor) -> Tensor:
+    """Each image's logits (N, classes) brought to mean 0 and standard deviation 1 over the classes, float32.
+
+    Sun et al., "Logit Standardization in Knowledge Distillation", arXiv 2403.01427: the student has to match
+    the teacher's order and proportions, not its range.
+    """
+    logits = logits.float()
+    deviation = logits.std(dim=1, keepdim=True, correction=0)
+    return (logits - logits.mean(dim=1, keepdim=True)) / (deviation + 1e-7)

@@ -3,6 +3,7 @@
 import difflib
 import socket
 from collections import OrderedDict
+from pathlib import Path
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 
 from cifar100cli.config import Config
 from cifar100cli.errors import DataError, UsageError
+from cifar100cli.weights import load_backbone
 
 
 def check_backbone(name: str) -> None:
@@ -48,34 +50,29 @@ class CosineHead(nn.Module):
 
 
 def create_model(config: Config, classes: int, *, pretrained: bool | None = None) -> nn.Module:
-    """Build the network for `classes` classes, with random weights or timm's ImageNet weights.
+    """Build the network for `classes` classes, with random weights, timm's ImageNet weights, or those of a file.
 
     `pretrained=False` leaves out the weights that the preset asks for, for a caller that loads its own.
     Raises `UsageError` for a backbone, stem or image size that do not go together, `DataError` when the
-    weights cannot be had.
+    weights cannot be had or do not fit.
     """
     name = config.model.backbone
     check_backbone(name)
     wants_weights = config.model.pretrained if pretrained is None else pretrained
-    if wants_weights:
+    file = config.model.weights if wants_weights else None
+    from_timm = wants_weights and file is None
+    if from_timm:
         _ask_the_hub_once()
     try:
         outputs = classes if config.model.head == "linear" else 0  # 0: timm gives the pooled features
-        model = timm.create_model(name, pretrained=wants_weights, num_classes=outputs)
+        model = timm.create_model(name, pretrained=from_timm, num_classes=outputs)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        if wants_weights:
-            source = timm.get_pretrained_cfg(name)
-            place = (source and (source.hf_hub_id or source.url)) or "none are published"
-            if constants.HF_HUB_OFFLINE:
-                reason = (
-                    "they are not in the cache and the model hub cannot be reached from here; train once where it "
-                    f"can, and copy the cache folder {constants.HF_HUB_CACHE} here"
-                )
-            raise DataError(
-                f"the ImageNet weights of {name} cannot be had ({place}): {reason}; or use --no-pretrained"
-            ) from None
+        if from_timm:
+            raise DataError(_no_weights(name, reason)) from None
         raise UsageError(f"model.backbone = {name}: timm cannot build it here: {reason}") from None
+    if file is not None:
+        load_backbone(model, Path(file), name, _classifiers(name))
     if config.model.stem == "cifar":
         _use_cifar_stem(model, name)
     features = _check_image_size(model, name, config.data.image_size).shape[1]
@@ -83,6 +80,38 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
         head = CosineHead(features, config.model.embedding_dim, classes, config.loss.scale)
         model = nn.Sequential(OrderedDict(backbone=model, head=head))
     return model
+
+
+def _no_weights(name: str, reason: str) -> str:
+    """Why timm's weights cannot be had, and what to do."""
+    source = timm.get_pretrained_cfg(name)
+    place = (source and (source.hf_hub_id or source.url)) or "none are published"
+    if constants.HF_HUB_OFFLINE:
+        reason = (
+            "they are not in the cache and the model hub cannot be reached from here; fetch them elsewhere and name "
+            f"the file with --weights FILE, or copy the cache folder {constants.HF_HUB_CACHE} here"
+        )
+    return f"the ImageNet weights of {name} cannot be had ({place}): {reason}; or use --no-pretrained"
+
+
+def _classifiers(name: str) -> tuple[str, ...]:
+    """The modules of timm's network that give the classes: what is new for new classes."""
+    source = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    classifier = source.classifier if source is not None else None
+    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+
+
+Colour = tuple[float, float, float]
+
+
+def backbone_normalization(name: str) -> tuple[Colour, Colour]:
+    """Mean and deviation of pixels from 0 to 1 that timm's weights of this network were trained with."""
+    check_backbone(name)
+    source = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if source is None:
+        raise UsageError(f"data.normalize = backbone: timm knows no mean and deviation for {name}; use dataset")
+    (red, green, blue), (r, g, b) = source.mean, source.std
+    return (float(red), float(green), float(blue)), (float(r), float(g), float(b))
 
 
 def _ask_the_hub_once() -> None:

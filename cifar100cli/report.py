@@ -17,6 +17,7 @@ from cifar100cli.runs import RunDir, find_runs
 
 FORMATS = {".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
 TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "synthetic": "Synthetic (drawn) data"}
+FIXED = "-fixed"  # ends the name of the preset that stands beside the tutorial's with the evident repairs
 COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
 
 
@@ -47,6 +48,20 @@ class Row:
 
 
 @dataclass(frozen=True)
+class Pair:
+    """A preset that trains as the tutorial did, and the one beside it with the evident repairs, both run alike."""
+
+    preset: str
+    dataset: str
+    changes: dict[str, object]
+    top1: float
+    fixed_top1: float
+    gain: float
+    select: str
+    fixed_select: str
+
+
+@dataclass(frozen=True)
 class Unusable:
     """A folder that no figure was taken from, and why."""
 
@@ -61,6 +76,19 @@ class Report:
 
     rows: list[Row] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
+
+    @property
+    def pairs(self) -> list[Pair]:
+        """Every two rows that differ only in being repaired: the same settings were changed in both."""
+        found = []
+        for row in self.rows:
+            for fixed in self.rows:
+                alike = (fixed.changes, fixed.dataset) == (row.changes, row.dataset)
+                if fixed.preset == row.preset + FIXED and alike:
+                    gain = fixed.top1_mean - row.top1_mean
+                    means = (row.top1_mean, fixed.top1_mean, gain)
+                    found.append(Pair(row.preset, row.dataset, row.changes, *means, row.select, fixed.select))
+        return found
 
 
 @dataclass(frozen=True)
@@ -101,9 +129,14 @@ def collect(folders: Sequence[Path]) -> Report:
         else:
             settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None})
             groups.setdefault(f"{run.preset}\n{settings.to_yaml()}", []).append(run)
-    order = {name: index for index, name in enumerate(preset_names())}
-    rows = sorted((_row(group) for group in groups.values()), key=lambda r: (order.get(r.preset, len(order)), r.preset))
-    return Report(rows, unusable)
+    ours = set(preset_names())
+
+    def place(row: Row) -> tuple[bool, str, bool]:
+        """Ours before the user's own; a repaired preset right behind the one that it repairs."""
+        family = row.preset.removesuffix(FIXED)
+        return row.preset not in ours, family, row.preset != family
+
+    return Report(sorted(map(_row, groups.values()), key=place), unusable)
 
 
 def _read(path: Path) -> _Complete | Unusable:
@@ -166,7 +199,7 @@ def outside_tolerance(report: Report, tolerance: float) -> list[str]:
 # ------------------------------------------------------------------------------------------------- showing
 
 
-def _changed(row: Row) -> str:
+def _changed(row: Row | Pair) -> str:
     """The settings that are not the preset's, for people."""
     if not row.changes:
         return ""
@@ -191,6 +224,18 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
+PAIR_COLUMNS = ("preset", "as in the tutorial", "repaired", "gain")
+
+
+def _pair_cells(pair: Pair, changed: str) -> tuple[str, ...]:
+    return (
+        pair.preset + changed,
+        f"{percent(pair.top1)}, {PROTOCOLS[pair.select]}",
+        f"{percent(pair.fixed_top1)}, {PROTOCOLS[pair.fixed_select]}",
+        f"{100 * pair.gain:+.2f}",
+    )
+
+
 def _notes(report: Report) -> list[str]:
     notes = []
     if any(row.select == "best_test" for row in report.rows):
@@ -207,6 +252,7 @@ def render(report: Report, form: str) -> str:
     if form == "json":
         content = {
             "rows": [asdict(row) for row in report.rows],
+            "pairs": [asdict(pair) for pair in report.pairs],
             "unusable": [asdict(u) for u in report.unusable],
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -214,6 +260,12 @@ def render(report: Report, form: str) -> str:
         return _csv(report)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "|".join(["---", *["---:"] * 6, "---", "---"]) + "|"]
     lines += ["| " + " | ".join(_escape(cell) for cell in _cells(row)) + " |" for row in report.rows]
+    if report.pairs:
+        lines += ["", "| " + " | ".join(PAIR_COLUMNS) + " |", "|---|---:|---:|---:|"]
+        lines += [
+            "| " + " | ".join(_escape(cell) for cell in _pair_cells(pair, _changed(pair))) + " |"
+            for pair in report.pairs
+        ]
     lines += ["", *(f"- {note}" for note in _notes(report))]
     lines += [f"- not counted: `{_escape(u.run)}`: {_escape(u.reason)}" for u in report.unusable]
     return "\n".join(lines).rstrip() + "\n"
@@ -253,6 +305,13 @@ def show_table(report: Report) -> None:
             [_narrow(row, letters.get(_changed(row))) for row in report.rows if row.dataset == dataset],
             right=range(1, 6),
         )
+    if report.pairs:
+        console.table(
+            "Side by side: normalised, cosine schedule, crop and flip, chosen on held-out images",
+            PAIR_COLUMNS,
+            [_pair_cells(pair, _bracketed(letters.get(_changed(pair)))) for pair in report.pairs],
+            right=range(1, 4),
+        )
     for changed, letter in letters.items():
         console.result(f"[{letter}] {changed.strip(' ()')}")
     for note in _notes(report):
@@ -261,10 +320,14 @@ def show_table(report: Report) -> None:
         console.result(f"not counted: {unusable.run}: {unusable.reason}")
 
 
+def _bracketed(letter: str | None) -> str:
+    return f" [{letter}]" if letter else ""
+
+
 def _narrow(row: Row, letter: str | None) -> tuple[str, ...]:
     deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
     return (
-        row.preset + (f" [{letter}]" if letter else ""),
+        row.preset + _bracketed(letter),
         "-" if row.published_top1 is None else f"{100 * row.published_top1:.2f}",
         f"{100 * row.top1_mean:.2f}{deviation}",
         "-" if row.delta is None else f"{100 * row.delta:+.2f}",

@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar100cli.config import Loss
+from cifar100cli.config import Distillation, Loss
 from cifar100cli.loader import Batch
-from cifar100cli.losses import arcface, cosface
+from cifar100cli.losses import arcface, cosface, decoupled_distillation, distillation, standardized
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,39 @@ class MarginTask:
     def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
         logits = model(batch.inputs).float()
         return StepOutput(self.loss(logits / self.scale, batch.labels, scale=self.scale), logits)
+
+
+Teacher = Callable[[Batch], Tensor]  # logits (N, classes) float32 for the images of a batch
+
+
+@dataclass(frozen=True)
+class DistillationTask:
+    """(1 - alpha) of a task's own loss, and alpha of a distillation loss against a teacher.
+
+    Both sides' logits are what the networks give: scaled cosines, where the head gives these, and no margin.
+    """
+
+    task: Task
+    teacher: Teacher
+    config: Distillation
+
+    def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
+        config, output, teacher = self.config, self.task(model, batch), self.teacher(batch)
+        student = output.logits
+        if config.standardize:
+            student, teacher = standardized(student), standardized(teacher)
+        if config.form == "decoupled":
+            soft = decoupled_distillation(
+                student,
+                teacher,
+                batch.labels,
+                config.temperature,
+                target_weight=config.target_weight,
+                nontarget_weight=config.nontarget_weight,
+            )
+        else:
+            soft = distillation(student, teacher, config.temperature)
+        return StepOutput((1 - config.alpha) * output.loss + config.alpha * soft, output.logits)
 
 
 def create_task(config: Loss) -> Task:

@@ -6,30 +6,31 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cifar100cli import __version__, checkpoint, datasets, metrics, trainer
-from cifar100cli.augment import POLICIES
+from cifar100cli import __version__, checkpoint, datasets, metrics, teachers, trainer
+from cifar100cli.albumentations_backend import AlbumentationsOneOf
+from cifar100cli.augment import POLICIES, Policy, Views
 from cifar100cli.checkpoint import Card, Checkpoint, TrainState
-from cifar100cli.config import Config, Preset, differences
+from cifar100cli.config import Augment, Config, Distillation, Preset, differences
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import CifarError, DataError, DivergedError, RunInterrupted, UsageError
 from cifar100cli.loader import DeviceLoader, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone, count_parameters, create_model
+from cifar100cli.one_of import one_of
 from cifar100cli.optim import create_optimizer
-from cifar100cli.runs import MODEL, RunDir, replacing
-from cifar100cli.tasks import Task, create_task
+from cifar100cli.runs import MODEL, STATE, RunDir, replacing
+from cifar100cli.tasks import DistillationTask, Task, Teacher, create_task
 from cifar100cli.trainer import Loaders, Observer
-
-Log = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,18 @@ class Where:
 
     data_dir: Path
     runs_dir: Path
+    cache_dir: Path
     device: str = "auto"
+
+
+class Watcher(Observer, Protocol):
+    """Whoever shows what a command does, before the epochs too."""
+
+    def say(self, text: str) -> None:
+        """A line about what goes on."""
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Something of `total` steps begins; what is given takes how many were done since the last call."""
 
 
 @dataclass(frozen=True)
@@ -60,25 +72,26 @@ class Job:
 # ------------------------------------------------------------------------------------------------ training
 
 
-def train(preset: Preset, where: Where, observer: Observer) -> dict[str, Any]:
+def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Train a preset from the start in a new run folder; returns what `result.json` holds."""
-    job = prepare(preset, where)
+    job = prepare(preset, where, watcher)
     run = RunDir.create(where.runs_dir, job.preset, job.config, environment(job, where))
-    return _fit(job, run, observer)
+    return _fit(job, run, watcher)
 
 
-def resume(run: RunDir, where: Where, observer: Observer) -> dict[str, Any]:
+def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Go on with a run that was stopped; a complete one is only read."""
     if run.complete:
         return run.result()
-    job = prepare(Preset(run.preset, run.config()), where)
+    # The weights that it began from are not needed again once an epoch is saved.
+    job = prepare(Preset(run.preset, run.config()), where, watcher, from_scratch=(run.path / STATE).is_file())
     began_in = run.environment().get("precision")
     if job.config.train.precision == "auto" and began_in != job.precision:
         raise UsageError(
             f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
             "resume it on the kind of machine that it was begun on"
         )
-    return _fit(job, run, observer)
+    return _fit(job, run, watcher)
 
 
 def refuse_other_settings(run: RunDir, asked: Config) -> None:
@@ -92,11 +105,11 @@ def refuse_other_settings(run: RunDir, asked: Config) -> None:
         )
 
 
-def _fit(job: Job, run: RunDir, observer: Observer) -> dict[str, Any]:
+def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
     try:
         with run.exclusively():
             state = trainer.fit(
-                job.model, job.task, job.loaders, job.config, run, job.card, precision=job.precision, observer=observer
+                job.model, job.task, job.loaders, job.config, run, job.card, precision=job.precision, observer=watcher
             )
             result = _result(job, run, state)
             run.write_result(result)
@@ -156,17 +169,23 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     return result
 
 
-def prepare(preset: Preset, where: Where) -> Job:
-    """Check everything and load everything, without writing anything."""
+def prepare(preset: Preset, where: Where, watcher: Watcher, *, from_scratch: bool = False, dry: bool = False) -> Job:
+    """Check everything and load everything, without writing anything but a teacher's logits, and not these if `dry`.
+
+    `from_scratch` leaves out pretrained weights, for a run that goes on from its saved state.
+    """
     config = preset.config
     check_backbone(config.model.backbone)
     device = trainer.select_device(where.device)
     precision = trainer.resolve_precision(config.train.precision, device)
     dataset = datasets.load(config.data.dataset, where.data_dir)
     training, held_out = training_splits(dataset, config)
-    preprocessing = preprocessing_for(config.data.normalize, config.data.image_size, training)
+    preprocessing = preprocessing_for(config.data.normalize, config.data.image_size, training, config.model.backbone)
+    saved_teacher = None
+    if config.distillation is not None:
+        saved_teacher = _load_teacher(config.distillation, dataset)
     torch.manual_seed(config.seed)
-    model = create_model(config, len(dataset.classes))
+    model = create_model(config, len(dataset.classes), pretrained=False if from_scratch else None)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_loader = DeviceLoader(
         training,
@@ -174,7 +193,7 @@ def prepare(preset: Preset, where: Where) -> Job:
         device,
         preprocessing,
         shuffle=True,
-        policy=POLICIES[config.augment.policy],
+        policy=_policy(config.augment),
         seed=config.seed,
     )
     if 1 in train_loader.batch_sizes() and any(isinstance(module, _BatchNorm) for module in model.modules()):
@@ -198,8 +217,61 @@ def prepare(preset: Preset, where: Where) -> Job:
         config=config.model_dump(mode="json", exclude_none=True),
     )
     task = create_task(config.loss)
+    if config.distillation is not None and saved_teacher is not None:
+        teacher = _teacher(saved_teacher, train_loader, precision, where, watcher, config, dry=dry)
+        task = DistillationTask(task, teacher, config.distillation)
     loaders = Loaders(train_loader, evaluation)
     return Job(config, preset.name, dataset, model, task, loaders, test_loader, card, device, precision)
+
+
+def _policy(config: Augment) -> Policy:
+    if config.policy == "one_of":
+        return AlbumentationsOneOf() if config.backend == "albumentations" else one_of
+    return POLICIES[config.policy]
+
+
+# ------------------------------------------------------------------------------------------------ teachers
+
+
+def _load_teacher(config: Distillation, dataset: Dataset) -> Checkpoint:
+    """Read the teacher and see that it knows the same classes."""
+    saved = checkpoint.load_model(Path(config.required_teacher()))
+    if saved.card.classes != dataset.classes:
+        kind = "other" if len(saved.card.classes) == len(dataset.classes) else f"{len(saved.card.classes)}"
+        raise DataError(
+            f"--teacher {config.teacher}: knows {kind} classes, of {saved.card.dataset}, and the student is to learn "
+            f"the {len(dataset.classes)} of {dataset.name}; name a teacher that was trained on {dataset.name}"
+        )
+    return saved
+
+
+def _teacher(
+    saved: Checkpoint,
+    loader: DeviceLoader,
+    precision: str,
+    where: Where,
+    watcher: Watcher,
+    config: Config,
+    *,
+    dry: bool,
+) -> Teacher:
+    """The teacher of a run: looked up where an image has few versions, else run in every step."""
+    device = loader.device
+    folder = teachers.cache_folder(where.cache_dir, saved, loader, precision)
+    model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    online = teachers.OnlineTeacher(model, saved.card.preprocessing, trainer.autocast(device, precision))
+    if dry:
+        return online
+    if isinstance(loader.policy, Views):
+        return teachers.cached(online, loader, len(saved.card.classes), folder, watcher.progress, watcher.say)
+    batch = next(iter(loader.epoch(1)))
+    seconds = teachers.seconds_of_a_batch(online, batch) * len(loader)
+    watcher.say(
+        f"the teacher runs in every step, because no two views are the same under {config.augment.policy}: it adds "
+        f"about {seconds:.1f} s an epoch here, {seconds * config.train.epochs / 3600:.1f} h in all; "
+        "with --augment none or flip it would look at each image once or twice"
+    )
+    return online
 
 
 def training_splits(dataset: Dataset, config: Config) -> tuple[Split, Split | None]:
@@ -215,9 +287,9 @@ def _evaluation_loader(split: Split, device: torch.device, preprocessing: Prepro
     return DeviceLoader(split, evaluation_batch_size(preprocessing.image_size), device, preprocessing)
 
 
-def dry_run(preset: Preset, where: Where) -> dict[str, Any]:
+def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Build everything and take one training step; nothing is written."""
-    job = prepare(preset, where)
+    job = prepare(preset, where, watcher, dry=True)
     optimizer = create_optimizer(job.config.optimizer, job.model)
     batch = next(iter(job.loaders.train.epoch(1)))
     job.model.train()

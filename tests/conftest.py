@@ -1,15 +1,21 @@
 """Shared fixtures: a small drawn data set, the command line in-process, and full-size pretend CIFAR files."""
 
+import contextlib
 import pickle
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from cifar100cli import cli, synthetic
+from cifar100cli import cli, runs, synthetic
+from cifar100cli.checkpoint import TrainState
+from cifar100cli.config import Config, Preset
+from cifar100cli.runs import RunDir
+from cifar100cli.workflows import Where
 
 TINY = (
     *("--dataset", "synthetic", "--backbone", "test_resnet", "--batch-size", "64"),
@@ -46,7 +52,7 @@ def small_synthetic(few_drawings: synthetic.Drawn, monkeypatch: pytest.MonkeyPat
 def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
     """The command line in this process, in an empty folder, without the user's environment."""
     monkeypatch.chdir(tmp_path)
-    for name in ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "FORCE_COLOR"):
+    for name in ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR", "FORCE_COLOR"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -61,6 +67,59 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+def make_preset(**sections: dict[str, Any]) -> Preset:
+    content: dict[str, Any] = {
+        "data": {"dataset": "synthetic", "batch_size": 64},
+        "model": {"backbone": "test_resnet"},
+        "train": {"epochs": 3, "precision": "fp32"},
+    }
+    for name, keys in sections.items():
+        content[name] = {**content.get(name, {}), **keys}
+    return Preset("mine", Config.model_validate(content))
+
+
+def where(tmp_path: Path) -> Where:
+    return Where(tmp_path / "data", tmp_path / "runs", tmp_path / "cache", "cpu")
+
+
+def only_run(tmp_path: Path) -> RunDir:
+    (path,) = runs.find_runs(tmp_path / "runs")
+    return RunDir.open(path)
+
+
+class Silent:
+    """A watcher that shows nothing and remembers what was said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.counted: list[int] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield self.counted.append
+        assert sum(self.counted) == total
+
+    def begin(self, config: Config, first_epoch: int, steps_per_epoch: int) -> None: ...
+    def step(self) -> None: ...
+    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
+
+
+class StopAfter(Silent):
+    """Presses Ctrl-C after so many steps."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.left = steps
+
+    def step(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
 
 
 @pytest.fixture(scope="session")

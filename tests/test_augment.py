@@ -42,10 +42,9 @@ def test_crop_is_torchvisions_crop_of_the_padded_image(images: torch.Tensor) -> 
     assert {top for top, _ in corners} == {left for _, left in corners} == set(range(9))
 
 
-@pytest.mark.parametrize("name", [name for name, policy in augment.POLICIES.items() if policy])
+@pytest.mark.parametrize("name", [name for name in augment.POLICIES if name != "none"])
 def test_policies_keep_shape_and_type_and_follow_the_generator(name: str, images: torch.Tensor) -> None:
     policy = augment.POLICIES[name]
-    assert policy is not None
     once, again, other = (policy(images, generator(seed)) for seed in (1, 1, 2))
     assert (once.shape, once.dtype) == (images.shape, torch.uint8)
     assert torch.equal(once, again)

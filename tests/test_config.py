@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cifar100cli.config import Config, Override, differences, load_preset, preset_names, shipped_presets
+from cifar100cli.config import Config, Override, differences, load_preset, preset_names, presets_folder, shipped_presets
 from cifar100cli.errors import UsageError
 
 
@@ -125,6 +125,13 @@ def test_yaml_round_trips(tmp_path: Path, name: str) -> None:
     assert load(tmp_path, config.to_yaml()) == config
     # PyYAML's own reader, which other tools use, must see the same values.
     assert yaml.safe_load(config.to_yaml()) == config.model_dump(mode="json", exclude_none=True)
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_our_own_presets_are_read_as_anybodys(tmp_path: Path, name: str) -> None:
+    """Ours go through a quicker parser; the strict one must see the same."""
+    text = (presets_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+    assert load(tmp_path, text) == load_preset(name).config
 
 
 def test_differences_ignore_what_only_describes() -> None:

@@ -10,11 +10,11 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 # From the bottom up; a file may import what stands in a line above its own.
 LEVELS = (
     {"__init__", "errors"},
-    {"config", "unpickle", "fetch", "synthetic", "augment", "losses"},
+    {"config", "unpickle", "fetch", "synthetic", "augment", "one_of", "albumentations_backend", "losses", "weights"},
     {"console", "unpack", "runs", "datasets", "models", "optim"},
-    {"download", "loader"},
+    {"download", "loader", "options"},
     {"tasks", "metrics", "checkpoint"},
-    {"trainer"},
+    {"trainer", "teachers"},
     {"workflows", "report"},
     {"show"},
     {"cli"},

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,25 @@ def test_other_settings_are_other_rows(tmp_path: Path) -> None:
         ("resnet18-wd01", {}, 1),
     ]
     assert rows[0].top1_std is None
+
+
+def test_a_repaired_preset_stands_beside_its_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path, "resnet18-arcface", 0.57)
+    make_run(tmp_path, "resnet18-arcface-224", 0.79)
+    make_run(tmp_path, "resnet18-arcface-fixed", 0.61)
+    make_run(tmp_path, "resnet18-arcface-fixed", 0.63, seed=1)
+    make_run(tmp_path, "resnet18-arcface-224-fixed", 0.5, train__epochs=3)  # not run as its pair was
+    found = report.collect([tmp_path])
+    assert [row.preset for row in found.rows] == [
+        *("resnet18-arcface", "resnet18-arcface-fixed", "resnet18-arcface-224", "resnet18-arcface-224-fixed")
+    ]
+    (pair,) = json.loads(report.render(found, "json"))["pairs"]
+    assert pair["preset"] == "resnet18-arcface"
+    assert (pair["top1"], pair["fixed_top1"], pair["gain"]) == pytest.approx((0.57, 0.62, 0.05))
+    assert (pair["select"], pair["fixed_select"]) == ("best_test", "best_val")
+    report.show_table(found)
+    for text in (capsys.readouterr().out, report.render(found, "markdown")):
+        assert re.search(r"resnet18-arcface +(\| )?57.00%, best on test +(\| )?62.00%, held-out +(\| )?\+5.00", text)
 
 
 def test_another_data_set_is_not_compared(tmp_path: Path) -> None:

@@ -13,54 +13,14 @@ from safetensors.torch import load_file
 
 from cifar100cli import checkpoint, runs, synthetic, trainer, workflows
 from cifar100cli.checkpoint import TrainState
-from cifar100cli.config import Config, Preset
+from cifar100cli.config import Preset
 from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch, DeviceLoader
 from cifar100cli.optim import create_optimizer
-from cifar100cli.runs import RunDir
 from cifar100cli.workflows import Where
+from tests.conftest import Silent, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
-
-
-def make_preset(**sections: dict[str, Any]) -> Preset:
-    content: dict[str, Any] = {
-        "data": {"dataset": "synthetic", "batch_size": 64},
-        "model": {"backbone": "test_resnet"},
-        "train": {"epochs": 3, "precision": "fp32"},
-    }
-    for name, keys in sections.items():
-        content[name] = {**content.get(name, {}), **keys}
-    return Preset("mine", Config.model_validate(content))
-
-
-def where(tmp_path: Path) -> Where:
-    return Where(tmp_path / "data", tmp_path / "runs", "cpu")
-
-
-def only_run(tmp_path: Path) -> RunDir:
-    (path,) = runs.find_runs(tmp_path / "runs")
-    return RunDir.open(path)
-
-
-class Silent:
-    """An observer that shows nothing."""
-
-    def begin(self, config: Config, first_epoch: int, steps_per_epoch: int) -> None: ...
-    def step(self) -> None: ...
-    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
-
-
-class StopAfter(Silent):
-    """Presses Ctrl-C after so many steps."""
-
-    def __init__(self, steps: int) -> None:
-        self.left = steps
-
-    def step(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise KeyboardInterrupt
 
 
 def test_equals_a_plain_loop(tmp_path: Path, small_synthetic: synthetic.Drawn) -> None:
@@ -253,8 +213,8 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatc
 
     prepare = workflows.prepare
 
-    def remember(*arguments: Any) -> workflows.Job:
-        jobs.append(prepare(*arguments))
+    def remember(*arguments: Any, **keywords: Any) -> workflows.Job:
+        jobs.append(prepare(*arguments, **keywords))
         return jobs[0]
 
     jobs: list[workflows.Job] = []
@@ -298,7 +258,7 @@ def test_a_device_that_is_not_here() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     preset = make_preset(augment={"policy": "crop_flip"}, data={"normalize": "dataset"})
-    job = workflows.prepare(preset, Where(tmp_path, tmp_path, "cuda"))
+    job = workflows.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
     optimizer = create_optimizer(job.config.optimizer, job.model)
     cast = trainer.autocast(job.device, job.precision)
 

@@ -1,0 +1,63 @@
+"""The augmentation of `one_of` by albumentations itself, image by image on the host: slow, to compare with."""
+
+import importlib
+import importlib.metadata
+import os
+import random
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cifar100cli.errors import UsageError
+
+VERSION = "2.0.8"  # releases differ in what they draw by default
+
+
+class AlbumentationsOneOf:
+    """The library's pipeline, as a policy: images (N, 3, H, W) uint8 and a generator to images of the same kind.
+
+    The images may be on any device; they go to the host and back. The result depends on them and on the
+    generator's state alone, whatever came before.
+    """
+
+    def __init__(self) -> None:
+        _check_version()
+        os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else the import asks the network for a newer one
+        try:
+            albumentations = importlib.import_module("albumentations")
+        except ImportError as error:
+            raise _unusable(f"albumentations cannot be imported ({error})") from error
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="ShiftScaleRotate is a special case", category=UserWarning)
+            shift_scale_rotate = albumentations.ShiftScaleRotate()
+        others = ("CoarseDropout", "ColorJitter", "HorizontalFlip", "VerticalFlip")
+        self.choice = albumentations.OneOf(
+            [shift_scale_rotate, *(getattr(albumentations, name)() for name in others)], p=1.0
+        )
+
+    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw and apply."""
+        # With `set_random_seed` all members would start from the same seed, so that in every batch the choice and
+        # the parameters would come from the same numbers. Two generators that they share have no such ties.
+        seeds = torch.randint(2**63 - 1, (2,), generator=generator, device=generator.device).tolist()
+        self.choice.set_random_state(np.random.default_rng(seeds[0]), random.Random(seeds[1]))
+        pixels = images.permute(0, 2, 3, 1).cpu().numpy()
+        result = np.empty(pixels.shape, np.uint8)
+        for index, image in enumerate(pixels):
+            result[index] = self.choice(image=np.ascontiguousarray(image))["image"]
+        return torch.from_numpy(result).permute(0, 3, 1, 2).contiguous().to(images.device)
+
+
+def _check_version() -> None:
+    try:
+        installed = importlib.metadata.version("albumentations")
+    except importlib.metadata.PackageNotFoundError as error:
+        raise _unusable("albumentations is not installed") from error
+    if installed != VERSION:
+        raise _unusable(f"albumentations is {installed}, not {VERSION}")
+
+
+def _unusable(reason: str) -> UsageError:
+    return UsageError(f"{reason}: pip install albumentations=={VERSION}, or use augment.backend=batched")

@@ -1,0 +1,257 @@
+"""One of five transforms for every image, drawn and applied for whole batches on their device.
+
+In distribution this is albumentations 2.0.8's `OneOf([ShiftScaleRotate(), CoarseDropout(), ColorJitter(),
+HorizontalFlip(), VerticalFlip()], p=1)` with every argument at its default; `albumentations_backend` is that
+library itself. Images are uint8 (N, 3, H, W), red first. For each transform one function draws parameters,
+(N, ...) each, and another applies given ones and draws nothing. On a GPU nothing makes the host wait, and all
+shapes follow from that of the images.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+SHIFT_LIMIT, SCALE_LIMIT, ANGLE_LIMIT = 0.0625, 0.1, 45.0  # of the side; from 1; degrees
+LEAST_SIDE, MOST_SIDE = 0.1, 0.2  # of a hole, in sides of the image
+FACTOR_LIMIT, HUE_LIMIT = 0.2, 0.5  # from 1; of the circle of hues
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the steps of the jitter, as its order names them
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
+    """(values,) float32 on the device; kept, because a copy from the host would make the host wait in every batch."""
+    return torch.tensor(values, dtype=torch.float32, device=device)
+
+
+def draw_shift_scale_rotate(
+    count: int, height: int, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shifts (N, 2) in whole pixels, scales (N, 2), both x before y, and angles (N,) in degrees; float32.
+
+    The two directions are scaled independently. Shifts are cut to whole pixels towards 0: at 32 pixels half of
+    them are 0, and the others 1 to either side.
+    """
+    uniform = torch.rand(count, 5, generator=generator, device=generator.device) * 2 - 1
+    limits = _constant((SHIFT_LIMIT * width, SHIFT_LIMIT * height), generator.device)
+    return (uniform[:, :2] * limits).trunc_(), uniform[:, 2:4] * SCALE_LIMIT + 1, uniform[:, 4] * ANGLE_LIMIT
+
+
+def shift_scale_rotate(images: Tensor, shifts: Tensor, scales: Tensor, angles: Tensor) -> Tensor:
+    """Scale, then turn anticlockwise, both about the centre, then shift; what comes in from outside is black."""
+    height, width = images.shape[-2:]
+    return warp(images, inverse_matrices(shifts, scales, angles, height, width))
+
+
+def inverse_matrices(shifts: Tensor, scales: Tensor, angles: Tensor, height: int, width: int) -> Tensor:
+    """(N, 2, 3) float32, which times (x, y, 1) in the result is (x, y) in the image."""
+    radians = torch.deg2rad(angles)
+    cosines, sines = radians.cos(), radians.sin()
+    turned_back = torch.stack([cosines, -sines, sines, cosines], 1).view(-1, 2, 2) / scales[:, :, None]
+    middle = _constant(((width - 1) / 2, (height - 1) / 2), angles.device)
+    # The middle, shifted, comes from the middle. Products are summed here and in `warp` without the matrix
+    # multiplication, which a GPU may be set to do in reduced precision.
+    constant = middle - (turned_back * (middle + shifts)[:, None]).sum(2)
+    return torch.cat([turned_back, constant[:, :, None]], 2)
+
+
+def warp(images: Tensor, matrices: Tensor) -> Tensor:
+    """The images read at `matrices` (N, 2, 3) times (x, y, 1), where the centres of pixels are whole numbers.
+
+    Bilinear, rounded to the nearest level, black outside: `cv2.warpAffine` with INTER_LINEAR of OpenCV 5.
+    OpenCV 4 first rounds the coordinates to 1/32 pixel, which moves one value in four, mostly by one level.
+    """
+    height, width = images.shape[-2:]
+    columns = torch.arange(width, dtype=torch.float32, device=images.device)[:, None]
+    rows = torch.arange(height, dtype=torch.float32, device=images.device)[:, None, None]
+    of_column, of_row, constant = matrices[:, None, None].unbind(-1)
+    points = constant.addcmul(of_column, columns).addcmul(of_row, rows)  # (N, H, W, 2)
+    # grid_sample counts from -1 at the outer edge of the first pixel to 1 at that of the last.
+    to_grid = _constant((2 / width, 2 / height), images.device)
+    edge = _constant((1 / width - 1, 1 / height - 1), images.device)
+    grid = edge.addcmul(points, to_grid)
+    warped = torch.nn.functional.grid_sample(
+        images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False
+    )
+    return warped.round_().to(torch.uint8)
+
+
+def draw_holes(count: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor]:
+    """Boxes (N, 2, 4) int64: left, top, right and bottom, of which the latter two are just outside the hole.
+
+    One hole or two, equally often: half of the second boxes are empty.
+    """
+    uniform = torch.rand(count, 2, 5, generator=generator, device=generator.device)
+    size = _constant((width, height), generator.device)
+    chances = _constant((1.0, 0.5), generator.device)[:, None]
+    sides = (size * (uniform[:, :, :2] * (MOST_SIDE - LEAST_SIDE) + LEAST_SIDE)).floor_()
+    sides = sides * (uniform[:, :, 4:] < chances)
+    corners = (uniform[:, :, 2:4] * (size + 1 - sides)).floor_()
+    return (torch.cat([corners, corners + sides], 2).long(),)
+
+
+def cut_holes(images: Tensor, boxes: Tensor) -> Tensor:
+    """The images, black inside of any of their boxes (N, boxes, 4), which are as `draw_holes` gives them."""
+    height, width = images.shape[-2:]
+    columns, rows = torch.arange(width, device=images.device), torch.arange(height, device=images.device)
+    left, top, right, bottom = boxes[..., None].unbind(2)
+    in_columns, in_rows = (columns >= left) & (columns < right), (rows >= top) & (rows < bottom)
+    inside = (in_rows[..., :, None] & in_columns[..., None, :]).any(1, keepdim=True)
+    return images.masked_fill(inside, 0)
+
+
+def draw_jitter(
+    count: int, height: int, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Factors of brightness, contrast and saturation, turns of the hue, (N,) each, and orders (N, 4) int64."""
+    uniform = torch.rand(count, 8, generator=generator, device=generator.device)
+    brightness, contrast, saturation, hue = (uniform[:, :4] * 2 - 1).unbind(1)
+    factors = [deviation * FACTOR_LIMIT + 1 for deviation in (brightness, contrast, saturation)]
+    return factors[0], factors[1], factors[2], hue * HUE_LIMIT, uniform[:, 4:].argsort(1)
+
+
+def jitter(
+    images: Tensor, brightness: Tensor, contrast: Tensor, saturation: Tensor, hue: Tensor, order: Tensor
+) -> Tensor:
+    """The four steps, of which order[n, 0] is image n's first, each to whole levels as the library's are.
+
+    The hue has its turn at one of four places. It is the longest step, and so done once, for all images, amid
+    three blends before and three after it: of these, an image takes the ones that are due.
+    """
+    none, one = torch.zeros_like(hue), torch.ones_like(hue)
+    # For each step (brightness, contrast, saturation, and nothing instead of hue) what `_blend` takes.
+    # A level more by half makes rounding of cutting, which is what the library does in brightness and contrast.
+    table = torch.stack(
+        [
+            *(brightness, contrast, saturation, one),
+            *(none, 1 - contrast, none, none),
+            *(none, none, 1 - saturation, none),
+            *(none, none, one / 2, none),
+        ]
+    ).view(4, 4, -1)
+    turned = (order == HUE).cumsum(1)
+    due = torch.cat([turned[:, :3] == 0, turned[:, 1:] == 1], 1)
+    step = torch.where(due, torch.cat([order[:, :3], order[:, 1:]], 1), HUE).T
+    blends = table.gather(1, step.expand(4, -1, -1))[..., None, None, None].unbind(1)
+
+    pixels = images.float()
+    for blend in blends[:3]:
+        pixels = _blend(pixels, *blend)
+    pixels = turn_hue(pixels, hue)
+    for blend in blends[3:]:
+        pixels = _blend(pixels, *blend)
+    return pixels.to(torch.uint8)
+
+
+def _blend(pixels: Tensor, factor: Tensor, of_mean: Tensor, of_grey: Tensor, more: Tensor) -> Tensor:
+    """Float32 images of whole levels, times `factor`, plus shares of their mean grey and of each pixel's grey.
+
+    The numbers, (N, 1, 1, 1), leave an image as it is where they are 1, 0, 0 and 0.
+    """
+    # OpenCV's weights in 15 bits: with them every sum here is exact in float32, in any order.
+    weights = _constant((9798 / 2**15, 19235 / 2**15, 3735 / 2**15), pixels.device)[:, None, None]
+    grey = (pixels * weights).sum(1, keepdim=True).round_()
+    shares = more.addcmul(of_mean, grey.mean((2, 3), keepdim=True)).addcmul(of_grey, grey)
+    return shares.addcmul(pixels, factor).clamp_(0, 255).floor_()
+
+
+def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
+    """Float32 images of whole levels, their hue turned by `turns` (N,) of the circle, from -1/2 to 1/2.
+
+    This goes by way of OpenCV's hue, saturation and value in 8 bits, with 180 steps of hue, and the turn is cut
+    to whole steps. It would change pixels with no turn, too; a turn of exactly 0 leaves the image alone.
+    """
+    value = pixels.amax(1, keepdim=True)
+    span = value - pixels.amin(1, keepdim=True)
+    red, green, blue = (pixels[:, channel : channel + 1] for channel in range(3))
+    sixths = torch.where(
+        value == red,
+        green - blue,
+        torch.where(value == green, (blue - red).add_(span, alpha=2), (red - green).add_(span, alpha=4)),
+    )
+    # OpenCV divides by multiplying with reciprocals in 12 bits; products with them are exact in float32.
+    saturation = (span * _reciprocal(255, value)).add_(0.5).floor_()
+    hue = (sixths * _reciprocal(30, span)).add_(0.5).floor_()
+    # A channel is at its lowest in the third of the circle that is opposite to it, around the steps 90 for red,
+    # 150 for green and 30 for blue, at its highest in its own third, and goes evenly in between.
+    opposite = _constant((90, 150, 30), pixels.device)[:, None, None]
+    distance = hue + ((180 * turns).floor_()[:, None, None, None] - opposite)
+    distance = distance.sub_((distance / 180).round_(), alpha=180).abs_()
+    lowered = (60 - distance).clamp_(0, 30).mul_(saturation).div_(30 * 255)
+    # OpenCV cuts here too. (In columns at the end that do not fill its vectors, it rounds.)
+    turned = (1 - lowered).mul_(value).floor_()
+    return torch.where(turns[:, None, None, None] == 0, pixels, turned)
+
+
+def _reciprocal(numerator: int, denominator: Tensor) -> Tensor:
+    """numerator / denominator to the nearest 2^-12; some number where the denominator is 0."""
+    return (numerator * 2**12 / denominator.clamp(min=1)).round_().mul_(2**-12)
+
+
+def draw_nothing(count: int, height: int, width: int, generator: torch.Generator) -> tuple[()]:
+    """Mirror images have no parameters."""
+    return ()
+
+
+def mirror_left_right(images: Tensor) -> Tensor:
+    """The images with left and right exchanged."""
+    return images.flip(-1)
+
+
+def mirror_top_bottom(images: Tensor) -> Tensor:
+    """The images with top and bottom exchanged."""
+    return images.flip(-2)
+
+
+Parameters = tuple[Tensor, ...]  # (N, ...) each
+
+
+@dataclass(frozen=True)
+class Transform:
+    """How parameters are drawn for N images of H x W, and how images (N, 3, H, W) are changed with them."""
+
+    draw: Callable[[int, int, int, torch.Generator], Parameters]
+    apply: Callable[..., Tensor]
+
+
+TRANSFORMS = (
+    Transform(draw_shift_scale_rotate, shift_scale_rotate),
+    Transform(draw_holes, cut_holes),
+    Transform(draw_jitter, jitter),
+    Transform(draw_nothing, mirror_left_right),
+    Transform(draw_nothing, mirror_top_bottom),
+)
+
+
+def draw(count: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, list[Parameters]]:
+    """Which of TRANSFORMS each image gets, (N,) int64, all equally likely, and every image's parameters for each."""
+    chosen = torch.randint(0, len(TRANSFORMS), (count,), generator=generator, device=generator.device)
+    return chosen, [transform.draw(count, height, width, generator) for transform in TRANSFORMS]
+
+
+def apply_in_parts(images: Tensor, chosen: Tensor, parameters: list[Parameters]) -> Tensor:
+    """Each image changed by its transform alone. The sizes of the parts are random, which a GPU would wait for."""
+    result = torch.empty_like(images)
+    for index, transform in enumerate(TRANSFORMS):
+        part = (chosen == index).nonzero()[:, 0]
+        result[part] = transform.apply(images[part], *(values[part] for values in parameters[index]))
+    return result
+
+
+def apply_to_all(images: Tensor, chosen: Tensor, parameters: list[Parameters]) -> Tensor:
+    """The same images as `apply_in_parts`: every transform of all of them, of which each keeps its own."""
+    result = images
+    for index, transform in enumerate(TRANSFORMS):
+        changed = transform.apply(images, *parameters[index])
+        result = torch.where((chosen == index)[:, None, None, None], changed, result)
+    return result
+
+
+def one_of(images: Tensor, generator: torch.Generator) -> Tensor:
+    """Each image (N, 3, H, W) uint8 changed by one of TRANSFORMS, with parameters of its own."""
+    count, _, height, width = images.shape
+    chosen, parameters = draw(count, height, width, generator)
+    apply = apply_in_parts if images.device.type == "cpu" else apply_to_all
+    return apply(images, chosen, parameters)

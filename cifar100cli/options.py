@@ -1,0 +1,147 @@
+"""The options that commands share: declared once, with the key of a preset that each of them sets.
+
+An option that sets a key is text here, and read and checked as a preset's YAML is: one message for one mistake.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cifar100cli import console
+from cifar100cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from cifar100cli.config import Override
+
+
+def _verbosity(level: int) -> Callable[[bool], None]:
+    def set_level(wanted: bool) -> None:
+        if wanted:
+            console.set_verbosity(level)
+
+    return set_level
+
+
+def _text(metavar: str, description: str) -> Any:
+    return typer.Option(metavar=metavar, help=description)
+
+
+# Of every command.
+Quiet = Annotated[
+    bool,
+    typer.Option(
+        "-q", "--quiet", callback=_verbosity(console.QUIET), is_eager=True, help="Show results and errors only."
+    ),
+]
+Verbose = Annotated[
+    bool,
+    typer.Option("-v", "--verbose", callback=_verbosity(console.VERBOSE), is_eager=True, help="Tell what goes on."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
+DataDir = Annotated[
+    Path | None,
+    typer.Option(envvar="CIFAR100_DATA_DIR", metavar="DIR", help="Where data sets are; default: the user's cache."),
+]
+RunsDir = Annotated[
+    Path, typer.Option("--out", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders go.")
+]
+Device = Annotated[str, _text("NAME", "auto, cpu, cuda, cuda:N or mps.")]
+
+# Of the commands that train.
+Preset = Annotated[str | None, _text("NAME|FILE", "One of `cifar100 presets`, or a YAML file.")]
+Dataset = Annotated[str | None, _text("NAME", "cifar100, cifar10 or synthetic.")]
+Backbone = Annotated[str | None, _text("NAME", "Any image model that timm knows.")]
+Pretrained = Annotated[
+    bool | None, typer.Option("--pretrained/--no-pretrained", help="Start from ImageNet weights, or do not.")
+]
+Weights = Annotated[
+    Path | None, _text("FILE", "ImageNet weights from a file (safetensors or PyTorch), in place of timm's.")
+]
+ImageSize = Annotated[str | None, _text("N", "Side in pixels.")]
+BatchSize = Annotated[str | None, _text("N", "Images in a training step.")]
+AugmentPolicy = Annotated[str | None, _text("POLICY", "none, flip, crop_flip or one_of.")]
+LossName = Annotated[str | None, _text("NAME", "cross_entropy, arcface or cosface.")]
+LabelSmoothing = Annotated[str | None, _text("X", "From 0 to below 1.")]
+OptimizerName = Annotated[str | None, _text("NAME", "adamw, adam or sgd.")]
+LearningRate = Annotated[str | None, _text("X", "Learning rate.")]
+WeightDecay = Annotated[str | None, _text("X", "Weight decay.")]
+Teacher = Annotated[Path | None, _text("RUN|CHECKPOINT", "A trained model of ours with the same classes.")]
+Alpha = Annotated[str | None, _text("A", "Weight of the teacher; the labels have 1 - A. [preset: 0.7]")]
+Temperature = Annotated[str | None, _text("T", "Both softmaxes are taken at logits / T. [preset: 4]")]
+Epochs = Annotated[str | None, _text("N", "Passes over the training images.")]
+Seed = Annotated[str | None, _text("N", "Of weights, order and augmentation.")]
+Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")]
+Resume = Annotated[str | None, _text("RUN|last", "Go on with a run that was stopped.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check it all, take one step, write nothing.")]
+PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved preset as YAML and exit.")]
+
+KEYS = {
+    "dataset": "data.dataset",
+    "backbone": "model.backbone",
+    "pretrained": "model.pretrained",
+    "weights": "model.weights",
+    "image_size": "data.image_size",
+    "batch_size": "data.batch_size",
+    "augment": "augment.policy",
+    "loss": "loss.name",
+    "label_smoothing": "loss.label_smoothing",
+    "optimizer": "optimizer.name",
+    "lr": "optimizer.lr",
+    "weight_decay": "optimizer.weight_decay",
+    "teacher": "distillation.teacher",
+    "alpha": "distillation.alpha",
+    "temperature": "distillation.temperature",
+    "epochs": "train.epochs",
+    "seed": "seed",
+}
+
+
+def expand(path: Path) -> Path:
+    """`~` as the user's home."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise UsageError(f"{path}: there is no such user's home") from None
+
+
+def overrides(given: Mapping[str, Any]) -> list["Override"]:
+    """What `--set` and the options say, as overrides of a preset, from a command's parameters.
+
+    Both for one key is a mistake. A file or run is named by its whole path, so that the run that remembers it can be
+    gone on with from any folder.
+    """
+    from cifar100cli.config import Override, parse_value
+
+    found: dict[str, Override] = {}
+    for setting in given.get("settings") or []:
+        key, equals, value = setting.partition("=")
+        key = key.strip()
+        if not equals or not key:
+            raise UsageError(f"--set {setting}: must be KEY=VALUE, as in --set optimizer.lr=0.01")
+        found[key] = Override(key, parse_value(value, key), f"--set {key}")
+    for name, key in KEYS.items():
+        value = given.get(name)
+        if value is None:
+            continue
+        flag = f"--{name.replace('_', '-')}" if value is not False else f"--no-{name}"
+        if key in found:
+            raise UsageError(f"{flag} and --set {key} both say what {key} is; leave one out")
+        if isinstance(value, Path):
+            value = str(expand(value).absolute())
+        elif isinstance(value, str):
+            value = parse_value(value, key)
+        found[key] = Override(key, value, flag)
+    return _with_pretrained(found)
+
+
+def _with_pretrained(found: dict[str, "Override"]) -> list["Override"]:
+    """Naming weights means starting from them."""
+    from cifar100cli.config import Override
+
+    if "model.weights" in found:
+        pretrained = found.setdefault("model.pretrained", Override("model.pretrained", True, "--weights"))
+        if pretrained.value is False:
+            raise UsageError(f"{found['model.weights'].origin} and {pretrained.origin} exclude each other")
+    return list(found.values())

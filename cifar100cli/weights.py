@@ -1,0 +1,163 @@
+"""Files of pretrained weights: read without running anything that is in them, and fitted to a network by name."""
+
+import pickle
+import re
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torchvision import models as torchvision_models
+
+from cifar100cli.errors import DataError
+
+# Where training scripts put the weights in a file that holds other things too; averaged ones first, as timm does.
+_INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
+_WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # DataParallel, torch.compile, Lightning, our cosine head
+_COUNTER = "num_batches_tracked"  # of batch norm; of no use here, and older files lack it
+
+
+def read_weights(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name: safetensors, or a PyTorch file under `weights_only=True`.
+
+    Raises `DataError` for a file that is missing, broken, of another kind, or that asks for more than tensors.
+    """
+    if not path.is_file():
+        raise DataError(f"--weights {path}: there is no such file")
+    with path.open("rb") as file:
+        start = file.read(9)
+    try:
+        # Safetensors: eight bytes of length, then a JSON object. Everything else is left to PyTorch to judge.
+        content = load_file(path) if start[8:] == b"{" else _read_pytorch(path)
+    except pickle.UnpicklingError as error:
+        reason = str(error).split("Please file an issue")[0].split("WeightsUnpickler error:")[-1]
+        _refuse(path, f"refused: it holds more than tensors, or is no PyTorch file ({_short(reason)})")
+    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError) as e:
+        _refuse(path, f"corrupt, or neither safetensors nor a PyTorch file ({_short(str(e))})")
+    return _tensors(path, content)
+
+
+def _read_pytorch(path: Path) -> object:
+    with path.open("rb") as file, warnings.catch_warnings():  # of a path, PyTorch would believe the ending
+        warnings.simplefilter("ignore")  # about storages of old files
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:120]
+
+
+def _refuse(path: Path, reason: str) -> NoReturn:
+    raise DataError(f"--weights {path}: {reason}")
+
+
+def _tensors(path: Path, content: object) -> dict[str, Tensor]:
+    """The state dict of a file's content, without the prefixes that wrappers put before every name."""
+    if isinstance(content, Mapping):
+        content = next((content[key] for key in _INSIDE if isinstance(content.get(key), Mapping)), content)
+    if not isinstance(content, Mapping) or not content:
+        _refuse(path, "holds no weights by name (a state dict is expected)")
+    strange = [name for name, tensor in content.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
+    if strange:
+        _refuse(path, f"holds something that is no weight: {_short(str(strange[0]))}")
+    tensors = dict(content)
+    for prefix in _WRAPPERS:
+        inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+        # Beside a wrapped network there may be a head, as in our own files; anything else is not a wrapper.
+        if inside and all(name.startswith((prefix, "head.")) for name in tensors):
+            tensors = inside
+    return tensors
+
+
+def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) -> None:
+    """Copy a file's weights into timm's network `name`, all but its head.
+
+    Names may be timm's, or torchvision's for the same network. `head` names the modules that stay as they are.
+    Raises `DataError` when a weight is missing, of another shape, not finite, or has no place in the network.
+    """
+    tensors = read_weights(path)
+    heads = tuple(f"{module}." for module in head)
+    expected = {n: t for n, t in model.state_dict().items() if not n.startswith(heads) and not n.endswith(_COUNTER)}
+    found = {n: t for n, t in tensors.items() if not n.startswith(heads) and not n.endswith(_COUNTER)}
+    missing = [n for n in expected if n not in found]
+    if missing:
+        translated = _from_torchvision(tensors, name, path)
+        if translated is not None:
+            found = {n: t for n, t in translated.items() if not n.startswith(heads) and not n.endswith(_COUNTER)}
+            missing = []
+    unexpected = [n for n in found if n not in expected]
+    misshapen = [
+        f"{n} ({_shape(found[n])}, not {_shape(t)})"
+        for n, t in expected.items()
+        if n in found and found[n].shape != t.shape
+    ]
+    problems = [
+        f"{problem} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        for problem, names in (("lacks", missing), ("has besides", unexpected), ("has another shape for", misshapen))
+        if names
+    ]
+    if problems:
+        _refuse(path, f"does not fit {name}: it {'; it '.join(problems)}")
+    broken = [n for n, tensor in found.items() if not torch.isfinite(tensor).all()]
+    if broken:
+        _refuse(path, f"{broken[0]} holds numbers that are not finite")
+    model.load_state_dict(found, strict=False)
+
+
+def _shape(tensor: Tensor) -> str:
+    return "x".join(map(str, tensor.shape)) or "a single number"
+
+
+def _from_torchvision(tensors: Mapping[str, Tensor], name: str, path: Path) -> dict[str, Tensor] | None:
+    """The weights of a torchvision network under timm's names, or None when they are not torchvision's.
+
+    Both libraries define the parts of a network in the same order, so that the k-th tensor of a shape is the
+    same part in both. Whether it is so for this network is not assumed but tried: both must compute the same.
+    """
+    theirs = _torchvision_network(tensors, name)
+    if theirs is None:
+        return None
+    ours = timm.create_model(name)
+    by_shape: dict[torch.Size, list[Tensor]] = {}
+    for key, tensor in tensors.items():
+        if not key.endswith(_COUNTER):
+            by_shape.setdefault(tensor.shape, []).append(tensor)
+    translated: dict[str, Tensor] = {}
+    for key, tensor in ours.state_dict().items():
+        if not key.endswith(_COUNTER) and by_shape.get(tensor.shape):
+            translated[key] = by_shape[tensor.shape].pop(0)
+    different = any(by_shape.values()) or len(translated) < sum(not k.endswith(_COUNTER) for k in ours.state_dict())
+    if not different:
+        theirs.load_state_dict(dict(tensors), strict=False)
+        ours.load_state_dict(translated, strict=False)
+        images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+        with torch.inference_mode():
+            expected, computed = theirs.eval()(images), ours.eval()(images)
+        different = not torch.allclose(computed, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+    if different:
+        kind = type(theirs).__name__
+        _refuse(path, f"does not fit {name}: it is of a {kind} of torchvision's, which computes something else")
+    return translated
+
+
+def _torchvision_network(tensors: Mapping[str, Tensor], name: str) -> nn.Module | None:
+    """torchvision's network of the same family as timm's `name` that has exactly these names and shapes."""
+    shapes = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
+    family = re.sub("[^a-z]", "", name)
+    for builder in torchvision_models.list_models(module=torchvision_models):
+        if re.sub("[^a-z]", "", builder)[:4] not in family:
+            continue
+        try:
+            with torch.device("meta"):  # the names and shapes alone
+                network = torchvision_models.get_model(builder, weights=None)
+        except (NotImplementedError, RuntimeError):  # RegNet computes its widths with tensors
+            network = torchvision_models.get_model(builder, weights=None)
+        if {n: t.shape for n, t in network.state_dict().items() if not n.endswith(_COUNTER)} == shapes:
+            found: nn.Module = torchvision_models.get_model(builder, weights=None)
+            return found
+    return None

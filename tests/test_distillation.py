@@ -1,0 +1,308 @@
+"""Distillation: the formulas in float64, and a teacher that is looked up beside one that runs in every step."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from cifar100cli import checkpoint, losses, runs, teachers, workflows
+from cifar100cli.config import Distillation, Preset
+from cifar100cli.errors import DataError, RunInterrupted, UsageError
+from cifar100cli.loader import Batch
+from cifar100cli.tasks import ClassificationTask, DistillationTask, MarginTask
+from tests.conftest import TINY, Cli, Silent, StopAfter, make_preset, only_run, where
+
+Array = NDArray[np.float64]
+
+
+def softmax(logits: Array) -> Array:
+    raised = np.exp(logits - logits.max(1, keepdims=True))
+    return np.asarray(raised / raised.sum(1, keepdims=True))
+
+
+def divergence(teacher: Array, student: Array) -> float:
+    return float((teacher * (np.log(teacher) - np.log(student))).sum(1).mean())
+
+
+def reference(student: Array, teacher: Array, labels: NDArray[np.int64], temperature: float, form: str) -> float:
+    """The papers' formulas; decoupled with weights 1 and 8."""
+    ours, theirs = softmax(student / temperature), softmax(teacher / temperature)
+    if form == "plain":
+        return temperature**2 * divergence(theirs, ours)
+    rows = np.arange(len(labels))
+    binary = [np.stack([p[rows, labels], 1 - p[rows, labels]], axis=1) for p in (theirs, ours)]
+    rest = []
+    for p in (theirs, ours):
+        others = np.stack([np.delete(row, label) for row, label in zip(p, labels, strict=True)])
+        rest.append(others / others.sum(1, keepdims=True))
+    return temperature**2 * (divergence(*binary) + 8 * divergence(*rest))
+
+
+def logits_and_labels(classes: int = 7) -> tuple[Array, Array, NDArray[np.int64]]:
+    random = np.random.default_rng(0)
+    return random.normal(0, 4, (12, classes)), random.normal(0, 4, (12, classes)), random.integers(0, classes, 12)
+
+
+def compute(form: str, student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    if form == "plain":
+        return losses.distillation(student, teacher, temperature)
+    return losses.decoupled_distillation(student, teacher, labels, temperature, target_weight=1.0, nontarget_weight=8.0)
+
+
+@pytest.mark.parametrize("form", ["plain", "decoupled"])
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_values_and_gradients(form: str, temperature: float) -> None:
+    student, teacher, labels = logits_and_labels()
+    inputs = torch.tensor(student, dtype=torch.float32, requires_grad=True)
+    loss = compute(form, inputs, torch.tensor(teacher), torch.tensor(labels), temperature)
+    assert loss.item() == pytest.approx(reference(student, teacher, labels, temperature, form), rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, inputs)
+    expected = np.zeros_like(student)
+    for index in np.ndindex(*student.shape):
+        step = np.zeros_like(student)
+        step[index] = 1e-6
+        up, down = (reference(student + s, teacher, labels, temperature, form) for s in (step, -step))
+        expected[index] = (up - down) / 2e-6
+    np.testing.assert_allclose(gradient.numpy(), expected, rtol=1e-3, atol=1e-5)
+
+
+def test_plain_is_a_sum_of_the_decoupled_parts() -> None:
+    """KL = TCKD + (1 - p) NCKD, as the paper derives."""
+    student, teacher, labels = (torch.tensor(a[:1]) for a in logits_and_labels())
+    parts = [
+        losses.decoupled_distillation(student, teacher, labels, 1.0, target_weight=t, nontarget_weight=n).item()
+        for t, n in ((1, 0), (0, 1))
+    ]
+    p = teacher.softmax(1)[0, labels[0]].item()
+    assert losses.distillation(student, teacher, 1.0).item() == pytest.approx(parts[0] + (1 - p) * parts[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("form", ["plain", "decoupled"])
+def test_finite_where_one_class_has_all_probability(form: str) -> None:
+    student = torch.tensor([[500.0, 0, -500], [0, 0, 0]], requires_grad=True)
+    teacher = torch.tensor([[-500.0, 500, 0], [500, -500, 0]])
+    loss = compute(form, student, teacher, torch.tensor([0, 0]), 1.0)
+    loss.backward()  # type: ignore[no-untyped-call]
+    assert torch.isfinite(loss)
+    assert student.grad is not None
+    assert torch.isfinite(student.grad).all()
+    assert compute(form, teacher, teacher, torch.tensor([0, 0]), 4.0).item() == pytest.approx(0, abs=1e-6)
+
+
+def test_standardized_logits() -> None:
+    student, _, _ = logits_and_labels(100)
+    expected = (student - student.mean(1, keepdims=True)) / student.std(1, keepdims=True)
+    np.testing.assert_allclose(losses.standardized(torch.tensor(student)).numpy(), expected, atol=1e-5)
+    assert torch.isfinite(losses.standardized(torch.ones(2, 5))).all()
+
+
+def make_batch(labels: Tensor) -> Batch:
+    inputs = torch.zeros(len(labels), 1)
+    return Batch(inputs, labels, inputs, torch.arange(len(labels)), None)
+
+
+class Says(nn.Module):
+    """A network that gives the same logits for everything."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, _: Tensor) -> Tensor:
+        return self.logits
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.7, 1.0])
+@pytest.mark.parametrize("standardize", [False, True])
+def test_the_task_mixes_labels_and_teacher(alpha: float, standardize: bool) -> None:
+    student, teacher, labels = (torch.tensor(a) for a in logits_and_labels())
+    config = Distillation(alpha=alpha, temperature=4.0, standardize=standardize)
+    task = DistillationTask(ClassificationTask(0.1), lambda _: teacher, config)
+    output = task(Says(student), make_batch(labels))
+    soft = [losses.standardized(x).double() if standardize else x for x in (student, teacher)]
+    expected = (1 - alpha) * F.cross_entropy(student, labels, label_smoothing=0.1) + alpha * 16 * F.kl_div(
+        (soft[0] / 4).log_softmax(1), (soft[1] / 4).softmax(1), reduction="batchmean"
+    )
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(output.logits, student.float())
+
+
+def test_no_margin_reaches_the_teachers_term() -> None:
+    cosines = torch.rand(6, 5) * 2 - 1
+    labels = torch.arange(6) % 5
+    teacher = torch.randn(6, 5)
+
+    def margin_loss(cosines: Tensor, labels: Tensor, *, scale: float) -> Tensor:
+        return losses.arcface(cosines, labels, scale=scale, margin=0.35)
+
+    task = DistillationTask(MarginTask(margin_loss, 8.0), lambda _: teacher, Distillation(alpha=0.7, temperature=4.0))
+    output = task(Says(8 * cosines), make_batch(labels))
+    expected = 0.3 * margin_loss(cosines, labels, scale=8.0) + 0.7 * losses.distillation(8 * cosines, teacher, 4.0)
+    assert output.loss.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# --------------------------------------------------------------------------------------- runs with a teacher
+
+
+@pytest.fixture
+def teacher_run(tmp_path: Path, small_synthetic: object) -> Path:
+    """A teacher with its own image size, normalisation and head."""
+    preset = make_preset(
+        data={"image_size": 48, "normalize": "dataset"},
+        model={"head": "cosine", "embedding_dim": 16},
+        loss={"name": "arcface"},
+        train={"epochs": 1},
+    )
+    return Path(workflows.train(preset, where(tmp_path / "teacher"), Silent())["run_dir"])
+
+
+def student(teacher: Path, **sections: dict[str, Any]) -> Preset:
+    return make_preset(distillation={"teacher": str(teacher)}, **sections)
+
+
+@pytest.mark.parametrize("policy", ["none", "flip"])
+def test_the_cached_teacher_says_what_the_online_one_says(tmp_path: Path, teacher_run: Path, policy: str) -> None:
+    watcher = Silent()
+    preset = student(teacher_run, augment={"policy": policy})
+    job = workflows.prepare(preset, where(tmp_path), watcher)
+    online = workflows.prepare(preset, where(tmp_path), Silent(), dry=True)
+    assert isinstance(job.task, DistillationTask)
+    assert isinstance(online.task, DistillationTask)
+    assert isinstance(job.task.teacher, teachers.CachedTeacher)
+    assert isinstance(online.task.teacher, teachers.OnlineTeacher)
+    assert sum(watcher.counted) == 400 * (2 if policy == "flip" else 1)
+
+    saved = checkpoint.load_model(teacher_run)
+    model = saved.model.eval()
+    for batch in job.loaders.train.epoch(2):
+        with torch.no_grad():
+            alone = model(saved.card.preprocessing(batch.images))
+        looked_up = job.task.teacher(batch)
+        # Only the batches differ, and with them the order of float32 sums.
+        torch.testing.assert_close(looked_up, online.task.teacher(batch), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(looked_up, alone, rtol=1e-4, atol=1e-4)
+        assert not looked_up.requires_grad
+
+
+def test_training_with_either_teacher_is_the_same(
+    tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    preset = student(teacher_run, augment={"policy": "flip"})
+    workflows.train(preset, where(tmp_path / "cached"), Silent())
+    monkeypatch.setattr(teachers, "cached", lambda online, *_: online)
+    workflows.train(preset, where(tmp_path / "online"), Silent())
+    curves = [[row["train_loss"] for row in only_run(tmp_path / kind).metrics()] for kind in ("cached", "online")]
+    assert curves[0] == pytest.approx(curves[1], rel=1e-4)
+
+
+def test_logits_are_kept_by_teacher_data_and_version(
+    tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teachers, "PART", 150)
+
+    def computed(preset: Preset) -> int:
+        watcher = Silent()
+        workflows.prepare(preset, where(tmp_path), watcher)
+        assert bool(watcher.counted) != any("nothing to compute" in text for text in watcher.said)
+        return sum(watcher.counted)
+
+    assert computed(student(teacher_run)) == 400
+    assert computed(student(teacher_run, train={"epochs": 9}, loss={"label_smoothing": 0.1})) == 0
+    assert computed(student(teacher_run, augment={"policy": "flip"})) == 400  # the mirror images alone
+    assert computed(student(teacher_run, data={"image_size": 64, "normalize": "imagenet"})) == 0  # the student's own
+    assert computed(student(teacher_run, data={"fraction": 0.5})) == 200
+
+    (folder,) = {path.parent for path in (tmp_path / "cache").rglob("mirrored-*")}
+    parts = sorted(path.name for path in folder.glob("unchanged-*"))
+    assert parts == [f"unchanged-{start:06}.safetensors" for start in (0, 150, 300)]
+    (folder / parts[0]).write_bytes(b"broken")
+    (folder / parts[2]).unlink()
+    assert computed(student(teacher_run)) == 150 + 100
+
+    saved = checkpoint.load_model(teacher_run)
+    with torch.no_grad():
+        next(saved.model.parameters()).mul_(1.01)
+    checkpoint.save_model(teacher_run / runs.MODEL, saved.model, saved.card)
+    assert computed(student(teacher_run)) == 400
+
+
+def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, teacher_run: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    watcher = Silent()
+    workflows.train(student(teacher_run, train={"epochs": 1}), where(tmp_path), watcher)
+    assert sum("cannot be written to" in text for text in watcher.said) == 1
+
+
+def test_unbounded_views_run_the_teacher_in_every_step_and_say_so(tmp_path: Path, teacher_run: Path) -> None:
+    watcher = Silent()
+    job = workflows.prepare(student(teacher_run, augment={"policy": "crop_flip"}), where(tmp_path), watcher)
+    assert isinstance(job.task, DistillationTask)
+    assert isinstance(job.task.teacher, teachers.OnlineTeacher)
+    (line,) = watcher.said
+    assert "runs in every step" in line
+    assert "s an epoch here" in line
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("policy", ["flip", "crop_flip"])
+def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, teacher_run: Path, policy: str) -> None:
+    preset = student(teacher_run, augment={"policy": policy})
+    workflows.train(preset, where(tmp_path / "unbroken"), Silent())
+    with pytest.raises(RunInterrupted):
+        workflows.train(preset, where(tmp_path / "broken"), StopAfter(9))
+    workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Silent())
+    models = [only_run(tmp_path / kind).path / runs.MODEL for kind in ("unbroken", "broken")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_without_a_teachers_weight_it_is_plain_training(tmp_path: Path, teacher_run: Path) -> None:
+    preset = make_preset(distillation={"teacher": str(teacher_run), "alpha": 0.0})
+    workflows.train(preset, where(tmp_path / "distilled"), Silent())
+    workflows.train(make_preset(), where(tmp_path / "plain"), Silent())
+    found = [load_file(only_run(tmp_path / kind).path / runs.MODEL) for kind in ("distilled", "plain")]
+    assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
+
+
+def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, teacher_run: Path) -> None:
+    saved = checkpoint.load_model(teacher_run)
+    other = saved.card.model_copy(update={"classes": tuple(map(str, range(100)))})
+    checkpoint.save_model(tmp_path / "other.safetensors", saved.model, other)
+    with pytest.raises(DataError, match=r"--teacher .*knows other classes"):
+        workflows.prepare(student(tmp_path / "other.safetensors"), where(tmp_path), Silent())
+    with pytest.raises(UsageError, match="--teacher RUN"):
+        workflows.prepare(make_preset(distillation={}), where(tmp_path), Silent())
+
+
+def test_on_the_command_line(run_cli: Cli, tmp_path: Path, small_synthetic: object) -> None:
+    tiny = [*TINY, "--preset", "resnet18-arcface-kd", "--no-pretrained", "--epochs", "1"]
+    missing = run_cli("distill", *tiny)
+    assert (missing.code, len(missing.err.splitlines())) == (2, 1)
+    assert "cifar100 distill --teacher" in missing.err
+    missing = run_cli("distill", *tiny, "--teacher", "nowhere")
+    assert (missing.code, len(missing.err.splitlines())) == (3, 1)
+    assert "no such run or checkpoint" in missing.err
+
+    teacher = json.loads(run_cli("train", *TINY, "--epochs", "1", "--json").out)
+    tried = run_cli("distill", *tiny, "--teacher", teacher["run_dir"], "--dry-run")
+    assert tried.code == 0, tried.err
+    assert not (tmp_path / "cache").exists()
+    outcome = run_cli(
+        "distill", *tiny, "--teacher", teacher["run_dir"], "--alpha", "0.5", "--temperature", "2", "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert result["preset"] == "resnet18-arcface-kd"
+    config = runs.RunDir.open(Path(result["run_dir"])).config()
+    assert config.distillation == Distillation(
+        teacher=str((tmp_path / teacher["run_dir"]).absolute()), alpha=0.5, temperature=2.0
+    )
+    assert list((tmp_path / "cache" / "cifar100" / "computed").rglob("*.safetensors"))
+    resumed = run_cli("distill", "--resume", result["run_dir"], "--json")
+    assert json.loads(resumed.out) == result

@@ -1,0 +1,198 @@
+"""Files of pretrained weights: both formats, both libraries' names, and every way in which one may not fit."""
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from cifar100cli.config import Config
+from cifar100cli.errors import DataError
+from cifar100cli.models import create_model
+from cifar100cli.weights import read_weights
+from tests.conftest import TINY, Cli
+
+State = dict[str, Tensor]
+
+
+def config(path: Path, backbone: str = "test_resnet", **model: object) -> Config:
+    return Config.model_validate({"model": {"backbone": backbone, "pretrained": True, "weights": str(path), **model}})
+
+
+def trained_state(name: str = "test_resnet") -> State:
+    """Weights that no initialisation gives, so that what was not loaded shows."""
+    torch.manual_seed(7)
+    model = timm.create_model(name)
+    return {key: t + 0.1 * torch.rand_like(t) if t.is_floating_point() else t for key, t in model.state_dict().items()}
+
+
+def save_safetensors(state: State, path: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+
+
+SAVERS: dict[str, Callable[[State, Path], None]] = {
+    "safetensors": save_safetensors,
+    "PyTorch": torch.save,
+    "PyTorch, legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
+    "a training checkpoint": lambda state, path: torch.save({"epoch": 3, "state_dict": state}, path),
+    "of DataParallel": lambda state, path: torch.save({f"module.{k}": t for k, t in state.items()}, path),
+    "of torch.compile": lambda state, path: torch.save({f"_orig_mod.{k}": t for k, t in state.items()}, path),
+    "without counters": lambda state, path: save_safetensors(
+        {k: t for k, t in state.items() if "num_batches" not in k}, path
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAVERS)
+def test_what_is_in_the_file_is_in_the_network(tmp_path: Path, kind: str) -> None:
+    state = trained_state()
+    SAVERS[kind](state, tmp_path / "weights")
+    model = create_model(config(tmp_path / "weights"), classes=7)
+    loaded = model.state_dict()
+    for name, tensor in state.items():
+        if not name.startswith("fc.") and "num_batches" not in name:
+            assert torch.equal(loaded[name], tensor), name
+    assert loaded["fc.weight"].shape[0] == 7  # the head is new
+
+    theirs = timm.create_model("test_resnet", num_classes=0)
+    theirs.load_state_dict({name: tensor for name, tensor in state.items() if not name.startswith("fc.")})
+    cosine = create_model(config(tmp_path / "weights", head="cosine"), classes=7)
+    inputs = torch.randn(2, 3, 32, 32)
+    cosine.eval()
+    assert torch.equal(cosine.backbone(inputs), theirs.eval()(inputs))  # type: ignore[operator]
+
+
+def test_our_own_checkpoint_gives_its_backbone(tmp_path: Path) -> None:
+    first = create_model(Config.model_validate({"model": {"backbone": "test_resnet", "head": "cosine"}}), classes=5)
+    save_safetensors(first.state_dict(), tmp_path / "model.safetensors")
+    second = create_model(config(tmp_path / "model.safetensors"), classes=9)
+    inputs = torch.randn(2, 3, 32, 32)
+    first.eval()
+    assert torch.equal(features(second, inputs), first.backbone(inputs))  # type: ignore[operator]
+
+
+@pytest.mark.parametrize(
+    ("builder", "name"),
+    [("resnet18", "resnet18"), ("efficientnet_b0", "efficientnet_b0"), ("mobilenet_v2", "mobilenetv2_100")],
+)
+def test_torchvisions_names(tmp_path: Path, builder: str, name: str) -> None:
+    """The network with torchvision's weights computes what torchvision's network computes."""
+    torch.manual_seed(0)
+    theirs = torchvision.models.get_model(builder, weights=None)
+    with torch.no_grad():
+        for module in theirs.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr]
+                module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
+                module.weight.uniform_(0.8, 1.2)
+    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    ours = create_model(config(tmp_path / "weights.pth", name), classes=100)
+    head = [module for module in theirs.modules() if isinstance(module, nn.Linear)][-1]
+    seen: list[Tensor] = []
+    head.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    inputs = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        theirs.eval()(inputs)
+    torch.testing.assert_close(features(ours, inputs), seen[0], rtol=1e-4, atol=1e-4)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return (print, ("pwned",))
+
+
+def features(model: nn.Module, inputs: Tensor) -> Tensor:
+    """What timm's network gives to its classifier."""
+    with torch.inference_mode():
+        found: Tensor = model.forward_head(model.eval().forward_features(inputs), pre_logits=True)  # type: ignore[operator]
+        return found
+
+
+def refusal(path: Path, backbone: str = "test_resnet") -> str:
+    with pytest.raises(DataError) as refused:
+        create_model(config(path, backbone), classes=10)
+    message = str(refused.value)
+    assert str(path) in message
+    assert "\n" not in message
+    assert len(message) < 400 + len(str(path))
+    return message
+
+
+def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "weights.safetensors"
+    state = trained_state()
+    save_safetensors({name: t for name, t in state.items() if name != "layer2.0.conv1.weight"}, path)
+    assert "does not fit test_resnet: it lacks layer2.0.conv1.weight" in refusal(path)
+    save_safetensors({**state, "layer9.weight": torch.zeros(3)}, path)
+    assert "has besides layer9.weight" in refusal(path)
+    save_safetensors({**state, "bn1.bias": torch.zeros(1, 2)}, path)
+    assert "another shape for bn1.bias (1x2, not " in refusal(path)
+    save_safetensors({**state, "bn1.weight": torch.full_like(state["bn1.weight"], torch.nan)}, path)
+    assert "bn1.weight holds numbers that are not finite" in refusal(path)
+    save_safetensors(trained_state("test_vit"), path)
+    message = refusal(path)
+    assert "it lacks conv1" in message
+    assert "more" in message
+    torch.save(torchvision.models.get_model("mobilenet_v3_small").state_dict(), path)
+    assert "MobileNetV3 of torchvision's" in refusal(path, "mobilenetv3_small_100")
+
+
+def test_what_is_no_file_of_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "weights.pth"
+    assert "no such file" in refusal(path)
+    state = trained_state()
+    torch.save(state, path)
+    whole = path.read_bytes()
+    for content in (b"", b"<html>404</html>", whole[:1000], whole[:-100], b"\x80\x02}q\x00.", b"\x10" * 8 + b"{" * 50):
+        path.write_bytes(content)
+        refusal(path)
+    path.write_bytes(pickle.dumps({"conv1.weight": Evil()}))
+    assert "refused" in refusal(path)
+    torch.save({"state_dict": {"conv1.weight": Evil()}}, path)
+    assert "refused" in refusal(path)
+    torch.save(timm.create_model("test_resnet"), path)
+    assert "refused" in refusal(path)
+    torch.save({"conv1.weight": 3}, path)
+    assert "conv1.weight" in refusal(path)
+    torch.save([1, 2], path)
+    assert "state dict" in refusal(path)
+    assert "pwned" not in capfd.readouterr().out
+
+
+def test_weights_of_a_wrapper_are_not_mistaken(tmp_path: Path) -> None:
+    """A network whose own parts are called model.* keeps its names when something stands beside them."""
+    save_safetensors({"model.weight": torch.zeros(1), "other.weight": torch.zeros(1)}, tmp_path / "w.safetensors")
+    assert set(read_weights(tmp_path / "w.safetensors")) == {"model.weight", "other.weight"}
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_on_the_command_line(run_cli: Cli, tmp_path: Path) -> None:
+    save_safetensors(trained_state(), tmp_path / "good.safetensors")
+    save_safetensors(trained_state("test_vit"), tmp_path / "other.safetensors")
+    outcome = run_cli("train", *TINY, "--epochs", "1", "--weights", "good.safetensors")
+    assert outcome.code == 0, outcome.err
+    assert f"weights of {tmp_path / 'good.safetensors'}" in outcome.err
+    for arguments, code, words in (
+        (["--weights", "none.safetensors"], 3, "no such file"),
+        (["--weights", "other.safetensors"], 3, "does not fit test_resnet: it lacks conv1"),
+        (["--weights", "good.safetensors", "--no-pretrained"], 2, "--weights and --no-pretrained exclude each other"),
+    ):
+        outcome = run_cli("train", *TINY, *arguments)
+        assert (outcome.code, len(outcome.err.splitlines())) == (code, 1), outcome.err
+        assert words in outcome.err
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_run_that_has_an_epoch_needs_the_file_no_more(run_cli: Cli, tmp_path: Path) -> None:
+    save_safetensors(trained_state(), tmp_path / "good.safetensors")
+    run = run_cli("train", *TINY, "--epochs", "2", "--weights", "good.safetensors", "--json")
+    (folder,) = (tmp_path / "runs" / "quickstart").iterdir()
+    (folder / "result.json").unlink()
+    (tmp_path / "good.safetensors").unlink()
+    again = run_cli("train", "--resume", "last", "--json")
+    assert (again.code, again.out) == (0, run.out), again.err
