@@ -23,10 +23,9 @@ from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model
 from cifar100cli.runs import find_model, replacing
+from cifar100cli.weights import KEY
 
 FORMAT = 1  # of both files; a newer one is refused
-KEY = "cifar100"  # of the metadata
-
 
 Deviation = Annotated[FiniteFloat, Field(gt=0)]
 
@@ -135,10 +134,19 @@ def save_state(path: Path, state: TrainState, model: nn.Module, optimizer: torch
     _save(path, tensors, {"format": FORMAT, **asdict(state)})
 
 
+def load_weights_of_state(path: Path, model: nn.Module) -> None:
+    """Put the model alone back to where `save_state` found it."""
+    _load_network(model, read(path)[0], path)
+
+
+def _load_network(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
+    load_weights(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path)
+
+
 def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Put model and optimizer back to where `save_state` found them."""
     tensors, about = read(path)
-    load_weights(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path)
+    _load_network(model, tensors, path)
     try:
         state = TrainState(int(about["epoch"]), int(about["best_epoch"]), float(about["best_top1"]))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]

@@ -373,6 +373,56 @@ def distill(
     _train(context, "resnet18-arcface-kd")
 
 
+@app.command("finetune-cifar10")
+def finetune_cifar10(
+    context: typer.Context,
+    unfreeze: options.Unfreeze = None,
+    init: options.Init = None,
+    bn: options.BatchNorm = None,
+    fraction: options.Fraction = None,
+    cache: options.Cache = None,
+    preset: options.Preset = None,
+    dataset: options.Dataset = None,
+    backbone: options.Backbone = None,
+    weights: options.Weights = None,
+    image_size: options.ImageSize = None,
+    batch_size: options.BatchSize = None,
+    augment: options.AugmentPolicy = None,
+    optimizer: options.OptimizerName = None,
+    lr: options.LearningRate = None,
+    weight_decay: options.WeightDecay = None,
+    epochs: options.Epochs = None,
+    seed: options.Seed = None,
+    settings: options.Settings = None,
+    data_dir: options.DataDir = None,
+    device: options.Device = "auto",
+    out: options.RunsDir = Path("runs"),
+    resume: options.Resume = None,
+    dry_run: options.DryRun = False,
+    print_config: options.PrintConfig = False,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Fine-tune a pretrained network, most of it frozen.
+
+    The frozen part runs once for each image and its mirror image, and the epochs train the rest. Without options it is
+    ResNet-18 with ImageNet weights on CIFAR-10 at 224x224, fc and layer4 unfrozen, for 10 epochs.
+
+    Example: cifar100 finetune-cifar10 --unfreeze layer3 --epochs 50
+    """
+    _train(context, _study_preset(unfreeze, epochs))
+
+
+def _study_preset(unfreeze: str | None, epochs: str | None) -> str:
+    """The preset of the study's cell, if it has one for this depth and these epochs."""
+    from cifar100cli.config import preset_names
+
+    depth = f"finetune-{unfreeze or 'layer4'}"
+    names = preset_names()
+    return next((name for name in (f"{depth}-{epochs}", depth) if name in names), "finetune-layer4")
+
+
 def _train(context: typer.Context, default_preset: str) -> None:
     """What every command that trains does with its options."""
     from cifar100cli.config import load_preset

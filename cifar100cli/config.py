@@ -109,6 +109,16 @@ class Distillation(Section):
         return self.teacher
 
 
+class Finetune(Section):
+    """What of a trained network goes on learning, and at which rates."""
+
+    unfreeze: str = Field("layer4", min_length=1, description="fc, layer4 (fc and the last stage), layer3, or all")
+    bn: Literal["frozen", "adapt"] = Field("frozen", description="whether frozen stages' batch statistics move")
+    stage_decay: Number = Field(0.1, gt=0, le=1, description="of the rate, from each stage to the one before it")
+    cache: Literal["auto", "on", "off"] = Field("auto", description="run the frozen part once for each version")
+    cache_dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field("auto", description="of kept features")
+
+
 class Optimizer(Section):
     """How the weights move."""
 
@@ -136,6 +146,7 @@ class Train(Section):
     epochs: Integer = Field(200, ge=1, le=100_000)
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     select: Literal["best_test", "best_val", "last"] = "last"
+    watch_test: bool = Field(False, description="measure the test set in every epoch, and choose nothing by it")
 
 
 class Config(Section):
@@ -149,6 +160,7 @@ class Config(Section):
     model: Model = Model()
     loss: Loss = Loss()
     distillation: Distillation | None = None
+    finetune: Finetune | None = None
     optimizer: Optimizer = Optimizer()
     schedule: Schedule = Schedule()
     train: Train = Train()
@@ -163,6 +175,16 @@ class Config(Section):
             raise ValueError(
                 f"augment.backend = {self.augment.backend} is for augment.policy = one_of, not {self.augment.policy}"
             )
+        if self.finetune is not None and self.finetune.cache == "on":
+            if self.augment.policy not in ("none", "flip"):
+                raise ValueError(
+                    f"finetune.cache = on needs few versions of an image: augment.policy = {self.augment.policy} "
+                    "makes no two views the same; use none or flip, or leave the cache out"
+                )
+            if self.finetune.bn == "adapt":
+                raise ValueError("finetune.cache = on keeps features, and finetune.bn = adapt changes them; choose one")
+            if self.distillation is not None:
+                raise ValueError("finetune.cache = on does not go together with distillation")
         if self.train.select == "best_val" and self.data.val_fraction == 0:
             raise ValueError(
                 "train.select = best_val needs a held-out split: "

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from cifar100cli.config import Config
+    from cifar100cli.stages import StageRow
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
 PROTOCOLS = {"best_test": "best on test", "best_val": "held-out", "last": "last"}  # how a figure was selected
@@ -84,9 +85,9 @@ def result_json(content: object) -> None:
 
 
 def log(text: str) -> None:
-    """A line about what goes on, on stderr."""
+    """Lines about what goes on, on stderr."""
     if _verbosity > QUIET:
-        print(printable(text), file=sys.stderr, flush=True)
+        print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 
 def error(text: str) -> None:
@@ -269,6 +270,20 @@ class TrainingDisplay:
     def progress(self, title: str, total: int) -> contextlib.AbstractContextManager[Callable[[int], None]]:
         """Something of `total` steps begins."""
         return counting(title, total)
+
+    def stages(self, rows: Sequence["StageRow"]) -> None:
+        """What of the network learns."""
+        cells = [
+            (
+                row.name,
+                f"{row.parameters:,}",
+                "frozen" if row.rate is None else "learns",
+                "-" if row.rate is None else f"{row.rate:g}",
+                row.norm,
+            )
+            for row in rows
+        ]
+        log(_plain_table("", ("stage", "parameters", "weights", "rate", "batch norm"), cells, right=(1, 3)).rstrip())
 
     def begin(self, config: "Config", first_epoch: int, steps_per_epoch: int) -> None:
         """Training starts, or goes on, with `first_epoch`."""

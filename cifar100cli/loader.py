@@ -69,21 +69,38 @@ class Batch:
     """Inputs (N, 3, S, S) float32, channels last, and labels (N,) int64, on the device.
 
     With them what they were made of: the augmented images (N, 3, H, W) uint8, their positions in the split
-    (N,) int64, and under a policy of few versions the version of each (N,) int64.
+    (N,) int64, and under a policy of few versions the version of each (N,) int64. Where features were computed
+    before, these are the inputs, and there are no images.
     """
 
     inputs: Tensor
     labels: Tensor
-    images: Tensor
+    images: Tensor | None
     positions: Tensor
     views: Tensor | None
+
+
+class Features:
+    """Inputs that were computed before, (versions, images, ...), in any float type, on the device or on the host.
+
+    Maps (versions, images, H, W, C) become (N, C, H, W), channels last.
+    """
+
+    def __init__(self, table: Tensor, device: torch.device) -> None:
+        self.table, self.device = table, device
+
+    def __call__(self, views: Tensor, positions: Tensor) -> Tensor:
+        """(N, ...) float32 on the device."""
+        home = self.table.device
+        found = self.table[views.to(home), positions.to(home)].to(self.device, torch.float32)
+        return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
 
 
 class DeviceLoader:
     """Batches of a split that lives on the device.
 
     What is random (order, augmentation) is drawn from (seed, epoch, step) alone, so that any epoch can be
-    had again without those before it.
+    had again without those before it. With `features` set, they are looked up in place of the images.
     """
 
     def __init__(
@@ -101,6 +118,7 @@ class DeviceLoader:
         self.labels = torch.from_numpy(split.labels).to(device)
         self.device, self.preprocessing = device, preprocessing
         self.shuffle, self.policy, self.seed = shuffle, policy, seed
+        self.features: Features | None = None
         count = len(split)
         starts = list(range(0, count, batch_size))
         if count > 1 and count - starts[-1] == 1:
@@ -127,20 +145,23 @@ class DeviceLoader:
             permutation = np.random.default_rng([self.seed, number]).permutation(self.count)
             order = torch.from_numpy(permutation).to(self.device)
         for step, (start, end) in enumerate(self.bounds):
-            if order is None:
-                chosen = torch.arange(start, end, device=self.device)
-                images, labels = self.images[start:end], self.labels[start:end]
-            else:
-                chosen = order[start:end]
-                images, labels = self.images[chosen], self.labels[chosen]
+            chosen = torch.arange(start, end, device=self.device) if order is None else order[start:end]
+            labels = self.labels[chosen]
             generator = seeded_generator(self.device, self.seed, number, step)
-            views = None
+            images, views = None, None
             if isinstance(self.policy, Views):
-                views = self.policy.draw(len(images), generator)
-                images = self.policy.apply(images, views)
+                views = self.policy.draw(len(chosen), generator)
+                if self.features is None:
+                    images = self.policy.apply(self.images[chosen], views)
             else:
-                images = self.policy(images, generator)
-            yield Batch(self.preprocessing(images), labels, images, chosen, views)
+                images = self.policy(self.images[chosen], generator)
+            if images is not None:
+                inputs = self.preprocessing(images)
+            else:
+                assert self.features is not None
+                assert views is not None
+                inputs = self.features(views, chosen)
+            yield Batch(inputs, labels, images, chosen, views)
 
 
 def derived_seed(*parts: int) -> int:

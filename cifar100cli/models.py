@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from cifar100cli.config import Config
 from cifar100cli.errors import DataError, UsageError
-from cifar100cli.weights import load_backbone
+from cifar100cli.weights import load_backbone, our_settings
 
 
 def check_backbone(name: str) -> None:
@@ -71,9 +71,14 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
         if from_timm:
             raise DataError(_no_weights(name, reason)) from None
         raise UsageError(f"model.backbone = {name}: timm cannot build it here: {reason}") from None
+    # ImageNet's weights have ImageNet's stem; a checkpoint of ours has its own.
+    ours = our_settings(Path(file)) if file is not None else None
+    stem_is_in_the_file = ours is not None and ours["stem"] == config.model.stem
+    if config.model.stem == "cifar" and stem_is_in_the_file:
+        _use_cifar_stem(model, name)
     if file is not None:
-        load_backbone(model, Path(file), name, _classifiers(name))
-    if config.model.stem == "cifar":
+        load_backbone(model, Path(file), name, classifiers(name))
+    if config.model.stem == "cifar" and not stem_is_in_the_file:
         _use_cifar_stem(model, name)
     features = _check_image_size(model, name, config.data.image_size).shape[1]
     if config.model.head == "cosine":
@@ -94,7 +99,7 @@ def _no_weights(name: str, reason: str) -> str:
     return f"the ImageNet weights of {name} cannot be had ({place}): {reason}; or use --no-pretrained"
 
 
-def _classifiers(name: str) -> tuple[str, ...]:
+def classifiers(name: str) -> tuple[str, ...]:
     """The modules of timm's network that give the classes: what is new for new classes."""
     source = timm.get_pretrained_cfg(name, allow_unregistered=True)
     classifier = source.classifier if source is not None else None

@@ -1,6 +1,8 @@
 """The optimizer, and the learning rate as a pure function of the step."""
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -8,9 +10,22 @@ from torch import nn
 from cifar100cli.config import Optimizer, Schedule
 
 
-def create_optimizer(config: Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """The fused optimizer over everything that is not frozen; weight decay is on all of it, as in torch."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+@dataclass(frozen=True)
+class Group:
+    """Weights that learn at `scale` times the rate of the others."""
+
+    parameters: list[nn.Parameter]
+    scale: float = 1.0
+
+
+def everything(model: nn.Module) -> list[Group]:
+    """All weights that are not frozen, at one rate."""
+    return [Group([parameter for parameter in model.parameters() if parameter.requires_grad])]
+
+
+def create_optimizer(config: Optimizer, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """The fused optimizer over these weights; weight decay is on all of them, as in torch."""
+    parameters = [{"params": group.parameters, "scale": group.scale, "lr": config.lr * group.scale} for group in groups]
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -40,6 +55,6 @@ def learning_rate(peak: float, schedule: Schedule, step: int, steps_per_epoch: i
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Use `rate` from the next step on."""
+    """Use `rate`, times each group's scale, from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group["scale"]

@@ -70,6 +70,16 @@ WeightDecay = Annotated[str | None, _text("X", "Weight decay.")]
 Teacher = Annotated[Path | None, _text("RUN|CHECKPOINT", "A trained model of ours with the same classes.")]
 Alpha = Annotated[str | None, _text("A", "Weight of the teacher; the labels have 1 - A. [preset: 0.7]")]
 Temperature = Annotated[str | None, _text("T", "Both softmaxes are taken at logits / T. [preset: 4]")]
+Unfreeze = Annotated[str | None, _text("STAGE", "fc, layer4 (and fc), layer3 (and both), all, or a stage's own name.")]
+Init = Annotated[
+    str | None,
+    _text("imagenet|none|RUN|CHECKPOINT", "What to start from; a run's head is replaced. [preset: imagenet]"),
+]
+BatchNorm = Annotated[str | None, _text("frozen|adapt", "Whether frozen stages' statistics move. [preset: frozen]")]
+Fraction = Annotated[str | None, _text("F", "Share of each class's training images, above 0 up to 1.")]
+Cache = Annotated[
+    bool | None, typer.Option("--cache/--no-cache", help="Run the frozen part once. [preset: where possible]")
+]
 Epochs = Annotated[str | None, _text("N", "Passes over the training images.")]
 Seed = Annotated[str | None, _text("N", "Of weights, order and augmentation.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")]
@@ -93,6 +103,10 @@ KEYS = {
     "teacher": "distillation.teacher",
     "alpha": "distillation.alpha",
     "temperature": "distillation.temperature",
+    "unfreeze": "finetune.unfreeze",
+    "bn": "finetune.bn",
+    "fraction": "data.fraction",
+    "cache": "finetune.cache",
     "epochs": "train.epochs",
     "seed": "seed",
 }
@@ -128,12 +142,32 @@ def overrides(given: Mapping[str, Any]) -> list["Override"]:
         flag = f"--{name.replace('_', '-')}" if value is not False else f"--no-{name}"
         if key in found:
             raise UsageError(f"{flag} and --set {key} both say what {key} is; leave one out")
-        if isinstance(value, Path):
+        if name == "cache":
+            value = "on" if value else "off"
+        elif isinstance(value, Path):
             value = str(expand(value).absolute())
         elif isinstance(value, str):
             value = parse_value(value, key)
         found[key] = Override(key, value, flag)
+    if given.get("init") is not None:
+        _start_from(given["init"], found)
     return _with_pretrained(found)
+
+
+def _start_from(init: str, found: dict[str, "Override"]) -> None:
+    """`--init`: ImageNet weights, none, or the network of a run of ours."""
+    from cifar100cli.config import Override
+    from cifar100cli.runs import find_model
+
+    flag = f"--init {init}"
+    if "model.pretrained" in found:
+        raise UsageError(f"--init and {found['model.pretrained'].origin} both say what to start from; leave one out")
+    if init in ("imagenet", "none"):
+        found["model.pretrained"] = Override("model.pretrained", init == "imagenet", flag)
+        return
+    if "model.weights" in found:
+        raise UsageError(f"--init and {found['model.weights'].origin} both name weights; leave one out")
+    found["model.weights"] = Override("model.weights", str(find_model(expand(Path(init))).absolute()), flag)
 
 
 def _with_pretrained(found: dict[str, "Override"]) -> list["Override"]:

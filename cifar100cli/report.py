@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from cifar100cli.runs import RunDir, find_runs
 FORMATS = {".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
 TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "synthetic": "Synthetic (drawn) data"}
 FIXED = "-fixed"  # ends the name of the preset that stands beside the tutorial's with the evident repairs
+CURVES = tuple(f"{split}_{figure}" for split in ("train", "val", "test") for figure in ("loss", "top1"))
+STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train loss", "test loss", "test by epoch")
 COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
 
 
@@ -26,7 +29,8 @@ class Row:
     """The complete runs that share a preset and all settings but the seed.
 
     `changes` says where they depart from the shipped preset; figures of different settings are never
-    averaged. `delta` is ours minus published, as a fraction, and only on the preset's own data set.
+    averaged. `delta` is ours minus published, as a fraction, and only on the preset's own data set. `curves`
+    has losses and accuracies by epoch, as means over the runs; what was not measured in every epoch is not there.
     """
 
     preset: str
@@ -45,6 +49,9 @@ class Row:
     seconds_mean: float
     images_per_second_mean: float
     runs: list[str]
+    unfreeze: str | None
+    fraction: float
+    curves: dict[str, list[float]]
 
 
 @dataclass(frozen=True)
@@ -183,7 +190,24 @@ def _row(group: list[_Complete]) -> Row:
         seconds_mean=fmean(run.result["seconds"] for run in group),
         images_per_second_mean=fmean(run.result["images_per_second"] for run in group),
         runs=[str(run.path) for run in group],
+        unfreeze=config.finetune.unfreeze if config.finetune else None,
+        fraction=config.data.fraction,
+        curves=_curves([RunDir(run.path).metrics() for run in group]),
     )
+
+
+def _curves(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[float]]:
+    """What every run has of every epoch, as means over the runs."""
+    found = {}
+    for name in CURVES:
+        lines = [[row.get(name) for row in rows] for rows in runs]
+        if len({len(line) for line in lines}) == 1 and all(_is_number(value) for line in lines for value in line):
+            found[name] = [fmean(values) for values in zip(*lines, strict=True)]
+    return found
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def outside_tolerance(report: Report, tolerance: float) -> list[str]:
@@ -236,6 +260,43 @@ def _pair_cells(pair: Pair, changed: str) -> tuple[str, ...]:
     )
 
 
+def _study(report: Report) -> list[Row]:
+    """The rows of fine-tuning, from the least that was unfrozen to the most."""
+    depths = ["fc", "layer4", "layer3", "all"]
+    rows = [row for row in report.rows if row.unfreeze is not None]
+    return sorted(rows, key=lambda row: (row.dataset, _index(depths, row.unfreeze), row.epochs, row.fraction))
+
+
+def _index(known: Sequence[str], name: str | None) -> int:
+    return known.index(name) if name in known else len(known)
+
+
+def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
+    deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
+    last = {name: f"{values[-1]:.4f}" for name, values in row.curves.items() if values}
+    return (
+        f"{row.unfreeze}{mark}",
+        str(row.epochs),
+        f"{100 * row.fraction:g}%",
+        "-" if row.delta is None else percent(row.published_top1),
+        percent(row.top1_mean) + deviation,
+        last.get("train_loss", "-"),
+        last.get("test_loss", "-"),
+        sparkline(row.curves.get("test_top1", [])),
+    )
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """A curve in one line of text, from its lowest to its highest value."""
+    if not values:
+        return "-"
+    step = max(1.0, len(values) / width)
+    taken = [values[min(len(values) - 1, int((index + 1) * step) - 1)] for index in range(min(width, len(values)))]
+    low, high = min(values), max(values)
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[round((value - low) / ((high - low) or 1) * (len(bars) - 1))] for value in taken)
+
+
 def _notes(report: Report) -> list[str]:
     notes = []
     if any(row.select == "best_test" for row in report.rows):
@@ -266,6 +327,9 @@ def render(report: Report, form: str) -> str:
             "| " + " | ".join(_escape(cell) for cell in _pair_cells(pair, _changed(pair))) + " |"
             for pair in report.pairs
         ]
+    if study := _study(report):
+        lines += ["", "| " + " | ".join(STUDY_COLUMNS) + " |", "|---|---:|---:|---:|---:|---:|---:|---|"]
+        lines += ["| " + " | ".join(_escape(cell) for cell in _study_cells(row, _changed(row))) + " |" for row in study]
     lines += ["", *(f"- {note}" for note in _notes(report))]
     lines += [f"- not counted: `{_escape(u.run)}`: {_escape(u.reason)}" for u in report.unusable]
     return "\n".join(lines).rstrip() + "\n"
@@ -273,7 +337,8 @@ def render(report: Report, form: str) -> str:
 
 def _csv(report: Report) -> str:
     buffer = io.StringIO()
-    names = [name for name in Row.__dataclass_fields__ if name not in ("changes", "runs", "seeds", "best_epochs")]
+    lists = ("changes", "runs", "seeds", "best_epochs", "curves")
+    names = [name for name in Row.__dataclass_fields__ if name not in lists]
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*names, "changes", "seeds", "best_epochs", "runs"])
     for row in report.rows:
@@ -311,6 +376,14 @@ def show_table(report: Report) -> None:
             PAIR_COLUMNS,
             [_pair_cells(pair, _bracketed(letters.get(_changed(pair)))) for pair in report.pairs],
             right=range(1, 4),
+        )
+    study = _study(report)
+    for dataset in dict.fromkeys(row.dataset for row in study):
+        console.table(
+            f"How far to unfreeze, on {TITLES.get(dataset, dataset)}",
+            STUDY_COLUMNS,
+            [_study_cells(row, _bracketed(letters.get(_changed(row)))) for row in study if row.dataset == dataset],
+            right=range(1, 7),
         )
     for changed, letter in letters.items():
         console.result(f"[{letter}] {changed.strip(' ()')}")

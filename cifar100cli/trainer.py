@@ -3,7 +3,7 @@
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
@@ -16,7 +16,7 @@ from cifar100cli.checkpoint import Card, TrainState
 from cifar100cli.config import Config
 from cifar100cli.errors import DataError, DivergedError, UsageError
 from cifar100cli.loader import DeviceLoader, derived_seed
-from cifar100cli.optim import create_optimizer, learning_rate, set_learning_rate
+from cifar100cli.optim import Group, create_optimizer, learning_rate, set_learning_rate
 from cifar100cli.runs import MODEL, STATE, RunDir
 from cifar100cli.tasks import Task
 
@@ -114,6 +114,7 @@ def fit(
     run: RunDir,
     card: Card,
     *,
+    groups: Sequence[Group],
     precision: str,
     observer: Observer,
 ) -> TrainState:
@@ -125,7 +126,7 @@ def fit(
     """
     device = loaders.train.device
     cast = autocast(device, precision)
-    optimizer = create_optimizer(config.optimizer, model)
+    optimizer = create_optimizer(config.optimizer, groups)
     state = TrainState()
     if (run.path / STATE).is_file():
         state = checkpoint.load_state(run.path / STATE, model, optimizer)

@@ -1,5 +1,6 @@
 """Files of pretrained weights: read without running anything that is in them, and fitted to a network by name."""
 
+import json
 import pickle
 import re
 import warnings
@@ -9,13 +10,14 @@ from typing import NoReturn
 
 import timm
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from cifar100cli.errors import DataError
 
+KEY = "cifar100"  # of the metadata of our own files
 # Where training scripts put the weights in a file that holds other things too; averaged ones first, as timm does.
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # DataParallel, torch.compile, Lightning, our cosine head
@@ -74,12 +76,26 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
     return tensors
 
 
+def our_settings(path: Path) -> Mapping[str, str] | None:
+    """What a checkpoint of ours says of its network (`backbone`, `stem`), or None for a file of another kind."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            model = json.loads((file.metadata() or {})[KEY])["config"]["model"]
+        return {name: str(model[name]) for name in ("backbone", "stem")}
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
+        return None
+
+
 def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) -> None:
     """Copy a file's weights into timm's network `name`, all but its head.
 
     Names may be timm's, or torchvision's for the same network. `head` names the modules that stay as they are.
     Raises `DataError` when a weight is missing, of another shape, not finite, or has no place in the network.
     """
+    ours = our_settings(path)
+    if ours is not None and ours["backbone"] != name:
+        theirs = ours["backbone"]
+        _refuse(path, f"holds {theirs}, and this run is of {name}; --backbone {theirs} takes the same network")
     tensors = read_weights(path)
     heads = tuple(f"{module}." for module in head)
     expected = {n: t for n, t in model.state_dict().items() if not n.startswith(heads) and not n.endswith(_COUNTER)}
@@ -106,7 +122,8 @@ def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) 
     broken = [n for n, tensor in found.items() if not torch.isfinite(tensor).all()]
     if broken:
         _refuse(path, f"{broken[0]} holds numbers that are not finite")
-    model.load_state_dict(found, strict=False)
+    counters = {n: t for n, t in tensors.items() if n.endswith(_COUNTER) and n in model.state_dict()}
+    model.load_state_dict({**found, **counters}, strict=False)
 
 
 def _shape(tensor: Tensor) -> str:

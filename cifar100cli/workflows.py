@@ -5,9 +5,8 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,18 +16,20 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cifar100cli import __version__, checkpoint, datasets, metrics, teachers, trainer
+from cifar100cli import __version__, checkpoint, computed, datasets, metrics, teachers, trainer
 from cifar100cli.albumentations_backend import AlbumentationsOneOf
 from cifar100cli.augment import POLICIES, Policy, Views
 from cifar100cli.checkpoint import Card, Checkpoint, TrainState
-from cifar100cli.config import Augment, Config, Distillation, Preset, differences
+from cifar100cli.computed import Speaker
+from cifar100cli.config import Augment, Config, Distillation, Finetune, Preset, differences
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import CifarError, DataError, DivergedError, RunInterrupted, UsageError
-from cifar100cli.loader import DeviceLoader, Preprocessing, evaluation_batch_size, preprocessing_for
-from cifar100cli.models import check_backbone, count_parameters, create_model
+from cifar100cli.loader import DeviceLoader, Features, Preprocessing, evaluation_batch_size, preprocessing_for
+from cifar100cli.models import check_backbone, classifiers, count_parameters, create_model
 from cifar100cli.one_of import one_of
-from cifar100cli.optim import create_optimizer
+from cifar100cli.optim import Group, create_optimizer, everything
 from cifar100cli.runs import MODEL, STATE, RunDir, replacing
+from cifar100cli.stages import Parted, Stage, StageRow, freeze, learning, stage_rows, stages_of
 from cifar100cli.tasks import DistillationTask, Task, Teacher, create_task
 from cifar100cli.trainer import Loaders, Observer
 
@@ -43,14 +44,11 @@ class Where:
     device: str = "auto"
 
 
-class Watcher(Observer, Protocol):
+class Watcher(Observer, Speaker, Protocol):
     """Whoever shows what a command does, before the epochs too."""
 
-    def say(self, text: str) -> None:
-        """A line about what goes on."""
-
-    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Something of `total` steps begins; what is given takes how many were done since the last call."""
+    def stages(self, rows: Sequence[StageRow]) -> None:
+        """What of the network learns."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +65,8 @@ class Job:
     card: Card
     device: torch.device
     precision: str
+    groups: list[Group]
+    split: Parted | None = None
 
 
 # ------------------------------------------------------------------------------------------------ training
@@ -83,8 +83,8 @@ def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Go on with a run that was stopped; a complete one is only read."""
     if run.complete:
         return run.result()
-    # The weights that it began from are not needed again once an epoch is saved.
-    job = prepare(Preset(run.preset, run.config()), where, watcher, from_scratch=(run.path / STATE).is_file())
+    state = run.path / STATE
+    job = prepare(Preset(run.preset, run.config()), where, watcher, state=state if state.is_file() else None)
     began_in = run.environment().get("precision")
     if job.config.train.precision == "auto" and began_in != job.precision:
         raise UsageError(
@@ -109,7 +109,15 @@ def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
     try:
         with run.exclusively():
             state = trainer.fit(
-                job.model, job.task, job.loaders, job.config, run, job.card, precision=job.precision, observer=watcher
+                job.model,
+                job.task,
+                job.loaders,
+                job.config,
+                run,
+                job.card,
+                groups=job.groups,
+                precision=job.precision,
+                observer=watcher,
             )
             result = _result(job, run, state)
             run.write_result(result)
@@ -136,6 +144,10 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     """Measure the test set with the selected weights, and gather the run's figures."""
     tensors, _ = checkpoint.read(run.path / MODEL)
     checkpoint.load_weights(job.model, tensors, run.path / MODEL)
+    if job.split is not None:  # the result is the whole network's, on images
+        job.split.switch_front(on=True)
+        for loader in (job.loaders.train, *job.loaders.evaluation.values()):
+            loader.features = None
     test = _evaluate(job.model, job.test, job.card, job.device, job.precision)
     rows = run.metrics()
     split = trainer.SPLIT_OF[job.config.train.select]
@@ -169,10 +181,10 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     return result
 
 
-def prepare(preset: Preset, where: Where, watcher: Watcher, *, from_scratch: bool = False, dry: bool = False) -> Job:
-    """Check everything and load everything, without writing anything but a teacher's logits, and not these if `dry`.
+def prepare(preset: Preset, where: Where, watcher: Watcher, *, state: Path | None = None, dry: bool = False) -> Job:
+    """Check everything and load everything; nothing is written but what is computed once, and not that if `dry`.
 
-    `from_scratch` leaves out pretrained weights, for a run that goes on from its saved state.
+    A run that goes on has its network's weights in `state`, and needs those that it began from no more.
     """
     config = preset.config
     check_backbone(config.model.backbone)
@@ -185,7 +197,11 @@ def prepare(preset: Preset, where: Where, watcher: Watcher, *, from_scratch: boo
     if config.distillation is not None:
         saved_teacher = _load_teacher(config.distillation, dataset)
     torch.manual_seed(config.seed)
-    model = create_model(config, len(dataset.classes), pretrained=False if from_scratch else None)
+    model = create_model(config, len(dataset.classes), pretrained=None if state is None else False)
+    if state is not None:
+        checkpoint.load_weights_of_state(state, model)
+    elif config.model.weights is not None:
+        watcher.say(f"starting from {config.model.weights}; the head is a new one of {len(dataset.classes)} classes")
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_loader = DeviceLoader(
         training,
@@ -202,7 +218,7 @@ def prepare(preset: Preset, where: Where, watcher: Watcher, *, from_scratch: boo
     evaluation = {}
     if held_out is not None:
         evaluation["val"] = _evaluation_loader(held_out, device, preprocessing)
-    if config.train.select == "best_test":  # otherwise the test set is not looked at before the end
+    if config.train.select == "best_test" or config.train.watch_test:  # else the test set is looked at once, at the end
         evaluation["test"] = test_loader
     card = Card(
         format=checkpoint.FORMAT,
@@ -221,7 +237,10 @@ def prepare(preset: Preset, where: Where, watcher: Watcher, *, from_scratch: boo
         teacher = _teacher(saved_teacher, train_loader, precision, where, watcher, config, dry=dry)
         task = DistillationTask(task, teacher, config.distillation)
     loaders = Loaders(train_loader, evaluation)
-    return Job(config, preset.name, dataset, model, task, loaders, test_loader, card, device, precision)
+    groups, split = everything(model), None
+    if config.finetune is not None:
+        groups, split = _finetune(config, config.finetune, model, loaders, precision, where, watcher, dry=dry)
+    return Job(config, preset.name, dataset, model, task, loaders, test_loader, card, device, precision, groups, split)
 
 
 def _policy(config: Augment) -> Policy:
@@ -257,21 +276,115 @@ def _teacher(
 ) -> Teacher:
     """The teacher of a run: looked up where an image has few versions, else run in every step."""
     device = loader.device
-    folder = teachers.cache_folder(where.cache_dir, saved, loader, precision)
+    folder = where.cache_dir / teachers.key(saved, loader, precision)
     model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     online = teachers.OnlineTeacher(model, saved.card.preprocessing, trainer.autocast(device, precision))
     if dry:
         return online
     if isinstance(loader.policy, Views):
-        return teachers.cached(online, loader, len(saved.card.classes), folder, watcher.progress, watcher.say)
-    batch = next(iter(loader.epoch(1)))
-    seconds = teachers.seconds_of_a_batch(online, batch) * len(loader)
+        logits = computed.table(
+            "the teacher's logits",
+            online.logits,
+            loader,
+            batch_size=online.batch_size,
+            dtype=torch.float32,
+            folder=folder,
+            speaker=watcher,
+        )
+        return teachers.CachedTeacher(logits.to(device))
+    seconds = online.seconds(next(iter(loader.epoch(1)))) * len(loader)
     watcher.say(
         f"the teacher runs in every step, because no two views are the same under {config.augment.policy}: it adds "
         f"about {seconds:.1f} s an epoch here, {seconds * config.train.epochs / 3600:.1f} h in all; "
         "with --augment none or flip it would look at each image once or twice"
     )
     return online
+
+
+# --------------------------------------------------------------------------------------------- fine-tuning
+
+
+def _finetune(
+    config: Config,
+    finetune: Finetune,
+    model: nn.Module,
+    loaders: Loaders,
+    precision: str,
+    where: Where,
+    watcher: Watcher,
+    *,
+    dry: bool,
+) -> tuple[list[Group], Parted | None]:
+    """Freeze what is not to learn, and compute once what it gives; returns the rates, and the parted network."""
+    name = config.model.backbone
+    stages = stages_of(model, name, classifiers(name))
+    kept = learning(stages, finetune.unfreeze, name)
+    freeze(model, stages, kept, adapt=finetune.bn == "adapt")
+    scales = {stage.name: finetune.stage_decay**depth for depth, stage in enumerate(reversed(kept))}
+    groups = [Group(list(stage.parameters(model)), scales[stage.name]) for stage in kept]
+    watcher.stages(stage_rows(model, stages, scales, config.optimizer.lr, finetune.bn))
+    if dry or finetune.cache == "off" or len(kept) == len(stages):
+        return groups, None
+    split = Parted(model, kept[0].start)
+    sample = loaders.train.preprocessing(loaders.train.images[:2])
+    obstacle = None
+    if not isinstance(loaders.train.policy, Views):
+        obstacle = f"no two views are the same under {config.augment.policy}"
+    elif finetune.bn == "adapt":
+        obstacle = "the frozen stages' batch statistics move (--bn adapt)"
+    elif config.distillation is not None:
+        obstacle = "a teacher wants to see the images"
+    elif not split.is_exact(sample):
+        obstacle = f"{name} is no chain of stages that could be entered at {kept[0].name}"
+    if obstacle is not None:
+        if finetune.cache == "on":
+            raise UsageError(f"finetune.cache = on is not possible: {obstacle}; leave --cache out")
+        watcher.say(f"the frozen part runs in every epoch, because {obstacle}")
+        return groups, None
+    dtype = _features_type(finetune.cache_dtype, precision)
+    about = {
+        "what": "features",
+        "backbone": name,
+        "start": kept[0].start,
+        "preprocessing": asdict(loaders.train.preprocessing),
+        "precision": precision,
+        "dtype": str(dtype),
+    }
+    frozen = [(n, t) for n, t in model.state_dict().items() if _is_frozen(n, stages, kept)]
+    cast = trainer.autocast(loaders.train.device, precision)
+
+    def front(images: torch.Tensor) -> torch.Tensor:
+        with cast():
+            features = split.front(loaders.train.preprocessing(images))
+        return features.permute(0, 2, 3, 1) if features.ndim == 4 else features
+
+    for title, loader in {"training": loaders.train, **loaders.evaluation}.items():
+        found = computed.table(
+            f"features of the {title} images",
+            front,
+            loader,
+            batch_size=evaluation_batch_size(config.data.image_size),
+            dtype=dtype,
+            folder=where.cache_dir / computed.key(about, frozen, loader),
+            speaker=watcher,
+        )
+        loader.features = Features(found, loader.device)
+    split.switch_front(on=False)
+    return groups, split
+
+
+def _features_type(name: str, precision: str) -> torch.dtype:
+    """`auto` is what loses nothing or next to nothing: bfloat16 where the network computes in it, else float16."""
+    if name == "auto":
+        name = "bfloat16" if precision == "bf16" else "float16"
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _is_frozen(weight: str, stages: Sequence[Stage], kept: Sequence[Stage]) -> bool:
+    """Whether a name of the state dict belongs to a stage in front of the learning ones."""
+    module = weight.rpartition(".")[0]
+    return any(module in stage.modules for stage in stages if stage not in kept)
 
 
 def training_splits(dataset: Dataset, config: Config) -> tuple[Split, Split | None]:
@@ -290,7 +403,7 @@ def _evaluation_loader(split: Split, device: torch.device, preprocessing: Prepro
 def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Build everything and take one training step; nothing is written."""
     job = prepare(preset, where, watcher, dry=True)
-    optimizer = create_optimizer(job.config.optimizer, job.model)
+    optimizer = create_optimizer(job.config.optimizer, job.groups)
     batch = next(iter(job.loaders.train.epoch(1)))
     job.model.train()
     loss, _ = trainer.train_step(

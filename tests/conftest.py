@@ -3,7 +3,7 @@
 import contextlib
 import pickle
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from cifar100cli import cli, runs, synthetic
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Config, Preset
 from cifar100cli.runs import RunDir
+from cifar100cli.stages import StageRow
 from cifar100cli.workflows import Where
 
 TINY = (
@@ -95,14 +96,19 @@ class Silent:
     def __init__(self) -> None:
         self.said: list[str] = []
         self.counted: list[int] = []
+        self.shown: list[StageRow] = []
 
     def say(self, text: str) -> None:
         self.said.append(text)
 
     @contextlib.contextmanager
     def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        before = sum(self.counted)
         yield self.counted.append
-        assert sum(self.counted) == total
+        assert sum(self.counted) - before == total
+
+    def stages(self, rows: Sequence[StageRow]) -> None:
+        self.shown = list(rows)
 
     def begin(self, config: Config, first_epoch: int, steps_per_epoch: int) -> None: ...
     def step(self) -> None: ...

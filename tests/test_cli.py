@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from cifar100cli import __version__, checkpoint, console, datasets, synthetic
+from cifar100cli import __version__, checkpoint, console, datasets, synthetic, weights
 from cifar100cli.runs import RunDir
 from tests.conftest import TINY, Cli
 
@@ -348,7 +348,7 @@ def test_predictions_overwrite_no_file_of_a_run(run_cli: Cli) -> None:
 def test_checkpoints_that_describe_themselves_wrongly(run_cli: Cli, about: dict[str, Any], words: str) -> None:
     path = Path(train(run_cli, epochs=1)["run_dir"]) / "model.safetensors"
     tensors, old = checkpoint.read(path)
-    safetensors.torch.save_file(tensors, path, {checkpoint.KEY: json.dumps({**old, **about})})
+    safetensors.torch.save_file(tensors, path, {weights.KEY: json.dumps({**old, **about})})
     outcome = run_cli("evaluate", path)
     assert (outcome.code, len(outcome.err.splitlines())) == (3, 1)
     assert words in outcome.err

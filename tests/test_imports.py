@@ -10,10 +10,11 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 # From the bottom up; a file may import what stands in a line above its own.
 LEVELS = (
     {"__init__", "errors"},
-    {"config", "unpickle", "fetch", "synthetic", "augment", "one_of", "albumentations_backend", "losses", "weights"},
+    {"config", "unpickle", "fetch", "synthetic", "augment", "one_of", "albumentations_backend", "losses"}
+    | {"weights", "stages"},
     {"console", "unpack", "runs", "datasets", "models", "optim"},
     {"download", "loader", "options"},
-    {"tasks", "metrics", "checkpoint"},
+    {"tasks", "metrics", "checkpoint", "computed"},
     {"trainer", "teachers"},
     {"workflows", "report"},
     {"show"},

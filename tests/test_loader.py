@@ -117,6 +117,7 @@ def test_a_batch_says_what_it_was_made_of() -> None:
         assert set(batch.views.tolist()) == {0, 1}
         expected = images[batch.positions]
         expected = torch.where(batch.views[:, None, None, None] == 1, reference.horizontal_flip(expected), expected)
+        assert batch.images is not None
         assert torch.equal(batch.images, expected)
         assert torch.equal(batch.inputs, Preprocessing(64)(expected))
         assert torch.equal(batch.labels, torch.from_numpy(split.labels)[batch.positions])

@@ -278,11 +278,11 @@ def test_turned_hues_are_the_librarys(images: Tensor, library: list[Any]) -> Non
 
 
 def test_jitter_is_the_librarys(images: Tensor, library: list[Any]) -> None:
-    """All four steps: what one step rounds differently, later ones can enlarge, most of all the hue in grey."""
+    """All four steps: a level that the hue is off by can become several in later steps."""
     off = difference(*jittered(library[2], images))
-    assert off.max() <= 16
+    assert off.max() <= 8
     assert (off > 0).mean() < 0.02
-    assert (off > 2).mean() < 0.001
+    assert (off > 2).mean() < 0.0002
 
 
 def test_jitter_that_does_nothing(images: Tensor) -> None:

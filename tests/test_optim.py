@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cifar100cli.config import Optimizer, Schedule
-from cifar100cli.optim import create_optimizer, learning_rate, set_learning_rate
+from cifar100cli.optim import create_optimizer, everything, learning_rate, set_learning_rate
 
 
 def make_model() -> nn.Module:
@@ -28,7 +28,7 @@ def test_steps_are_torchs_own(name: Literal["adamw", "adam", "sgd"]) -> None:
     else:
         kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
         reference = kind(parameters, betas=(0.9, 0.999), **plain)  # type: ignore[arg-type]
-    optimizer = create_optimizer(config, ours)
+    optimizer = create_optimizer(config, everything(ours))
     for step in range(5):
         inputs = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(step))
         for model, one in ((ours, optimizer), (theirs, reference)):
@@ -42,7 +42,7 @@ def test_steps_are_torchs_own(name: Literal["adamw", "adam", "sgd"]) -> None:
 def test_what_is_frozen_is_left_out() -> None:
     model = make_model()
     model[0].requires_grad_(False)  # type: ignore[index]
-    groups = create_optimizer(Optimizer(), model).param_groups
+    groups = create_optimizer(Optimizer(), everything(model)).param_groups
     assert sum(p.numel() for group in groups for p in group["params"]) == 4 * 36 * 5 + 5
 
 
@@ -76,6 +76,6 @@ def test_warm_up_longer_than_the_run() -> None:
 
 
 def test_set_learning_rate() -> None:
-    optimizer = create_optimizer(Optimizer(), make_model())
+    optimizer = create_optimizer(Optimizer(), everything(make_model()))
     set_learning_rate(optimizer, 0.5)
     assert [group["lr"] for group in optimizer.param_groups] == [0.5]

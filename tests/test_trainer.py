@@ -259,7 +259,7 @@ def test_a_device_that_is_not_here() -> None:
 def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     preset = make_preset(augment={"policy": "crop_flip"}, data={"normalize": "dataset"})
     job = workflows.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
-    optimizer = create_optimizer(job.config.optimizer, job.model)
+    optimizer = create_optimizer(job.config.optimizer, job.groups)
     cast = trainer.autocast(job.device, job.precision)
 
     class Watch(Silent):

@@ -1,0 +1,160 @@
+"""What depends on a version of an image alone is computed once: a teacher's logits, a frozen network's features.
+
+Small tables are kept on the disk in parts, so that a stop loses at most one part and the next run computes
+nothing again. Large ones are held for the run: on the device, in memory, or in a file without a name.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cifar100cli.augment import Views
+from cifar100cli.errors import UsageError
+from cifar100cli.loader import DeviceLoader
+from cifar100cli.runs import replacing
+
+FORMAT = 1  # of a part; in its key
+PART = 5000  # images
+KEPT = 2**30  # bytes of the largest table that is kept on the disk
+SHARE = 0.5  # of the memory that is free, which a table may take
+
+
+class Speaker(Protocol):
+    """Whoever tells the user what goes on."""
+
+    def say(self, text: str) -> None:
+        """A line about what goes on."""
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Something of `total` steps begins; what is given takes how many were done since the last call."""
+
+
+def key(about: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]], loader: DeviceLoader) -> str:
+    """A name for what a network with these weights and settings computes from the images of a loader."""
+    digest = hashlib.sha256(json.dumps({**about, "format": FORMAT}, sort_keys=True).encode())
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.cpu().contiguous().numpy().tobytes())
+    digest.update(f"{loader.device.type} {tuple(loader.images.shape)} ".encode())
+    digest.update(loader.images.cpu().numpy().tobytes())
+    return digest.hexdigest()[:32]
+
+
+def table(
+    title: str,
+    function: Callable[[Tensor], Tensor],
+    loader: DeviceLoader,
+    *,
+    batch_size: int,
+    dtype: torch.dtype,
+    folder: Path,
+    speaker: Speaker,
+) -> Tensor:
+    """`function` of every version of every image of a loader: (versions, images, ...) of `dtype`.
+
+    `function` takes uint8 images (N, 3, H, W) on the loader's device, at most `batch_size` at once. `folder` is
+    for this table alone (`key`). The table is on the device if there is room, else on the host. Raises
+    `UsageError` where there is room nowhere.
+    """
+    assert isinstance(loader.policy, Views)
+    versions = loader.policy.versions
+    shape = (len(versions), loader.count, *function(loader.images[:1]).shape[1:])
+    size = math.prod(shape) * dtype.itemsize
+    whole = _room(shape, dtype, loader.device, folder.parent, title)
+    keep = size <= KEPT
+    missing = []
+    for index, version in enumerate(versions):
+        for start in range(0, loader.count, PART):
+            end = min(start + PART, loader.count)
+            part = _read(_path(folder, version, start), (end - start, *shape[2:]), dtype) if keep else None
+            if part is None:
+                missing.append((index, version, start, end))
+            else:
+                whole[index, start:end] = part
+    if not missing:
+        speaker.say(f"{title}: kept in {folder}, nothing to compute")
+        return whole
+    with speaker.progress(title, sum(end - start for *_, start, end in missing)) as advance:
+        for index, version, start, end in missing:
+            for first in range(start, end, batch_size):
+                last = min(first + batch_size, end)
+                whole[index, first:last] = function(version(loader.images[first:last])).to(dtype)
+                advance(last - first)
+            if keep:
+                problem = _write(_path(folder, version, start), whole[index, start:end])
+                if problem:
+                    speaker.say(f"{folder}: {problem}; the next run has to compute this again")
+                    keep = False
+    return whole
+
+
+def _path(folder: Path, version: Callable[[Tensor], Tensor], start: int) -> Path:
+    return folder / f"{version.__name__}-{start:06}.safetensors"
+
+
+def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
+    """A part, or None when it is not there or not whole."""
+    try:
+        part = load_file(path)["part"]
+    except (OSError, SafetensorError, KeyError, ValueError):
+        return None
+    return part if part.shape == shape and part.dtype == dtype and bool(torch.isfinite(part).all()) else None
+
+
+def _write(path: Path, part: Tensor) -> str | None:
+    """Save a part; returns why it could not be saved."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            save_file({"part": part.cpu().contiguous()}, temporary)
+    except (OSError, SafetensorError) as error:
+        return f"cannot be written to ({' '.join(str(error).split())[:80]})"
+    return None
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, disk: Path, title: str) -> Tensor:
+    """An empty table: on the device, in memory, or in a file that goes when the process does."""
+    size = math.prod(shape) * dtype.itemsize
+    if device.type == "cuda" and size <= SHARE * torch.cuda.mem_get_info(device)[0]:
+        return torch.empty(shape, dtype=dtype, device=device)
+    memory = free_memory()
+    if size <= SHARE * memory:
+        return torch.empty(shape, dtype=dtype)
+    disk.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(disk).free
+    if size > 0.95 * free:
+        raise UsageError(
+            f"{title}: {size / 1e9:.1f} GB are needed, and there are {memory / 1e9:.1f} GB of memory and "
+            f"{free / 1e9:.1f} GB in {disk}; lower --fraction or --image-size, name a larger disk with "
+            "CIFAR100_CACHE_DIR, or use --no-cache"
+        )
+    handle, name = tempfile.mkstemp(prefix="table-", dir=disk)
+    os.close(handle)
+    mapped = torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
+    Path(name).unlink()  # the mapping holds it, and a killed process leaves nothing behind
+    return mapped
+
+
+def free_memory() -> int:
+    """Bytes of memory that may still be taken: of the machine, and of the container if it has a limit."""
+    try:
+        text = Path("/proc/meminfo").read_text(encoding="ascii")
+        available = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError):
+        return 4 * 2**30  # a careful guess where the system does not say
+    try:
+        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
+    except (OSError, ValueError):  # no container, or no limit
+        return available
+    return max(0, min(available, limit - used))

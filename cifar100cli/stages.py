@@ -1,0 +1,224 @@
+"""A network's stages, from the stem to the head: which of them learn, at which rate, and what runs before them.
+
+Stages are timm's own groups of layers, for any network of timm's that has them. What is frozen keeps its
+weights and, unless asked otherwise, its batch statistics; and where the network is a chain, the frozen part in
+front can be run once, and the rest go on from its output.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.models import group_modules
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+
+from cifar100cli.errors import UsageError
+
+HEAD, LAST, LAST_TWO, ALL = "fc", "layer4", "layer3", "all"  # as in ResNet-18, for any network
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the network: its name, the module that it begins with, and those that hold its weights."""
+
+    name: str
+    start: str
+    modules: tuple[str, ...]
+
+    def parameters(self, model: nn.Module) -> Iterator[nn.Parameter]:
+        """The weights, each once."""
+        for name in self.modules:
+            yield from model.get_submodule(name).parameters(recurse=False)
+
+    def norms(self, model: nn.Module) -> list[_BatchNorm]:
+        """The batch norms."""
+        found = (model.get_submodule(name) for name in self.modules)
+        return [module for module in found if isinstance(module, _BatchNorm)]
+
+
+def stages_of(model: nn.Module, name: str, classifier: Sequence[str]) -> list[Stage]:
+    """The stages of a network that `create_model` built on timm's `name`, in the order in which they run.
+
+    `classifier` names the modules of timm's own head. Raises `UsageError` for a network without stages.
+    """
+    backbone = getattr(model, "backbone", model)
+    matcher = getattr(backbone, "group_matcher", None)
+    if matcher is None:
+        raise UsageError(f"finetune: timm names no stages of {name}; use a backbone such as resnet18")
+    prefix, head = ("backbone.", "head") if backbone is not model else ("", classifier[0])
+    patterns = matcher(coarse=True)
+    parts = [
+        [f"{prefix}{module}" for module in modules if prefix or not _within(module, classifier)]
+        for _, modules in sorted(group_modules(backbone, patterns).items())
+    ]
+    parts = [part for part in parts if part]
+    if len(parts) > 2 and not _matches(parts[-1][0].removeprefix(prefix), patterns):
+        # A norm or a last convolution between the last stage and the classifier belongs to that stage.
+        parts[-2:] = [parts[-2] + parts[-1]]
+    starts = [_own_start(part[0], [other[0] for other in parts if other is not part]) for part in parts]
+    names = ["stem", *(start.removeprefix(prefix) for start in starts[1:])]
+    if list(_own(backbone)):
+        parts[0].insert(0, prefix.removesuffix("."))  # a class token, positions
+    stages = [Stage(n, s, tuple(part)) for n, s, part in zip(names, starts, parts, strict=True)]
+    heads = [f"{prefix}{n}" for n in classifier] if not prefix else ["head"]
+    holding = [n for n, module in model.named_modules() if _within(n, heads) and list(_own(module))]
+    return [*stages, Stage(head, head, tuple(holding))]
+
+
+def _within(name: str, parents: Sequence[str]) -> bool:
+    return any(name == parent or name.startswith(f"{parent}.") for parent in parents)
+
+
+def _own(module: nn.Module) -> Iterator[nn.Parameter]:
+    return module.parameters(recurse=False)
+
+
+def _matches(name: str, patterns: dict[str, object]) -> bool:
+    """Whether timm counts a module among its groups, or has it at the end because no group takes it."""
+    found = []
+    for pattern in patterns.values():
+        found += [p[0] if isinstance(p, tuple) else p for p in (pattern if isinstance(pattern, list) else [pattern])]
+    return any(re.match(str(pattern), f"{name}.weight") for pattern in found)
+
+
+def _own_start(name: str, others: Sequence[str]) -> str:
+    """The outermost module around `name` that holds the beginning of no other stage."""
+    parts = name.split(".")
+    for length in range(1, len(parts)):
+        outer = ".".join(parts[:length])
+        if not any(_within(other, [outer]) for other in others):
+            return outer
+    return name
+
+
+def learning(stages: Sequence[Stage], unfreeze: str, backbone: str) -> list[Stage]:
+    """The stages that `unfreeze` leaves learning, in the order in which they run.
+
+    `fc`, `layer4` and `layer3` are the head, the last stage too, and the last two too, whatever their names;
+    `all` is everything; and a stage's own name is that stage and all behind it.
+    """
+    depth = {HEAD: 1, "head": 1, LAST: 2, LAST_TWO: 3, ALL: len(stages)}
+    names = [stage.name for stage in stages]
+    if unfreeze in names:
+        return list(stages[names.index(unfreeze) :])
+    if unfreeze not in depth or depth[unfreeze] > len(stages):
+        known = ", ".join(dict.fromkeys((HEAD, LAST, LAST_TWO, ALL, *reversed(names))))
+        raise UsageError(f"finetune.unfreeze = {unfreeze}: {backbone} has no such stage; it has {known}")
+    return list(stages[-depth[unfreeze] :])
+
+
+def freeze(model: nn.Module, stages: Sequence[Stage], kept: Sequence[Stage], *, adapt: bool) -> None:
+    """Let only the stages `kept` learn. Without `adapt` the others stay in evaluation mode from now on."""
+    for stage in stages:
+        for parameter in stage.parameters(model):
+            parameter.requires_grad_(stage in kept)
+    if adapt:
+        return
+    for module in model.modules():
+        weights = list(module.parameters())
+        if weights and not any(weight.requires_grad for weight in weights):
+            module.eval()
+            # Whatever mode the network is put in, its frozen parts stay as they are.
+            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """What a user is told about a stage. `norm` says what its batch statistics do, where it has any."""
+
+    name: str
+    parameters: int
+    rate: float | None
+    norm: str
+
+
+def stage_rows(
+    model: nn.Module, stages: Sequence[Stage], scales: Mapping[str, float], rate: float, bn: str
+) -> list[StageRow]:
+    """A row for each stage: its rate is that of the optimizer times its scale, and None where it is frozen."""
+    rows = []
+    for stage in stages:
+        scale = scales.get(stage.name)
+        state = "moves" if scale is not None else {"frozen": "frozen", "adapt": "adapts"}[bn]
+        rows.append(
+            StageRow(
+                stage.name,
+                sum(parameter.numel() for parameter in stage.parameters(model)),
+                None if scale is None else rate * scale,
+                state if stage.norms(model) else "none",
+            )
+        )
+    return rows
+
+
+class Parted:
+    """A network parted before its first learning stage, so that the part in front can be run once.
+
+    While the front is off, the network takes what the front would have given. Names and weights are those of
+    the whole network all the time.
+    """
+
+    def __init__(self, model: nn.Module, start: str) -> None:
+        self.model, self.start = model, start
+        self._front: list[nn.Module] = []
+        parts = start.split(".")
+        for depth, part in enumerate(parts):
+            parent = model.get_submodule(".".join(parts[:depth]))
+            for name, module in parent.named_children():
+                if name == part:
+                    break
+                if not isinstance(module, _DropoutNd):  # it varies features, and so comes after them
+                    self._front.append(module)
+
+    def front(self, inputs: Tensor) -> Tensor:
+        """What the first learning stage is given for `inputs`, in evaluation mode, without gradients."""
+        seen: list[Tensor] = []
+
+        def keep(_: nn.Module, given: tuple[Tensor, ...]) -> None:
+            seen.append(given[0])
+            raise _Enough
+
+        training = self.model.training
+        handle = self.model.get_submodule(self.start).register_forward_pre_hook(keep)
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                self.model(inputs)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+            self.model.train(training)
+        return seen[0]
+
+    def switch_front(self, *, on: bool) -> None:
+        """With the front off, its modules hand on what they are given."""
+        for module in self._front:
+            if on:
+                module.__dict__.pop("forward", None)
+            else:
+                module.forward = lambda given, *_, **__: given
+
+    def is_exact(self, inputs: Tensor) -> bool:
+        """Whether the network is a chain: whole, or on from the front's output, it computes the same."""
+        training = self.model.training
+        self.model.eval()
+        try:
+            with torch.no_grad():
+                whole = self.model(inputs)
+                features = self.front(inputs)
+                self.switch_front(on=False)
+                rest = self.model(features)
+        except (RuntimeError, ValueError, IndexError, TypeError):
+            return False
+        finally:
+            self.switch_front(on=True)
+            self.model.train(training)
+        return rest.shape == whole.shape and torch.allclose(rest, whole, rtol=1e-5, atol=1e-5)
+
+
+class _Enough(Exception):  # noqa: N818
+    """The front has given its output."""

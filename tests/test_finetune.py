@@ -1,0 +1,292 @@
+"""Fine-tuning: kept features beside a frozen network that runs in every epoch, and the command line."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from cifar100cli import checkpoint, computed, runs, workflows
+from cifar100cli.config import Config, Preset, load_preset
+from cifar100cli.errors import RunInterrupted, UsageError
+from cifar100cli.models import create_model
+from tests.conftest import TINY, Cli, Silent, StopAfter, make_preset, only_run, where
+
+pytestmark = pytest.mark.usefixtures("small_synthetic")
+
+
+@pytest.fixture
+def weights(tmp_path: Path) -> Path:
+    """A network whose batch statistics are not those of its initialisation."""
+    torch.manual_seed(3)
+    model = create_model(Config.model_validate({"model": {"backbone": "test_resnet"}}), classes=5)
+    model.train()
+    for _ in range(3):
+        model(torch.rand(16, 3, 32, 32))
+    save_file(model.state_dict(), tmp_path / "weights.safetensors")
+    return tmp_path / "weights.safetensors"
+
+
+def preset(weights: Path, finetune: dict[str, Any] | None = None, **sections: dict[str, Any]) -> Preset:
+    settings: dict[str, dict[str, Any]] = {
+        "augment": {"policy": "flip"},
+        "model": {"pretrained": True, "weights": str(weights)},
+        "optimizer": {"name": "adam", "lr": 0.01, "weight_decay": 0.0, "grad_clip": 0.0},
+        "train": {"watch_test": True},
+    }
+    for name, keys in sections.items():
+        settings[name] = {**settings.get(name, {}), **keys}
+    return make_preset(finetune={"unfreeze": "layer4", "cache_dtype": "float32", **(finetune or {})}, **settings)
+
+
+def curve(tmp_path: Path, figure: str = "train_loss") -> list[float]:
+    return [row[figure] for row in only_run(tmp_path).metrics()]
+
+
+@pytest.mark.parametrize("unfreeze", ["fc", "layer4", "layer3"])
+def test_with_and_without_the_cache_training_is_the_same(tmp_path: Path, weights: Path, unfreeze: str) -> None:
+    results = {}
+    for cache in ("on", "off"):
+        job = preset(weights, {"unfreeze": unfreeze, "cache": cache})
+        results[cache] = workflows.train(job, where(tmp_path / cache), Silent())
+    for figure in ("train_loss", "test_loss"):
+        assert curve(tmp_path / "on", figure) == pytest.approx(curve(tmp_path / "off", figure), rel=1e-4)
+    assert results["on"]["test"]["loss"] == pytest.approx(results["off"]["test"]["loss"], rel=1e-4)
+    assert results["on"]["trainable_parameters"] == results["off"]["trainable_parameters"]
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 1e-2)])
+def test_what_a_shorter_type_costs(tmp_path: Path, weights: Path, dtype: str, tolerance: float) -> None:
+    for kind in ("float32", dtype):
+        workflows.train(preset(weights, {"cache_dtype": kind}), where(tmp_path / kind), Silent())
+    assert curve(tmp_path / dtype) == pytest.approx(curve(tmp_path / "float32"), rel=tolerance)
+
+
+def test_features_under_bf16_are_kept_as_they_are(tmp_path: Path, weights: Path) -> None:
+    """A network that computes in bfloat16 gives bfloat16, so that keeping it in that type changes no bit."""
+    for kind in ("auto", "float32"):
+        job = preset(weights, {"cache_dtype": kind}, train={"precision": "bf16"})
+        workflows.train(job, where(tmp_path / kind), Silent())
+    assert curve(tmp_path / "auto") == curve(tmp_path / "float32")
+
+
+@pytest.mark.parametrize("cache", ["on", "off"])
+def test_the_frozen_part_is_the_files_to_the_bit(tmp_path: Path, weights: Path, cache: str) -> None:
+    watcher = Silent()
+    result = workflows.train(preset(weights, {"cache": cache}), where(tmp_path), watcher)
+    before, after = load_file(weights), load_file(Path(result["run_dir"]) / runs.MODEL)
+    assert before.keys() == after.keys()  # a whole network, whatever was run once
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]) != name.startswith(("layer4", "fc")), name
+    assert {row.name: row.rate for row in watcher.shown if row.rate} == pytest.approx({"layer4": 0.001, "fc": 0.01})
+    assert result["trainable_parameters"] == sum(row.parameters for row in watcher.shown if row.rate)
+
+
+def test_the_result_is_what_evaluate_measures(tmp_path: Path, weights: Path) -> None:
+    job = preset(weights, {"cache_dtype": "bfloat16"}, data={"val_fraction": 0.25}, train={"select": "best_val"})
+    result = workflows.train(job, where(tmp_path), Silent())
+    measured = workflows.evaluate(Path(result["run_dir"]), where(tmp_path))
+    assert {key: measured[key] for key in result["test"]} == result["test"]
+
+
+def test_moving_statistics_are_not_kept(tmp_path: Path, weights: Path) -> None:
+    watcher = Silent()
+    result = workflows.train(preset(weights, {"bn": "adapt"}), where(tmp_path), watcher)
+    assert any("runs in every epoch, because the frozen stages' batch statistics move" in t for t in watcher.said)
+    before, after = load_file(weights), load_file(Path(result["run_dir"]) / runs.MODEL)
+    assert not torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])
+    assert torch.equal(before["bn1.weight"], after["bn1.weight"])
+
+
+@pytest.mark.parametrize("stops", [(3,), (9,), (16, 2)])
+def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, weights: Path, stops: tuple[int, ...]) -> None:
+    job = preset(weights)
+    workflows.train(job, where(tmp_path / "unbroken"), Silent())
+    with pytest.raises(RunInterrupted):
+        workflows.train(job, where(tmp_path / "broken"), StopAfter(stops[0]))
+    for steps in stops[1:]:
+        with pytest.raises(RunInterrupted):
+            workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), StopAfter(steps))
+    shutil.rmtree(tmp_path / "broken" / "cache")
+    workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Silent())
+    models = [only_run(tmp_path / kind).path / runs.MODEL for kind in ("unbroken", "broken")]
+    assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_features_are_kept_by_weights_stage_and_data(tmp_path: Path, weights: Path) -> None:
+    def count(job: Preset) -> int:
+        watcher = Silent()
+        workflows.prepare(job, where(tmp_path), watcher)
+        return sum(watcher.counted)
+
+    assert count(preset(weights)) == 2 * 400 + 200
+    assert count(preset(weights, {"stage_decay": 0.5}, train={"epochs": 9}, optimizer={"lr": 0.1})) == 0
+    assert count(preset(weights, {"unfreeze": "fc"})) == 2 * 400 + 200
+    assert count(preset(weights, data={"fraction": 0.5})) == 2 * 200  # the test images are the same
+    assert count(preset(weights, data={"image_size": 40})) == 2 * 400 + 200
+    state = load_file(weights)
+    save_file({**state, "fc.bias": state["fc.bias"] + 1}, weights)
+    assert count(preset(weights)) == 0  # the head is new anyway
+    save_file({**state, "layer1.0.conv1.weight": state["layer1.0.conv1.weight"] * 1.01}, weights)
+    assert count(preset(weights)) == 2 * 400 + 200
+
+
+def test_a_table_too_large_for_memory_is_mapped(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    workflows.train(preset(weights), where(tmp_path / "memory"), Silent())
+    monkeypatch.setattr(computed, "free_memory", lambda: 1000)
+    monkeypatch.setattr(computed, "KEPT", 0)
+    workflows.train(preset(weights), where(tmp_path / "mapped"), Silent())
+    assert curve(tmp_path / "mapped") == curve(tmp_path / "memory")
+    assert list((tmp_path / "mapped" / "cache").iterdir()) == []  # the file has no name
+    monkeypatch.setattr(computed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"GB are needed.*--no-cache"):
+        workflows.prepare(preset(weights), where(tmp_path / "full"), Silent())
+
+
+def test_free_memory_is_a_sensible_number() -> None:
+    assert 2**26 < computed.free_memory() < 2**44
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"augment": {"policy": "crop_flip"}, "finetune": {"cache": "on"}}, "makes no two views the same"),
+        ({"finetune": {"cache": "on", "bn": "adapt"}}, "choose one"),
+    ],
+)
+def test_caches_that_cannot_be(sections: dict[str, dict[str, Any]], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_preset(**sections)
+
+
+# -------------------------------------------------------------------------------------------- the command line
+
+SMALL = [*TINY, "--image-size", "32", "--epochs", "1"]
+
+
+def test_the_studys_presets() -> None:
+    expected = {
+        "finetune-layer4": ("layer4", 10, 0.9133),
+        "finetune-layer4-50": ("layer4", 50, 0.9201),
+        "finetune-layer3": ("layer3", 10, 0.9230),
+        "finetune-layer3-50": ("layer3", 50, 0.9335),
+    }
+    for name, (unfreeze, epochs, top1) in expected.items():
+        config = load_preset(name).config
+        assert config.finetune is not None
+        assert config.published is not None
+        assert (config.finetune.unfreeze, config.train.epochs, config.published.top1) == (unfreeze, epochs, top1)
+        assert (config.data.dataset, config.data.image_size, config.augment.policy) == ("cifar10", 224, "flip")
+        assert (config.optimizer.name, config.optimizer.lr, config.finetune.stage_decay) == ("adam", 0.001, 0.1)
+        assert (config.model.backbone, config.model.pretrained) == ("resnet18", True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unfreeze", "epochs", "published"),
+    [
+        ([], "layer4", 10, 0.9133),
+        (["--unfreeze", "layer3", "--epochs", "50"], "layer3", 50, 0.9335),
+        (["--unfreeze", "fc"], "fc", 10, None),
+        (["--unfreeze", "layer4", "--epochs", "7"], "layer4", 7, 0.9133),
+        (["--unfreeze", "layer2"], "layer2", 10, 0.9133),
+    ],
+)
+def test_the_preset_follows_the_cell(
+    run_cli: Cli, arguments: list[str], unfreeze: str, epochs: int, published: float | None
+) -> None:
+    found = yaml.safe_load(run_cli("finetune-cifar10", *arguments, "--print-config").out)
+    assert (found["finetune"]["unfreeze"], found["train"]["epochs"]) == (unfreeze, epochs)
+    assert found.get("published", {}).get("top1") == published
+
+
+def test_flags_reach_their_keys(run_cli: Cli) -> None:
+    arguments = ["--bn", "adapt", "--fraction", "0.1", "--no-cache", "--init", "none", "--dataset", "cifar100"]
+    found = yaml.safe_load(run_cli("finetune-cifar10", *arguments, "--print-config").out)
+    assert (found["finetune"]["bn"], found["finetune"]["cache"]) == ("adapt", "off")
+    assert (found["data"]["fraction"], found["data"]["dataset"]) == (0.1, "cifar100")
+    assert found["model"]["pretrained"] is False
+
+
+def test_from_a_run_of_ours(run_cli: Cli, tmp_path: Path) -> None:
+    first = json.loads(run_cli("train", *TINY, "--epochs", "1", "--loss", "cross_entropy", "--json").out)
+    outcome = run_cli("finetune-cifar10", *SMALL, "--init", first["run_dir"], "--json")
+    assert outcome.code == 0, outcome.err
+    assert f"starting from {tmp_path / first['run_dir'] / 'model.safetensors'}; the head is a new one" in outcome.err
+    assert re.search(r"layer3 .*frozen +- +frozen", outcome.err)
+    assert re.search(r"layer4 .*learns +0.0001 +moves", outcome.err)
+    result = json.loads(outcome.out)
+    before, after = (load_file(Path(run["run_dir"]) / runs.MODEL) for run in (first, result))
+    assert (
+        torch.equal(before["layer3.0.conv1.0.weight"], after["layer3.0.conv1.0.weight"])
+        if ("layer3.0.conv1.0.weight" in before)
+        else torch.equal(before["conv1.0.weight"], after["conv1.0.weight"])
+    )
+
+    other = run_cli("finetune-cifar10", *SMALL, "--backbone", "resnet18", "--init", first["run_dir"])
+    assert (other.code, len(other.err.splitlines()[-1:])) == (3, 1)
+    assert "holds test_resnet, and this run is of resnet18" in other.err
+
+    shown = run_cli("report").out
+    assert "How far to unfreeze" in shown
+    assert re.search(r"layer4 \[\w\] +1 +100% +- +[\d.]+%", shown)
+    (row,) = [r for r in json.loads(run_cli("report", "--json").out)["rows"] if r["unfreeze"]]
+    assert len(row["curves"]["test_top1"]) == 1
+    assert row["curves"].keys() == {"train_loss", "train_top1", "test_loss", "test_top1"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--unfreeze", "layer9", *SMALL, "--init", "none"], 2, "it has fc, layer4, layer3, all"),
+        (["--data-dir", "nowhere"], 3, "CIFAR-10 is not in nowhere: run `cifar100 download --dataset cifar10`"),
+        (["--init", "nowhere"], 3, "no such run or checkpoint"),
+        (["--init", "none", "--weights", "x"], 2, "exclude each other"),
+        (["--init", "imagenet", "--set", "model.pretrained=false"], 2, "leave one out"),
+        (["--fraction", "0"], 2, "data.fraction = 0 (--fraction)"),
+        (["--bn", "off"], 2, "frozen, adapt"),
+        (["--cache", "--augment", "crop_flip"], 2, "makes no two views the same"),
+    ],
+)
+def test_mistakes(run_cli: Cli, arguments: list[str], code: int, words: str) -> None:
+    outcome = run_cli("finetune-cifar10", *arguments)
+    assert outcome.code == code, outcome.err
+    assert words in outcome.err.splitlines()[-1]
+    assert "Traceback" not in outcome.err
+
+
+def test_dry_run_keeps_nothing(run_cli: Cli, tmp_path: Path) -> None:
+    outcome = run_cli("finetune-cifar10", *SMALL, "--init", "none", "--dry-run")
+    assert outcome.code == 0, outcome.err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stem_of_our_own_is_taken_over(tmp_path: Path) -> None:
+    """A run with the CIFAR stem has weights for that stem; ImageNet's have none, and it is new."""
+    config = Config.model_validate({"model": {"backbone": "resnet18", "stem": "cifar"}})
+    model = create_model(config, classes=10)
+    card = checkpoint.Card.model_validate(
+        {
+            "format": 1,
+            "preset": "mine",
+            "dataset": "cifar10",
+            "classes": tuple("abcdefghij"),
+            "image_size": 32,
+            "mean": (0, 0, 0),
+            "std": (1, 1, 1),
+            "config": config.model_dump(mode="json", exclude_none=True),
+        }
+    )
+    checkpoint.save_model(tmp_path / "model.safetensors", model, card)
+    section = {
+        "backbone": "resnet18",
+        "stem": "cifar",
+        "pretrained": True,
+        "weights": str(tmp_path / "model.safetensors"),
+    }
+    second = create_model(Config.model_validate({"model": section}), classes=3)
+    assert torch.equal(second.state_dict()["conv1.weight"], model.state_dict()["conv1.weight"])

@@ -1,0 +1,182 @@
+"""Stages of timm's networks: what is frozen stays, what learns has its rate, and the parted network is the whole."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from cifar100cli.config import Config
+from cifar100cli.errors import UsageError
+from cifar100cli.models import classifiers, create_model
+from cifar100cli.optim import Group, create_optimizer, set_learning_rate
+from cifar100cli.stages import Parted, Stage, freeze, learning, stage_rows, stages_of
+
+
+def build(name: str, head: str = "linear", size: int = 64) -> tuple[nn.Module, list[Stage]]:
+    torch.manual_seed(0)
+    config = Config.model_validate(
+        {"model": {"backbone": name, "head": head, "embedding_dim": 16}, "data": {"image_size": size}}
+    )
+    model = create_model(config, classes=10)
+    return model, stages_of(model, name, classifiers(name))
+
+
+NAMES = {
+    "resnet18": ["stem", "layer1", "layer2", "layer3", "layer4", "fc"],
+    "tf_efficientnet_lite0": ["stem", *(f"blocks.{index}" for index in range(7)), "classifier"],
+    "convnext_atto": ["stem", *(f"stages.{index}" for index in range(4)), "head.fc"],
+    "regnety_002": ["stem", "s1", "s2", "s3", "s4", "head.fc"],
+    "mobilenetv3_small_050": ["stem", *(f"blocks.{index}" for index in range(6)), "classifier"],
+    "densenet121": ["stem", *(f"features.denseblock{number}" for number in range(1, 5)), "classifier"],
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_every_weight_is_in_one_stage(name: str, head: str) -> None:
+    model, stages = build(name, head)
+    expected = NAMES[name] if head == "linear" else [*NAMES[name][:-1], "head"]
+    assert [stage.name for stage in stages] == expected
+    found = [id(parameter) for stage in stages for parameter in stage.parameters(model)]
+    assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("unfreeze", ["fc", "layer4", "layer3"])
+def test_the_parted_network_is_the_whole_one(name: str, unfreeze: str) -> None:
+    model, stages = build(name)
+    kept = learning(stages, unfreeze, name)
+    parted = Parted(model, kept[0].start)
+    inputs = torch.randn(2, 3, 64, 64)
+    assert parted.is_exact(inputs)
+    model.eval()
+    with torch.no_grad():
+        whole, features = model(inputs), parted.front(inputs)
+        parted.switch_front(on=False)
+        torch.testing.assert_close(model(features), whole, rtol=1e-5, atol=1e-5)
+        parted.switch_front(on=True)
+        assert torch.equal(model(inputs), whole)
+
+
+def test_a_network_that_is_no_chain_is_found_out() -> None:
+    """A vision transformer adds its positions to whatever it is given."""
+    model, stages = build("test_vit", size=160)
+    inputs = torch.randn(2, 3, 160, 160)
+    assert not Parted(model, learning(stages, "layer4", "test_vit")[0].start).is_exact(inputs)
+    assert torch.isfinite(model(inputs)).all()
+
+
+@pytest.mark.parametrize(
+    ("unfreeze", "expected"),
+    [
+        ("fc", ["fc"]),
+        ("head", ["fc"]),
+        ("layer4", ["layer4", "fc"]),
+        ("layer3", ["layer3", "layer4", "fc"]),
+        ("layer1", ["layer1", "layer2", "layer3", "layer4", "fc"]),
+        ("all", ["stem", "layer1", "layer2", "layer3", "layer4", "fc"]),
+    ],
+)
+def test_what_learns(unfreeze: str, expected: list[str]) -> None:
+    _, stages = build("resnet18")
+    assert [stage.name for stage in learning(stages, unfreeze, "resnet18")] == expected
+
+
+def test_names_of_any_network() -> None:
+    _, stages = build("tf_efficientnet_lite0")
+    assert [s.name for s in learning(stages, "layer3", "x")] == ["blocks.5", "blocks.6", "classifier"]
+    assert [s.name for s in learning(stages, "blocks.6", "x")] == ["blocks.6", "classifier"]
+    with pytest.raises(UsageError, match=r"tf_efficientnet_lite0 has no such stage; it has fc, layer4, .*blocks.6"):
+        learning(stages, "layer9", "tf_efficientnet_lite0")
+
+
+def state(model: nn.Module, stages: list[Stage]) -> dict[str, dict[str, torch.Tensor]]:
+    """The weights and statistics of each stage."""
+    content = copy.deepcopy(model.state_dict())
+    return {s.name: {n: t for n, t in content.items() if n.rpartition(".")[0] in s.modules} for s in stages}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "densenet121"])
+@pytest.mark.parametrize("adapt", [False, True])
+def test_frozen_means_frozen(name: str, adapt: bool) -> None:
+    """Compared by bytes after three steps; with `adapt` the statistics, and they alone, move."""
+    model, stages = build(name)
+    kept = learning(stages, "layer4", name)
+    freeze(model, stages, kept, adapt=adapt)
+    groups = [Group(list(stage.parameters(model))) for stage in kept]
+    optimizer = create_optimizer(Config().optimizer, groups)
+    before = state(model, stages)
+    for _ in range(3):
+        model.train()
+        model(torch.randn(4, 3, 64, 64)).square().mean().backward()
+        optimizer.step()
+    after = state(model, stages)
+    for stage in stages:
+        moved = {n for n, t in before[stage.name].items() if not torch.equal(t, after[stage.name][n])}
+        statistics = {n for n in before[stage.name] if n.endswith(("running_mean", "running_var", "tracked"))}
+        if stage in kept:
+            assert moved >= {n for n in before[stage.name] if n.endswith("weight")}
+        else:
+            assert moved == (statistics if adapt else set())
+
+
+def test_drop_out_in_a_frozen_stage_is_off() -> None:
+    model, stages = build("convnext_atto")
+    freeze(model, stages, learning(stages, "fc", "convnext_atto"), adapt=False)
+    model.train()
+    stem, head = model.get_submodule("stem"), model.get_submodule("head.fc")
+    assert (stem.training, head.training, model.training) == (False, True, True)
+
+
+def test_rates_fall_from_the_head() -> None:
+    model, stages = build("resnet18")
+    kept = learning(stages, "layer3", "resnet18")
+    scales = {stage.name: 0.1**depth for depth, stage in enumerate(reversed(kept))}
+    optimizer = create_optimizer(
+        Config.model_validate({"optimizer": {"name": "adam", "lr": 0.001}}).optimizer,
+        [Group(list(stage.parameters(model)), scales[stage.name]) for stage in kept],
+    )
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-5, 1e-4, 1e-3])
+    set_learning_rate(optimizer, 0.01)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4, 1e-3, 1e-2])
+    rows = {row.name: row for row in stage_rows(model, stages, scales, 0.001, "frozen")}
+    assert (rows["layer3"].rate, rows["layer4"].rate, rows["fc"].rate) == pytest.approx((1e-5, 1e-4, 1e-3))
+    assert rows["layer2"].rate is None
+    assert [rows[name].norm for name in ("layer2", "layer3", "fc")] == ["frozen", "moves", "none"]
+    assert sum(row.parameters for row in rows.values()) == sum(p.numel() for p in model.parameters())
+
+
+def test_rates_equal_torchs_own_groups() -> None:
+    """Five steps of Adam with a rate for each stage, against torch's plain Adam with the same groups."""
+    ours, stages = build("test_resnet", size=32)
+    theirs = copy.deepcopy(ours)
+    kept = learning(stages, "layer3", "test_resnet")
+    freeze(ours, stages, kept, adapt=False)
+    config: dict[str, Any] = {"optimizer": {"name": "adam", "lr": 0.01, "weight_decay": 0.0}}
+    scales = [0.01, 0.1, 1.0]
+    groups = [Group(list(stage.parameters(ours)), scale) for stage, scale in zip(kept, scales, strict=True)]
+    optimizer = create_optimizer(Config.model_validate(config).optimizer, groups)
+    reference = torch.optim.Adam(
+        [
+            {"params": list(stage.parameters(theirs)), "lr": 0.01 * scale}
+            for stage, scale in zip(kept, scales, strict=True)
+        ],
+        foreach=False,
+    )
+    ours.train()
+    theirs.train()
+    for stage in stages:
+        if stage not in kept:
+            for module in stage.norms(theirs):
+                module.eval()
+    for step in range(5):
+        inputs = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        for model, one in ((ours, optimizer), (theirs, reference)):
+            one.zero_grad()
+            model(inputs).square().mean().backward()
+            one.step()
+    for stage in stages:
+        for mine, other in zip(stage.parameters(ours), stage.parameters(theirs), strict=True):
+            torch.testing.assert_close(mine, other)
