@@ -21,7 +21,7 @@ from cifar100cli.options import expand
 
 if TYPE_CHECKING:
     from cifar100cli.config import Config, Override
-    from cifar100cli.workflows import Where
+    from cifar100cli.jobs import Where
 
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
 
@@ -187,10 +187,11 @@ def _where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None 
     """Folders and device for a workflow. Importing it brings torch in, which takes a moment."""
     _check_device(device)
     with console.waiting("starting PyTorch ..."):
-        from cifar100cli import workflows
-    where = workflows.Where(_data_dir(data_dir, run), expand(runs_dir), _cache_dir(), device)
+        from cifar100cli import machine
+        from cifar100cli.jobs import Where
+    where = Where(_data_dir(data_dir, run), expand(runs_dir), _cache_dir(), device)
     console.detail(f"data folder {where.data_dir.absolute()}, runs folder {where.runs_dir.absolute()}")
-    console.detail(workflows.machine(device))
+    console.detail(machine.in_one_line(device))
     return where
 
 

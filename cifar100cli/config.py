@@ -377,14 +377,26 @@ def read_config(path: Path) -> Config:
 
 
 def differences(config: Config, other: Config) -> dict[str, tuple[object, object]]:
-    """The dotted keys at which two configurations differ, with both values; what only describes is left out."""
-    ours, theirs = dict(_leaves(config.model_dump())), dict(_leaves(other.model_dump()))
+    """The dotted keys at which two configurations differ, with both values; what only describes is left out.
+
+    A section that only one has differs in its first key, and elsewhere where it is not the default.
+    """
+    ours, theirs = (dict(_leaves(_with_sections(c.model_dump()))) for c in (config, other))
     describing = ("description", "published")
     return {
         key: (ours.get(key), theirs.get(key))
         for key in [*ours, *(key for key in theirs if key not in ours)]
         if ours.get(key) != theirs.get(key) and key.split(".")[0] not in describing
     }
+
+
+def _with_sections(keys: dict[str, Any]) -> dict[str, Any]:
+    """Optional sections that are not there as their defaults, without the first key."""
+    for name, field in Config.model_fields.items():
+        section = _section_of(field.annotation)
+        if section is not None and keys[name] is None and name != "published":
+            keys[name] = {**section().model_dump(), next(iter(section.model_fields)): None}
+    return keys
 
 
 def _leaves(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:

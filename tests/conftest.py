@@ -14,9 +14,9 @@ import pytest
 from cifar100cli import cli, runs, synthetic
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Config, Preset
+from cifar100cli.jobs import Where
 from cifar100cli.runs import RunDir
 from cifar100cli.stages import StageRow
-from cifar100cli.workflows import Where
 
 TINY = (
     *("--dataset", "synthetic", "--backbone", "test_resnet", "--batch-size", "64"),

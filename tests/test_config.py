@@ -141,6 +141,16 @@ def test_differences_ignore_what_only_describes() -> None:
     assert differences(other, config) == {"optimizer.lr": (0.5, 0.001)}
 
 
+def test_differences_in_sections_that_only_one_has() -> None:
+    plain = Config()
+    distilled = Config.model_validate({"distillation": {"teacher": "run", "temperature": 2}})
+    assert differences(distilled, plain) == {
+        "distillation.teacher": ("run", None),
+        "distillation.temperature": (2.0, 4.0),
+    }
+    assert differences(Config.model_validate({"finetune": {}}), plain) == {"finetune.unfreeze": ("layer4", None)}
+
+
 def test_the_tutorials_presets() -> None:
     presets = dict(shipped_presets())
     baseline = presets["resnet18-baseline"]

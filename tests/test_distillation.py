@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar100cli import checkpoint, computed, losses, runs, teachers, workflows
+from cifar100cli import checkpoint, computed, jobs, losses, runs, teachers, workflows
 from cifar100cli.config import Distillation, Preset
 from cifar100cli.errors import DataError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch
@@ -171,8 +171,8 @@ def student(teacher: Path, **sections: dict[str, Any]) -> Preset:
 def test_the_cached_teacher_says_what_the_online_one_says(tmp_path: Path, teacher_run: Path, policy: str) -> None:
     watcher = Silent()
     preset = student(teacher_run, augment={"policy": policy})
-    job = workflows.prepare(preset, where(tmp_path), watcher)
-    online = workflows.prepare(preset, where(tmp_path), Silent(), dry=True)
+    job = jobs.prepare(preset, where(tmp_path), watcher)
+    online = jobs.prepare(preset, where(tmp_path), Silent(), dry=True)
     assert isinstance(job.task, DistillationTask)
     assert isinstance(online.task, DistillationTask)
     assert isinstance(job.task.teacher, teachers.CachedTeacher)
@@ -197,7 +197,7 @@ def test_training_with_either_teacher_is_the_same(
 ) -> None:
     preset = student(teacher_run, augment={"policy": "flip"})
     workflows.train(preset, where(tmp_path / "cached"), Silent())
-    monkeypatch.setattr(workflows, "Views", ())  # no policy counts as one of few versions
+    monkeypatch.setattr(jobs, "Views", ())  # no policy counts as one of few versions
     workflows.train(preset, where(tmp_path / "online"), Silent())
     curves = [[row["train_loss"] for row in only_run(tmp_path / kind).metrics()] for kind in ("cached", "online")]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
@@ -210,7 +210,7 @@ def test_logits_are_kept_by_teacher_data_and_version(
 
     def count(preset: Preset) -> int:
         watcher = Silent()
-        workflows.prepare(preset, where(tmp_path), watcher)
+        jobs.prepare(preset, where(tmp_path), watcher)
         assert bool(watcher.counted) != any("nothing to compute" in text for text in watcher.said)
         return sum(watcher.counted)
 
@@ -243,7 +243,7 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, t
 
 def test_unbounded_views_run_the_teacher_in_every_step_and_say_so(tmp_path: Path, teacher_run: Path) -> None:
     watcher = Silent()
-    job = workflows.prepare(student(teacher_run, augment={"policy": "crop_flip"}), where(tmp_path), watcher)
+    job = jobs.prepare(student(teacher_run, augment={"policy": "crop_flip"}), where(tmp_path), watcher)
     assert isinstance(job.task, DistillationTask)
     assert isinstance(job.task.teacher, teachers.OnlineTeacher)
     (line,) = watcher.said
@@ -276,9 +276,9 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, teacher_run: Path
     other = saved.card.model_copy(update={"classes": tuple(map(str, range(100)))})
     checkpoint.save_model(tmp_path / "other.safetensors", saved.model, other)
     with pytest.raises(DataError, match=r"--teacher .*knows other classes"):
-        workflows.prepare(student(tmp_path / "other.safetensors"), where(tmp_path), Silent())
+        jobs.prepare(student(tmp_path / "other.safetensors"), where(tmp_path), Silent())
     with pytest.raises(UsageError, match="--teacher RUN"):
-        workflows.prepare(make_preset(distillation={}), where(tmp_path), Silent())
+        jobs.prepare(make_preset(distillation={}), where(tmp_path), Silent())
 
 
 def test_on_the_command_line(run_cli: Cli, tmp_path: Path, small_synthetic: object) -> None:

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cifar100cli import checkpoint, computed, runs, workflows
+from cifar100cli import checkpoint, computed, jobs, runs, workflows
 from cifar100cli.config import Config, Preset, load_preset
 from cifar100cli.errors import RunInterrupted, UsageError
 from cifar100cli.models import create_model
@@ -121,7 +121,7 @@ def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, weights: Pa
 def test_features_are_kept_by_weights_stage_and_data(tmp_path: Path, weights: Path) -> None:
     def count(job: Preset) -> int:
         watcher = Silent()
-        workflows.prepare(job, where(tmp_path), watcher)
+        jobs.prepare(job, where(tmp_path), watcher)
         return sum(watcher.counted)
 
     assert count(preset(weights)) == 2 * 400 + 200
@@ -145,7 +145,7 @@ def test_a_table_too_large_for_memory_is_mapped(tmp_path: Path, weights: Path, m
     assert list((tmp_path / "mapped" / "cache").iterdir()) == []  # the file has no name
     monkeypatch.setattr(computed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"GB are needed.*--no-cache"):
-        workflows.prepare(preset(weights), where(tmp_path / "full"), Silent())
+        jobs.prepare(preset(weights), where(tmp_path / "full"), Silent())
 
 
 def test_free_memory_is_a_sensible_number() -> None:

@@ -1,0 +1,71 @@
+"""The machine that a run is made on: device, versions, and the commit of this code."""
+
+import platform
+import subprocess
+import sys
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cifar100cli import __version__, trainer
+
+
+def environment(device: torch.device, precision: str, data_dir: Path) -> dict[str, Any]:
+    """What a run was made with and on."""
+    versions = {name: metadata.version(name) for name in ("torch", "torchvision", "timm", "numpy", "safetensors")}
+    return {
+        "cifar100": __version__,
+        "command": sys.argv,
+        "commit": _commit(),
+        "started": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "data_dir": str(data_dir.absolute()),
+        "device": str(device),
+        "device_name": _device_name(device),
+        "precision": precision,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cuda": torch.version.cuda,
+        "versions": versions,
+    }
+
+
+def in_one_line(device: str) -> str:
+    """PyTorch and the device that it would use."""
+    chosen = trainer.select_device(device)
+    name = _device_name(chosen)
+    precision = trainer.resolve_precision("auto", chosen)
+    return f"PyTorch {torch.__version__} on {chosen} ({name}), {torch.get_num_threads()} threads, precision {precision}"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit that this code is at, when it runs from a checkout."""
+    root = Path(__file__).resolve().parent.parent
+    if not (root / ".git").exists():
+        return None
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
