@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("small_synthetic")
 
 
 def test_equals_a_plain_loop(tmp_path: Path, small_synthetic: synthetic.Drawn) -> None:
-    preset = make_preset(optimizer={"weight_decay": 0.05}, loss={"label_smoothing": 0.1}, train={"select": "best_test"})
+    preset = make_preset(optimizer={"weight_decay": 2.0}, loss={"label_smoothing": 0.1}, train={"select": "best_test"})
     result = workflows.train(preset, where(tmp_path), Silent())
 
     images, labels = (torch.from_numpy(array) for array in small_synthetic.train)
@@ -34,7 +34,7 @@ def test_equals_a_plain_loop(tmp_path: Path, small_synthetic: synthetic.Drawn) -
     model = timm.create_model("test_resnet", num_classes=100).to(memory_format=torch.channels_last)
     images, test_images = (i.contiguous(memory_format=torch.channels_last) for i in (images, test_images))
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=0.001, betas=(0.9, 0.999), weight_decay=0.05, fused=False, foreach=False
+        model.parameters(), lr=0.001, betas=(0.9, 0.999), weight_decay=2.0, fused=False, foreach=False
     )
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=0.1)
     curve, accuracies = [], []
@@ -56,7 +56,7 @@ def test_equals_a_plain_loop(tmp_path: Path, small_synthetic: synthetic.Drawn) -
         accuracies.append((predicted == test_labels).double().mean().item())
 
     rows = only_run(tmp_path).metrics()
-    assert [row["train_loss"] for row in rows] == pytest.approx(curve, rel=2e-4)
+    assert [row["train_loss"] for row in rows] == pytest.approx(curve, rel=1e-3)
     assert [row["test_top1"] for row in rows] == pytest.approx(accuracies, abs=0.011)  # two images of 200
     assert result["best"]["top1"] == max(row["test_top1"] for row in rows) == result["test"]["top1"]
 
