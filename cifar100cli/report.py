@@ -21,6 +21,7 @@ TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "synthetic": "Syntheti
 FIXED = "-fixed"  # ends the name of the preset that stands beside the tutorial's with the evident repairs
 CURVES = tuple(f"{split}_{figure}" for split in ("train", "val", "test") for figure in ("loss", "top1"))
 STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train loss", "test loss", "test by epoch")
+CELL = {"finetune.unfreeze", "train.epochs"}  # what a published cell of the study is about
 COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
 
 
@@ -278,7 +279,7 @@ def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
         f"{row.unfreeze}{mark}",
         str(row.epochs),
         f"{100 * row.fraction:g}%",
-        "-" if row.delta is None else percent(row.published_top1),
+        percent(row.published_top1) if row.delta is not None and not row.changes.keys() & CELL else "-",
         percent(row.top1_mean) + deviation,
         last.get("train_loss", "-"),
         last.get("test_loss", "-"),

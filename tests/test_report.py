@@ -85,6 +85,46 @@ def test_a_repaired_preset_stands_beside_its_family(tmp_path: Path, capsys: pyte
         assert re.search(r"resnet18-arcface +(\| )?57.00%, best on test +(\| )?62.00%, held-out +(\| )?\+5.00", text)
 
 
+def test_the_study_of_unfreezing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(tmp_path, "finetune-layer3-50", 0.93)
+    make_run(tmp_path, "finetune-layer4", 0.90, finetune__unfreeze="layer2")
+    for seed, top1 in enumerate((0.80, 0.82)):
+        make_run(tmp_path, "finetune-layer4", top1, seed, data__fraction=0.1)
+    make_run(tmp_path, "resnet18-baseline", 0.44)
+    found = report.collect([tmp_path])
+    report.show_table(found)
+    for text in (capsys.readouterr().out, report.render(found, "markdown")):
+        table = [re.split(r" *\| *|  +", line.strip(" |")) for line in text[text.index("unfrozen") :].splitlines()]
+        cells = {row[0].split()[0]: row[1:5] for row in table if row[0].startswith("layer")}
+        assert cells == {
+            "layer4": ["10", "10%", "91.33%", "81.00% ±1.41"],
+            "layer3": ["50", "100%", "93.35%", "93.00%"],
+            "layer2": ["10", "100%", "-", "90.00%"],
+        }
+
+
+def test_curves_are_means_and_only_of_what_every_epoch_has(tmp_path: Path) -> None:
+    for seed, losses in enumerate(([1.0, 0.5], [3.0, 1.5])):
+        run = make_run(tmp_path, "finetune-fc", 0.5, seed)
+        run.forget_after(0)
+        for epoch, loss in enumerate(losses, start=1):
+            row = {"epoch": epoch, "train_loss": loss, "train_top1": 0.5, "seconds": 1, "images_per_second": 1}
+            run.append_metrics({**row, "test_loss": None, "test_top1": 0.2 * epoch})
+    (row,) = report.collect([tmp_path]).rows
+    assert row.curves == {
+        "train_loss": pytest.approx([2.0, 1.0]),
+        "train_top1": pytest.approx([0.5, 0.5]),
+        "test_top1": pytest.approx([0.2, 0.4]),
+    }
+
+
+def test_sparklines() -> None:
+    assert report.sparkline([]) == "-"
+    assert report.sparkline([3.0]) == "▁"
+    assert report.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert report.sparkline(list(range(160)), width=8) == "▂▃▄▄▅▆▇█"
+
+
 def test_another_data_set_is_not_compared(tmp_path: Path) -> None:
     make_run(tmp_path, "resnet18-baseline", 0.9, data__dataset="synthetic")
     found = report.collect([tmp_path])
