@@ -221,7 +221,14 @@ def _finetune(
             raise UsageError(f"finetune.cache = on is not possible: {obstacle}; leave --cache out")
         watcher.say(f"the frozen part runs in every epoch, because {obstacle}")
         return groups, None
-    dtype = _features_type(finetune.cache_dtype, precision)
+    cast = trainer.autocast(loaders.train.device, precision)
+
+    def front(images: torch.Tensor) -> torch.Tensor:
+        with cast():
+            features = split.front(loaders.train.preprocessing(images))
+        return features.permute(0, 2, 3, 1) if features.ndim == 4 else features
+
+    dtype = _features_type(finetune.cache_dtype, front(loaders.train.images[:1]).dtype)
     about = {
         "what": "features",
         "backbone": name,
@@ -231,13 +238,6 @@ def _finetune(
         "dtype": str(dtype),
     }
     frozen = [(n, t) for n, t in model.state_dict().items() if _is_frozen(n, stages, kept)]
-    cast = trainer.autocast(loaders.train.device, precision)
-
-    def front(images: torch.Tensor) -> torch.Tensor:
-        with cast():
-            features = split.front(loaders.train.preprocessing(images))
-        return features.permute(0, 2, 3, 1) if features.ndim == 4 else features
-
     for title, loader in {"training": loaders.train, **loaders.evaluation}.items():
         found = computed.table(
             f"features of the {title} images",
@@ -253,10 +253,10 @@ def _finetune(
     return groups, split
 
 
-def _features_type(name: str, precision: str) -> torch.dtype:
-    """`auto` is what loses nothing or next to nothing: bfloat16 where the network computes in it, else float16."""
+def _features_type(name: str, computed_in: torch.dtype) -> torch.dtype:
+    """`auto` is what loses nothing or next to nothing: bfloat16 where the features come in it, else float16."""
     if name == "auto":
-        name = "bfloat16" if precision == "bf16" else "float16"
+        return computed_in if computed_in == torch.bfloat16 else torch.float16
     found: torch.dtype = getattr(torch, name)
     return found
 

@@ -96,7 +96,10 @@ def _no_weights(name: str, reason: str) -> str:
             "they are not in the cache and the model hub cannot be reached from here; fetch them elsewhere and name "
             f"the file with --weights FILE, or copy the cache folder {constants.HF_HUB_CACHE} here"
         )
-    return f"the ImageNet weights of {name} cannot be had ({place}): {reason}; or use --no-pretrained"
+    return (
+        f"the ImageNet weights of {name} cannot be had ({place}): {reason}; "
+        "or start from random weights with --set model.pretrained=false"
+    )
 
 
 def classifiers(name: str) -> tuple[str, ...]:

@@ -363,7 +363,7 @@ def test_weights_without_a_hub(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setenv("no_proxy", "*")
     outcome = run_cli("train", "--dataset", "synthetic", "--backbone", "resnet18", "--pretrained")
     assert (outcome.code, len(outcome.err.splitlines())) == (3, 1), outcome.err
-    for words in ("timm/resnet18", "--no-pretrained", "empty"):
+    for words in ("timm/resnet18", "--weights FILE", "model.pretrained=false", "empty"):
         assert words in outcome.err
     assert not (tmp_path / "runs").exists()
 
