@@ -10,16 +10,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cifar100cli.augment import Drawn
 from cifar100cli.errors import UsageError
 
 VERSION = "2.0.8"  # releases differ in what they draw by default
 
 
 class AlbumentationsOneOf:
-    """The library's pipeline, as a policy: images (N, 3, H, W) uint8 and a generator to images of the same kind.
+    """The library's pipeline, as a policy.
 
-    The images may be on any device; they go to the host and back. The result depends on them and on the
-    generator's state alone, whatever came before.
+    The images may be on any device; they go to the host and back. The result depends on them and on what was drawn
+    alone, whatever came before.
     """
 
     def __init__(self) -> None:
@@ -37,15 +38,21 @@ class AlbumentationsOneOf:
             [shift_scale_rotate, *(getattr(albumentations, name)() for name in others)], p=1.0
         )
 
-    def __call__(self, images: Tensor, generator: torch.Generator) -> Tensor:
-        """Draw and apply."""
-        # With `set_random_seed` all members would start from the same seed, so that in every batch the choice and
-        # the parameters would come from the same numbers. Two generators that they share have no such ties.
-        seeds = torch.randint(2**63 - 1, (2,), generator=generator, device=generator.device).tolist()
-        self.choice.set_random_state(np.random.default_rng(seeds[0]), random.Random(seeds[1]))
+    draws = 1
+
+    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Drawn:
+        """(N, 2) int64, on the host: the seeds of each image's own choice and parameters."""
+        seeds = torch.randint(2**63 - 1, (count, 2), generator=generator, device=generator.device)
+        return (seeds.cpu(),)
+
+    def apply(self, images: Tensor, *drawn: Tensor) -> Tensor:
+        """Each image as the library changes it from its seeds."""
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         result = np.empty(pixels.shape, np.uint8)
-        for index, image in enumerate(pixels):
+        for index, (image, (one, other)) in enumerate(zip(pixels, drawn[0].tolist(), strict=True)):
+            # With `set_random_seed` all members would start from the same seed, and the choice and the parameters
+            # would come from the same numbers. Two generators that they share have no such ties.
+            self.choice.set_random_state(np.random.default_rng(one), random.Random(other))
             result[index] = self.choice(image=np.ascontiguousarray(image))["image"]
         return torch.from_numpy(result).permute(0, 3, 1, 2).contiguous().to(images.device)
 

@@ -83,9 +83,9 @@ def load_model(path: Path) -> Checkpoint:
     Raises `DataError` for a file that is missing, broken, foreign, newer, or whose weights do not fit.
     """
     path = find_model(path)
-    tensors, about = read(path)
+    saved = read(path)
     try:
-        card = Card.model_validate(about)
+        card = Card.model_validate(saved.about)
         config = parse_config(card.config, str(path))
         model = create_model(config, len(card.classes), pretrained=False)
     except ValidationError as error:
@@ -93,7 +93,7 @@ def load_model(path: Path) -> Checkpoint:
         raise DataError(f"{path}: its description is not right at {place!r}") from None
     except UsageError as error:
         raise DataError(f"{path}: its description is not right: {error}") from None
-    load_weights(model, tensors, path)
+    load_weights(model, saved.tensors, path)
     return Checkpoint(path, model, card, config)
 
 
@@ -117,6 +117,15 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     model.load_state_dict(dict(tensors))
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A file of ours: its tensors, and what it says about itself."""
+
+    path: Path
+    tensors: dict[str, Tensor]
+    about: dict[str, Any]
+
+
 @dataclass
 class TrainState:
     """Where a run is, between two epochs."""
@@ -134,23 +143,20 @@ def save_state(path: Path, state: TrainState, model: nn.Module, optimizer: torch
     _save(path, tensors, {"format": FORMAT, **asdict(state)})
 
 
-def load_weights_of_state(path: Path, model: nn.Module) -> None:
+def restore_model(saved: Saved, model: nn.Module) -> None:
     """Put the model alone back to where `save_state` found it."""
-    _load_network(model, read(path)[0], path)
+    weights = {n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")}
+    load_weights(model, weights, saved.path)
 
 
-def _load_network(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
-    load_weights(model, {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}, path)
-
-
-def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+def restore(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Put model and optimizer back to where `save_state` found them."""
-    tensors, about = read(path)
-    _load_network(model, tensors, path)
+    path, tensors, about = saved.path, saved.tensors, saved.about
+    restore_model(saved, model)
     try:
         state = TrainState(int(about["epoch"]), int(about["best_epoch"]), float(about["best_top1"]))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        saved: dict[int, dict[str, Tensor]] = {}
+        kept: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
             if name.startswith("optimizer."):
                 _, number, key = name.split(".")
@@ -158,8 +164,8 @@ def load_state(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -
                 if tensor.shape == parameter.shape:
                     # The memory layout of the parameter, so that the same kernel runs as before the stop.
                     tensor = torch.empty_like(parameter).copy_(tensor)
-                saved.setdefault(int(number), {})[key] = tensor
-        optimizer.load_state_dict({**optimizer.state_dict(), "state": saved})
+                kept.setdefault(int(number), {})[key] = tensor
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
     except (KeyError, IndexError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a training state of this run ({type(error).__name__}: {error})") from None
     return state
@@ -179,8 +185,8 @@ def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
-def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors of a file of ours and what it says about itself."""
+def read(path: Path) -> Saved:
+    """Read a file of ours. Raises `DataError` for one that is missing, broken, foreign or newer."""
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     try:
@@ -199,4 +205,4 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: corrupt, or no safetensors file ({' '.join(str(error).split())[:120]})") from None
-    return tensors, about
+    return Saved(path, tensors, about)

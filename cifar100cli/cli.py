@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cifar100cli import __version__, console, options, show
+from cifar100cli import __version__, console, options, ranks, show
 from cifar100cli.errors import CifarError, DataError, RunInterrupted, Terminated, ToleranceError, UsageError
 from cifar100cli.options import expand
 
 if TYPE_CHECKING:
     from cifar100cli.config import Config, Override
     from cifar100cli.jobs import Where
+    from cifar100cli.runs import RunDir
 
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
 
@@ -60,6 +61,8 @@ def main() -> NoReturn:
     console.use_safe_streams()
     console.set_verbosity(console.NORMAL)
     try:
+        if ranks.rank() > 0:
+            console.mute()
         code = app(prog_name="cifar100", standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # Typer's word for Ctrl-C while it was still parsing
@@ -69,7 +72,9 @@ def main() -> NoReturn:
     except KeyboardInterrupt as stop:
         code = _report_stop(stop)
     except CifarError as error:
-        console.error(str(error))
+        # What is wrong with the command or the files is the same for all ranks of a machine.
+        if ranks.local_rank() == 0 or not isinstance(error, UsageError | DataError):
+            console.error(f"rank {ranks.rank()}: {error}" if ranks.rank() else str(error))
         code = error.exit_code
     except ClickUsageError as error:
         console.error(_usage_message(error))
@@ -85,11 +90,23 @@ def main() -> NoReturn:
         console.error(_os_message(error))
         code = 1
     except (RuntimeError, MemoryError) as error:
-        if not (isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))):
-            raise
-        console.error("out of memory: lower --batch-size or --image-size")
+        console.error(_torchs_message(error))
         code = 1
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to ranks that are on their way out
+    if not code:
+        ranks.leave()
     sys.exit(code or 0)
+
+
+def _torchs_message(error: RuntimeError | MemoryError) -> str:
+    """What users can do something about; everything else is a mistake of ours, and keeps its traceback."""
+    from cifar100cli import devices
+
+    if devices.is_out_of_memory(error):
+        return "out of memory: lower --batch-size or --image-size"
+    if ranks.is_lost(error):
+        return "another rank stopped, and so does this one"
+    raise error
 
 
 def _terminate(*_: object) -> NoReturn:
@@ -97,6 +114,8 @@ def _terminate(*_: object) -> NoReturn:
 
 
 def _report_stop(stop: KeyboardInterrupt) -> int:
+    if ranks.rank() > 0:  # rank 0 tells it
+        return getattr(stop, "exit_code", 130)
     if isinstance(stop, RunInterrupted):
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
         console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {shlex.quote(str(stop.run_dir))}")
@@ -177,6 +196,12 @@ def _cache_dir() -> Path:
     return expand(Path(named)) if named else _user_cache() / "computed"
 
 
+def _one_process() -> None:
+    """With torchrun, the first rank of each machine does what several could only do twice."""
+    if ranks.local_rank() > 0:
+        raise typer.Exit
+
+
 def _check_device(name: str) -> str:
     if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", name):
         raise UsageError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps")
@@ -229,6 +254,7 @@ def download(
 
     Example: cifar100 download --dataset cifar100 --dataset cifar10
     """
+    _one_process()
     names = list(dict.fromkeys(dataset or ["cifar100"]))
     if len(names) > 1 and (url or from_file or sha256 != "official"):
         raise UsageError("--url, --from and --sha256 are about one archive: name one --dataset with them")
@@ -445,7 +471,7 @@ def _train(context: typer.Context, default_preset: str) -> None:
     if not dry_run:
         from cifar100cli.runs import check_writable
 
-        check_writable(expand(given["out"]))
+        ranks.on_first(lambda: check_writable(expand(given["out"])))
     _check_inputs(chosen.config, given["data_dir"])
     where = _where(given["data_dir"], given["out"], given["device"])
     from cifar100cli import workflows
@@ -472,30 +498,37 @@ def _check_inputs(config: "Config", data_dir: Path | None) -> None:
 
 
 def _resume(given: dict[str, Any], overrides: list["Override"]) -> None:
+    if given["dry_run"] or given["print_config"]:
+        raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
+    run, asked, own, data_dir, device = ranks.on_first(lambda: _run_to_resume(given, overrides))
+    where = _where(data_dir, given["out"], device)
+    from cifar100cli import workflows
+
+    workflows.refuse_other_settings(run, asked, own)
+    with console.TrainingDisplay(run.preset) as display:
+        result = workflows.resume(run, where, display)
+    show.training(result, own.published, given["json"])
+
+
+def _run_to_resume(
+    given: dict[str, Any], overrides: list["Override"]
+) -> tuple["RunDir", "Config", "Config", Path, str]:
+    """The run that is meant, the settings that are asked for and those that it has, its data folder and device."""
     from cifar100cli.config import Override, load_preset
     from cifar100cli.runs import CONFIG, RunDir, latest_unfinished
 
-    if given["dry_run"] or given["print_config"]:
-        raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
     name, preset, device = given["resume"], given["preset"], given["device"]
     stem = load_preset(preset).name if preset else None
     run = latest_unfinished(expand(given["out"]), stem) if name == "last" else RunDir.open(expand(Path(name)))
+    own = asked = run.config()
     if preset or overrides:
         # A seed that is not given again is the run's.
         if not any(override.key == "seed" for override in overrides):
-            overrides = [*overrides, Override("seed", run.config().seed, "the run")]
+            overrides = [*overrides, Override("seed", own.seed, "the run")]
         asked = load_preset(preset or str(run.path / CONFIG), overrides).config
-    else:
-        asked = run.config()
-    if device == "auto":
+    if device == "auto" and ranks.count() == 1:
         device = run.recorded("device") or device
-    where = _where(given["data_dir"], given["out"], device, run.path)
-    from cifar100cli import workflows
-
-    workflows.refuse_other_settings(run, asked)
-    with console.TrainingDisplay(run.preset) as display:
-        result = workflows.resume(run, where, display)
-    show.training(result, run.config().published, given["json"])
+    return run, asked, own, _data_dir(given["data_dir"], run.path), device
 
 
 @app.command()
@@ -542,6 +575,7 @@ def presets(
 
     Example: cifar100 presets resnet18-baseline > mine.yaml
     """
+    _one_process()
     from cifar100cli.config import load_preset, shipped_presets
 
     if name is not None:
@@ -581,6 +615,7 @@ def report(
 
     Example: cifar100 report --format markdown --out report.md
     """
+    _one_process()
     from cifar100cli import report as reports
 
     if json and out_format not in (None, "json"):

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from cifar100cli import ranks
 from cifar100cli.augment import Views
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import DeviceLoader
@@ -64,8 +65,8 @@ def table(
     """`function` of every version of every image of a loader: (versions, images, ...) of `dtype`.
 
     `function` takes uint8 images (N, 3, H, W) on the loader's device, at most `batch_size` at once. `folder` is
-    for this table alone (`key`). The table is on the device if there is room, else on the host. Raises
-    `UsageError` where there is room nowhere.
+    for this table alone (`key`). The table is on the device if there is room, else on the host. Of several ranks each
+    computes some parts, and all have the whole. Raises `UsageError` where there is room nowhere.
     """
     assert isinstance(loader.policy, Views)
     versions = loader.policy.versions
@@ -73,16 +74,20 @@ def table(
     size = math.prod(shape) * dtype.itemsize
     whole = _room(shape, dtype, loader.device, folder.parent, title)
     keep = size <= KEPT
+    parts = [
+        (index, version, start, min(start + PART, loader.count))
+        for index, version in enumerate(versions)
+        for start in range(0, loader.count, PART)
+    ]
+    owned = parts[ranks.rank() :: ranks.count()]
     missing = []
-    for index, version in enumerate(versions):
-        for start in range(0, loader.count, PART):
-            end = min(start + PART, loader.count)
-            part = _read(_path(folder, version, start), (end - start, *shape[2:]), dtype) if keep else None
-            if part is None:
-                missing.append((index, version, start, end))
-            else:
-                whole[index, start:end] = part
-    if not missing:
+    for index, version, start, end in owned:
+        part = _read(_path(folder, version, start), (end - start, *shape[2:]), dtype) if keep else None
+        if part is None:
+            missing.append((index, version, start, end))
+        else:
+            whole[index, start:end] = part
+    if not missing and ranks.count() == 1:
         speaker.say(f"{title}: kept in {folder}, nothing to compute")
         return whole
     with speaker.progress(title, sum(end - start for *_, start, end in missing)) as advance:
@@ -96,6 +101,8 @@ def table(
                 if problem:
                     speaker.say(f"{folder}: {problem}; the next run has to compute this again")
                     keep = False
+    for number, (index, _, start, end) in enumerate(parts):
+        ranks.hand_out(whole[index, start:end], owner=number % ranks.count())
     return whole
 
 

@@ -147,6 +147,10 @@ class Train(Section):
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     select: Literal["best_test", "best_val", "last"] = "last"
     watch_test: bool = Field(False, description="measure the test set in every epoch, and choose nothing by it")
+    compile: Literal["auto", "off", "graph", "inductor"] = Field(
+        "auto", description="steps as one CUDA graph; inductor: with kernels compiled by torch.compile besides"
+    )
+    sync_batch_norm: bool = Field(True, description="with torchrun: batch statistics of all ranks, as on one device")
 
 
 class Config(Section):

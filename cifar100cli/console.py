@@ -23,12 +23,21 @@ QUIET, NORMAL, VERBOSE = -1, 0, 1
 PROTOCOLS = {"best_test": "best on test", "best_val": "held-out", "last": "last"}  # how a figure was selected
 
 _verbosity = NORMAL
+_muted = False
 
 
 def set_verbosity(level: int) -> None:
     """QUIET shows results and errors only; VERBOSE tells what goes on."""
     global _verbosity
-    _verbosity = level
+    _verbosity = QUIET if _muted else level
+
+
+def mute() -> None:
+    """Show nothing but errors, whatever the options say: another process is talking."""
+    global _muted
+    _muted = True
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the process lives
+    set_verbosity(QUIET)
 
 
 def verbosity() -> int:

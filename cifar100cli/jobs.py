@@ -9,19 +9,21 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cifar100cli import checkpoint, computed, datasets, teachers, trainer
+from cifar100cli import batch_norm, checkpoint, computed, datasets, devices, ranks, steps, teachers
 from cifar100cli.albumentations_backend import AlbumentationsOneOf
 from cifar100cli.augment import POLICIES, Policy, Views
-from cifar100cli.checkpoint import Card, Checkpoint
+from cifar100cli.checkpoint import Card, Checkpoint, Saved
 from cifar100cli.computed import Speaker
 from cifar100cli.config import Augment, Config, Distillation, Finetune, Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
+from cifar100cli.flops import forward_flops
 from cifar100cli.loader import DeviceLoader, Features, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone, classifiers, create_model
 from cifar100cli.one_of import one_of
 from cifar100cli.optim import Group, everything
 from cifar100cli.stages import Parted, Stage, StageRow, freeze, learning, stage_rows, stages_of
+from cifar100cli.steps import Manner
 from cifar100cli.tasks import DistillationTask, Task, Teacher, create_task
 from cifar100cli.trainer import Loaders, Observer
 
@@ -58,18 +60,23 @@ class Job:
     device: torch.device
     precision: str
     groups: list[Group]
-    split: Parted | None = None
+    split: Parted | None
+    manner: Manner
 
 
-def prepare(preset: Preset, where: Where, watcher: Watcher, *, state: Path | None = None, dry: bool = False) -> Job:
+def prepare(preset: Preset, where: Where, watcher: Watcher, *, state: Saved | None = None, dry: bool = False) -> Job:
     """Check everything and load everything; nothing is written but what is computed once, and not that if `dry`.
 
     A run that goes on has its network's weights in `state`, and needs those that it began from no more.
     """
     config = preset.config
     check_backbone(config.model.backbone)
-    device = trainer.select_device(where.device)
-    precision = trainer.resolve_precision(config.train.precision, device)
+    device = devices.select_device(where.device)
+    precision = ranks.on_first(lambda: devices.resolve_precision(config.train.precision, device))
+    if config.data.batch_size < ranks.count():
+        raise UsageError(
+            f"data.batch_size = {config.data.batch_size} leaves some of {ranks.count()} ranks without images"
+        )
     dataset = datasets.load(config.data.dataset, where.data_dir)
     training, held_out = training_splits(dataset, config)
     preprocessing = preprocessing_for(config.data.normalize, config.data.image_size, training, config.model.backbone)
@@ -77,11 +84,14 @@ def prepare(preset: Preset, where: Where, watcher: Watcher, *, state: Path | Non
     if config.distillation is not None:
         saved_teacher = _load_teacher(config.distillation, dataset)
     torch.manual_seed(config.seed)
-    model = create_model(config, len(dataset.classes), pretrained=None if state is None else False)
+    with ranks.one_ahead():  # the model hub is asked once
+        model = create_model(config, len(dataset.classes), pretrained=None if state is None else False)
     if state is not None:
-        checkpoint.load_weights_of_state(state, model)
+        checkpoint.restore_model(state, model)
     elif config.model.weights is not None:
         watcher.say(f"starting from {config.model.weights}; the head is a new one of {len(dataset.classes)} classes")
+    if ranks.count() > 1 and config.train.sync_batch_norm:
+        model = batch_norm.synchronised(model, device)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     train_loader = DeviceLoader(
         training,
@@ -91,6 +101,9 @@ def prepare(preset: Preset, where: Where, watcher: Watcher, *, state: Path | Non
         shuffle=True,
         policy=_policy(config.augment),
         seed=config.seed,
+        rank=ranks.rank(),
+        ranks=ranks.count(),
+        least=max(2, ranks.count() if config.train.sync_batch_norm else 2 * ranks.count()),
     )
     if 1 in train_loader.batch_sizes() and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise UsageError("data.batch_size = 1: batch norm cannot train on one image at a time; use at least 2")
@@ -120,7 +133,27 @@ def prepare(preset: Preset, where: Where, watcher: Watcher, *, state: Path | Non
     groups, split = everything(model), None
     if config.finetune is not None:
         groups, split = _finetune(config, config.finetune, model, loaders, precision, where, watcher, dry=dry)
-    return Job(config, preset.name, dataset, model, task, loaders, test_loader, card, device, precision, groups, split)
+    flops = 0.0  # which decide nothing on a CPU
+    if device.type == "cuda":  # a backward pass is about two forward ones
+        flops = 3 * forward_flops(model, train_loader) * train_loader.count * config.train.epochs
+    manner = steps.choose(config.train.compile, flops, train_loader, ranks.count())
+    if device.type == "cuda" or manner.name != "off":
+        watcher.say(f"steps: {manner.name} ({manner.reason})")
+    return Job(
+        config,
+        preset.name,
+        dataset,
+        model,
+        task,
+        loaders,
+        test_loader,
+        card,
+        device,
+        precision,
+        groups,
+        split,
+        manner,
+    )
 
 
 def _policy(config: Augment) -> Policy:
@@ -158,7 +191,7 @@ def _teacher(
     device = loader.device
     folder = where.cache_dir / teachers.key(saved, loader, precision)
     model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    online = teachers.OnlineTeacher(model, saved.card.preprocessing, trainer.autocast(device, precision))
+    online = teachers.OnlineTeacher(model, saved.card.preprocessing, devices.autocast(device, precision))
     if dry:
         return online
     if isinstance(loader.policy, Views):
@@ -221,7 +254,7 @@ def _finetune(
             raise UsageError(f"finetune.cache = on is not possible: {obstacle}; leave --cache out")
         watcher.say(f"the frozen part runs in every epoch, because {obstacle}")
         return groups, None
-    cast = trainer.autocast(loaders.train.device, precision)
+    cast = devices.autocast(loaders.train.device, precision)
 
     def front(images: torch.Tensor) -> torch.Tensor:
         with cast():
@@ -278,4 +311,11 @@ def training_splits(dataset: Dataset, config: Config) -> tuple[Split, Split | No
 
 def evaluation_loader(split: Split, device: torch.device, preprocessing: Preprocessing) -> DeviceLoader:
     """The images of a split in its order, in batches that fill a device."""
-    return DeviceLoader(split, evaluation_batch_size(preprocessing.image_size), device, preprocessing)
+    return DeviceLoader(
+        split,
+        evaluation_batch_size(preprocessing.image_size),
+        device,
+        preprocessing,
+        rank=ranks.rank(),
+        ranks=ranks.count(),
+    )

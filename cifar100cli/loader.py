@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar100cli.augment import POLICIES, Policy, Views
+from cifar100cli.augment import POLICIES, Drawn, Policy, Views
 from cifar100cli.datasets import Split
 from cifar100cli.models import backbone_normalization
 
@@ -80,6 +80,14 @@ class Batch:
     views: Tensor | None
 
 
+@dataclass(frozen=True)
+class Plan:
+    """An epoch laid out: positions in the split in the order of training, (N,) int64, and what was drawn for each."""
+
+    positions: Tensor
+    drawn: Drawn
+
+
 class Features:
     """Inputs that were computed before, (versions, images, ...), in any float type, on the device or on the host.
 
@@ -99,8 +107,11 @@ class Features:
 class DeviceLoader:
     """Batches of a split that lives on the device.
 
-    What is random (order, augmentation) is drawn from (seed, epoch, step) alone, so that any epoch can be
-    had again without those before it. With `features` set, they are looked up in place of the images.
+    What is random (order, augmentation) is drawn from (seed, epoch) alone, for all images at once, so that any epoch
+    can be had again without those before it. With `features` set, they are looked up in place of the images.
+
+    Of several `ranks`, each makes its own share of every batch, and together they make the batches of one. A last
+    batch of fewer than `least` images joins the one before.
     """
 
     def __init__(
@@ -113,6 +124,9 @@ class DeviceLoader:
         shuffle: bool = False,
         policy: Policy = POLICIES["none"],
         seed: int = 0,
+        rank: int = 0,
+        ranks: int = 1,
+        least: int = 2,  # batch norm cannot train on one image alone
     ) -> None:
         self.images = torch.from_numpy(split.images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
@@ -121,9 +135,18 @@ class DeviceLoader:
         self.features: Features | None = None
         count = len(split)
         starts = list(range(0, count, batch_size))
-        if count > 1 and count - starts[-1] == 1:
-            starts.pop()  # batch norm cannot train on one image alone: it joins the batch before
+        if len(starts) > 1 and count - starts[-1] < least:
+            starts.pop()
         self.bounds = list(zip(starts, [*starts[1:], count], strict=True))
+        self.shares = [
+            slice(start + (end - start) * rank // ranks, start + (end - start) * (rank + 1) // ranks)
+            for start, end in self.bounds
+        ]
+        # A batch's loss is the mean over its images, and that of the means of shares when these are weighted.
+        self.weights = [
+            (share.stop - share.start) * ranks / (end - start)
+            for share, (start, end) in zip(self.shares, self.bounds, strict=True)
+        ]
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -135,44 +158,42 @@ class DeviceLoader:
         return len(self.labels)
 
     def batch_sizes(self) -> list[int]:
-        """Images in each batch."""
+        """Images in each batch, on all ranks."""
         return [end - start for start, end in self.bounds]
 
-    def epoch(self, number: int) -> Iterator[Batch]:
-        """The batches of epoch `number`, counted from 1."""
-        order = None
+    def plan(self, epoch: int) -> Plan:
+        """Order and augmentation of all images in epoch `epoch`, counted from 1; on the device."""
+        positions = torch.arange(self.count, device=self.device)
         if self.shuffle:
-            permutation = np.random.default_rng([self.seed, number]).permutation(self.count)
-            order = torch.from_numpy(permutation).to(self.device)
-        for step, (start, end) in enumerate(self.bounds):
-            chosen = torch.arange(start, end, device=self.device) if order is None else order[start:end]
-            labels = self.labels[chosen]
-            generator = seeded_generator(self.device, self.seed, number, step)
-            images, views = None, None
-            if isinstance(self.policy, Views):
-                views = self.policy.draw(len(chosen), generator)
-                if self.features is None:
-                    images = self.policy.apply(self.images[chosen], views)
-            else:
-                images = self.policy(self.images[chosen], generator)
-            if images is not None:
-                inputs = self.preprocessing(images)
-            else:
-                assert self.features is not None
-                assert views is not None
-                inputs = self.features(views, chosen)
-            yield Batch(inputs, labels, images, chosen, views)
+            permutation = np.random.default_rng([self.seed, epoch]).permutation(self.count)
+            positions = torch.from_numpy(permutation).to(self.device)
+        generator = torch.Generator(self.device).manual_seed(derived_seed(self.seed, epoch))
+        height, width = self.images.shape[-2:]
+        return Plan(positions, self.policy.draw(self.count, height, width, generator))
+
+    def epoch(self, number: int) -> Iterator[Batch]:
+        """This rank's batches of epoch `number`, counted from 1."""
+        plan = self.plan(number)
+        for share in self.shares:
+            yield self.batch(plan, share)
+
+    def batch(self, plan: Plan, rows: slice | Tensor) -> Batch:
+        """The images of some rows of a plan. Nothing is drawn here, and the host waits for nothing."""
+        positions = plan.positions[rows]
+        drawn = tuple(tensor[rows] for tensor in plan.drawn)
+        labels = self.labels[positions]
+        views = drawn[0] if isinstance(self.policy, Views) else None
+        if self.features is not None:
+            assert views is not None
+            return Batch(self.features(views, positions), labels, None, positions, views)
+        images = self.policy.apply(self.images[positions], *drawn)
+        return Batch(self.preprocessing(images), labels, images, positions, views)
 
 
 def derived_seed(*parts: int) -> int:
     """A seed of 63 bits that depends on every part, as NumPy mixes them."""
     words = np.random.SeedSequence(parts).generate_state(1, np.uint64)
     return int(words[0]) >> 1
-
-
-def seeded_generator(device: torch.device, *parts: int) -> torch.Generator:
-    """A generator on `device`, seeded by all the parts."""
-    return torch.Generator(device).manual_seed(derived_seed(*parts))
 
 
 def evaluation_batch_size(image_size: int) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cifar100cli import __version__, trainer
+from cifar100cli import __version__, devices, ranks
 
 
 def environment(device: torch.device, precision: str, data_dir: Path) -> dict[str, Any]:
@@ -26,6 +26,8 @@ def environment(device: torch.device, precision: str, data_dir: Path) -> dict[st
         "device_name": _device_name(device),
         "precision": precision,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.count(),
+        "launch": ranks.launch(),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cuda": torch.version.cuda,
@@ -35,9 +37,9 @@ def environment(device: torch.device, precision: str, data_dir: Path) -> dict[st
 
 def in_one_line(device: str) -> str:
     """PyTorch and the device that it would use."""
-    chosen = trainer.select_device(device)
+    chosen = devices.select_device(device)
     name = _device_name(chosen)
-    precision = trainer.resolve_precision("auto", chosen)
+    precision = devices.resolve_precision("auto", chosen)
     return f"PyTorch {torch.__version__} on {chosen} ({name}), {torch.get_num_threads()} threads, precision {precision}"
 
 

@@ -1,17 +1,16 @@
 """How good a model is: top-1, top-5, loss, calibration, superclasses, classes, confusions."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from cifar100cli import ranks
+from cifar100cli.devices import Cast
 from cifar100cli.loader import DeviceLoader
 
 CALIBRATION_BINS = 15
-Autocast = Callable[[], AbstractContextManager[object]]
 
 
 @dataclass(frozen=True)
@@ -34,18 +33,23 @@ class EvalResult(Scores):
     confusions: tuple[tuple[int, int, int], ...]
 
 
-def predict(model: nn.Module, loader: DeviceLoader, autocast: Autocast) -> tuple[Tensor, Tensor]:
+def predict(model: nn.Module, loader: DeviceLoader, cast: Cast) -> tuple[Tensor, Tensor]:
     """Logits (N, classes) float32 and labels (N,) int64 of a whole split, in its order, on the CPU.
 
-    The model is in evaluation mode meanwhile, and afterwards as it was. The host waits once, at the end.
+    The model is in evaluation mode meanwhile, and afterwards as it was. The host waits once, at the end. Of several
+    ranks each looks at its share of every batch, and all have all logits in the end.
     """
     training = model.training
     model.eval()
     try:
-        with torch.inference_mode(), autocast():
-            logits = torch.cat([model(batch.inputs).float() for batch in loader.epoch(1)])
+        with torch.inference_mode(), cast():
+            parts = [model(batch.inputs).float() for batch in loader.epoch(1)]
     finally:
         model.train(training)
+    logits = parts[0].new_zeros(loader.count, parts[0].shape[1])
+    for share, part in zip(loader.shares, parts, strict=True):
+        logits[share] = part
+    ranks.sum_up(logits)  # each row was filled on one rank, and is zero on the others
     return logits.cpu(), loader.labels.cpu()
 
 

@@ -8,11 +8,12 @@ shapes follow from that of the images.
 """
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import itertools
 
 import torch
 from torch import Tensor
+
+from cifar100cli.augment import Drawn, Transform, drawn_by
 
 SHIFT_LIMIT, SCALE_LIMIT, ANGLE_LIMIT = 0.0625, 0.1, 45.0  # of the side; from 1; degrees
 LEAST_SIDE, MOST_SIDE = 0.1, 0.2  # of a hole, in sides of the image
@@ -211,53 +212,43 @@ def mirror_top_bottom(images: Tensor) -> Tensor:
     return images.flip(-2)
 
 
-Parameters = tuple[Tensor, ...]  # (N, ...) each
-
-
-@dataclass(frozen=True)
-class Transform:
-    """How parameters are drawn for N images of H x W, and how images (N, 3, H, W) are changed with them."""
-
-    draw: Callable[[int, int, int, torch.Generator], Parameters]
-    apply: Callable[..., Tensor]
-
-
 TRANSFORMS = (
-    Transform(draw_shift_scale_rotate, shift_scale_rotate),
-    Transform(draw_holes, cut_holes),
-    Transform(draw_jitter, jitter),
-    Transform(draw_nothing, mirror_left_right),
-    Transform(draw_nothing, mirror_top_bottom),
+    Transform(3, draw_shift_scale_rotate, shift_scale_rotate),
+    Transform(1, draw_holes, cut_holes),
+    Transform(5, draw_jitter, jitter),
+    Transform(0, draw_nothing, mirror_left_right),
+    Transform(0, draw_nothing, mirror_top_bottom),
 )
 
 
-def draw(count: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor, list[Parameters]]:
+def draw(count: int, height: int, width: int, generator: torch.Generator) -> Drawn:
     """Which of TRANSFORMS each image gets, (N,) int64, all equally likely, and every image's parameters for each."""
     chosen = torch.randint(0, len(TRANSFORMS), (count,), generator=generator, device=generator.device)
-    return chosen, [transform.draw(count, height, width, generator) for transform in TRANSFORMS]
+    parameters = (transform.draw(count, height, width, generator) for transform in TRANSFORMS)
+    return chosen, *itertools.chain.from_iterable(parameters)
 
 
-def apply_in_parts(images: Tensor, chosen: Tensor, parameters: list[Parameters]) -> Tensor:
+def apply_in_parts(images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
     """Each image changed by its transform alone. The sizes of the parts are random, which a GPU would wait for."""
     result = torch.empty_like(images)
-    for index, transform in enumerate(TRANSFORMS):
+    for index, (transform, own) in enumerate(zip(TRANSFORMS, drawn_by(TRANSFORMS, parameters), strict=True)):
         part = (chosen == index).nonzero()[:, 0]
-        result[part] = transform.apply(images[part], *(values[part] for values in parameters[index]))
+        result[part] = transform.apply(images[part], *(values[part] for values in own))
     return result
 
 
-def apply_to_all(images: Tensor, chosen: Tensor, parameters: list[Parameters]) -> Tensor:
+def apply_to_all(images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
     """The same images as `apply_in_parts`: every transform of all of them, of which each keeps its own."""
     result = images
-    for index, transform in enumerate(TRANSFORMS):
-        changed = transform.apply(images, *parameters[index])
+    for index, (transform, own) in enumerate(zip(TRANSFORMS, drawn_by(TRANSFORMS, parameters), strict=True)):
+        changed = transform.apply(images, *own)
         result = torch.where((chosen == index)[:, None, None, None], changed, result)
     return result
 
 
-def one_of(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Each image (N, 3, H, W) uint8 changed by one of TRANSFORMS, with parameters of its own."""
-    count, _, height, width = images.shape
-    chosen, parameters = draw(count, height, width, generator)
-    apply = apply_in_parts if images.device.type == "cpu" else apply_to_all
-    return apply(images, chosen, parameters)
+def apply(images: Tensor, *drawn: Tensor) -> Tensor:
+    """Each image (N, 3, H, W) uint8 changed by the one of TRANSFORMS that was drawn for it."""
+    return (apply_in_parts if images.device.type == "cpu" else apply_to_all)(images, *drawn)
+
+
+one_of = Transform(1 + sum(transform.draws for transform in TRANSFORMS), draw, apply)

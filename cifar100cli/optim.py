@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cifar100cli.config import Optimizer, Schedule
 
@@ -25,7 +25,13 @@ def everything(model: nn.Module) -> list[Group]:
 
 def create_optimizer(config: Optimizer, groups: Sequence[Group]) -> torch.optim.Optimizer:
     """The fused optimizer over these weights; weight decay is on all of them, as in torch."""
-    parameters = [{"params": group.parameters, "scale": group.scale, "lr": config.lr * group.scale} for group in groups]
+    on_cuda = any(parameter.device.type == "cuda" for group in groups for parameter in group.parameters)
+
+    def rate(scale: float) -> float | Tensor:
+        # In a CUDA graph the rate is read from the device; on a CPU a plain number is quicker.
+        return torch.tensor(config.lr * scale, device=groups[0].parameters[0].device) if on_cuda else config.lr * scale
+
+    parameters = [{"params": group.parameters, "scale": group.scale, "lr": rate(group.scale)} for group in groups]
     if config.name == "sgd":
         return torch.optim.SGD(
             parameters,
@@ -36,7 +42,9 @@ def create_optimizer(config: Optimizer, groups: Sequence[Group]) -> torch.optim.
             fused=True,
         )
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True)
+    return kind(
+        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=on_cuda
+    )
 
 
 def learning_rate(peak: float, schedule: Schedule, step: int, steps_per_epoch: int, epochs: int) -> float:
@@ -57,4 +65,7 @@ def learning_rate(peak: float, schedule: Schedule, step: int, steps_per_epoch: i
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Use `rate`, times each group's scale, from the next step on."""
     for group in optimizer.param_groups:
-        group["lr"] = rate * group["scale"]
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate * group["scale"])
+        else:
+            group["lr"] = rate * group["scale"]

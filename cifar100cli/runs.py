@@ -293,6 +293,13 @@ def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
     return RunDir.open(max(folders, key=lambda path: (path / CONFIG).stat().st_mtime_ns))
 
 
+def begun_by(root: Path, preset: str, launch: str | None) -> RunDir | None:
+    """The run of this preset that this torchrun command began last, if it has begun one."""
+    found = [RunDir(path) for path in find_runs(root / preset) if (path / CONFIG).is_file()]
+    ours = [run for run in found if launch is not None and run.recorded("launch") == launch]
+    return max(ours, key=lambda run: (run.path / CONFIG).stat().st_mtime_ns, default=None)
+
+
 def find_model(path: Path) -> Path:
     """The model's file of a run folder, or the file itself."""
     if path.is_dir():

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from cifar100cli import computed
 from cifar100cli.checkpoint import Checkpoint
+from cifar100cli.devices import Cast
 from cifar100cli.loader import Batch, DeviceLoader, Preprocessing, evaluation_batch_size
-from cifar100cli.metrics import Autocast
 
 
 class OnlineTeacher:
     """Runs in every step, on the batch's own images: for policies that make no two views the same."""
 
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing, autocast: Autocast) -> None:
-        self.model, self.preprocessing, self.autocast = model.eval(), preprocessing, autocast
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing, cast: Cast) -> None:
+        self.model, self.preprocessing, self.cast = model.eval(), preprocessing, cast
 
     def __call__(self, batch: Batch) -> Tensor:
         """Logits (N, classes) float32."""
@@ -35,7 +35,7 @@ class OnlineTeacher:
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, classes) float32 of uint8 images (N, 3, H, W)."""
-        with torch.no_grad(), self.autocast():
+        with torch.no_grad(), self.cast():
             logits: Tensor = self.model(self.preprocessing(images)).float()
             return logits
 

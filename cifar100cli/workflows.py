@@ -1,14 +1,16 @@
 """What the commands do: train, go on, try, evaluate."""
 
+import contextlib
 import csv
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from cifar100cli import checkpoint, datasets, machine, metrics, trainer
+from cifar100cli import checkpoint, datasets, devices, machine, metrics, ranks, trainer
 from cifar100cli.checkpoint import Card, Checkpoint, TrainState
 from cifar100cli.config import Config, Preset, differences
 from cifar100cli.datasets import Dataset, Split
@@ -17,27 +19,32 @@ from cifar100cli.jobs import Job, Watcher, Where, evaluation_loader, prepare, tr
 from cifar100cli.loader import DeviceLoader
 from cifar100cli.models import count_parameters
 from cifar100cli.optim import create_optimizer
-from cifar100cli.runs import MODEL, STATE, RunDir, replacing
+from cifar100cli.runs import MODEL, STATE, RunDir, begun_by, replacing
 
 # ------------------------------------------------------------------------------------------------ training
 
 
 def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
-    """Train a preset from the start in a new run folder; returns what `result.json` holds."""
+    """Train a preset from the start in a new run folder; returns what `result.json` holds.
+
+    Where torchrun has started the ranks again after one of them had failed, the run that they had begun goes on.
+    """
+    begun = ranks.on_first(lambda: begun_by(where.runs_dir, preset.name, ranks.launch()) if ranks.restarts() else None)
+    if begun is not None:
+        watcher.say(f"started again by torchrun (restart {ranks.restarts()})")
+        return resume(begun, where, watcher)
     job = prepare(preset, where, watcher)
-    run = RunDir.create(
-        where.runs_dir, job.preset, job.config, machine.environment(job.device, job.precision, where.data_dir)
-    )
+    environment = machine.environment(job.device, job.precision, where.data_dir)
+    run = ranks.on_first(lambda: RunDir.create(where.runs_dir, job.preset, job.config, environment))
     return _fit(job, run, watcher)
 
 
 def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Go on with a run that was stopped; a complete one is only read."""
-    if run.complete:
-        return run.result()
-    state = run.path / STATE
-    job = prepare(Preset(run.preset, run.config()), where, watcher, state=state if state.is_file() else None)
-    began_in = run.environment().get("precision")
+    done, config, name, began_in, saved = ranks.on_first(lambda: _where_it_is(run))
+    if done is not None:
+        return done
+    job = prepare(Preset(name, config), where, watcher, state=saved)
     if job.config.train.precision == "auto" and began_in != job.precision:
         raise UsageError(
             f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
@@ -46,9 +53,17 @@ def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
     return _fit(job, run, watcher)
 
 
-def refuse_other_settings(run: RunDir, asked: Config) -> None:
+def _where_it_is(run: RunDir) -> tuple[dict[str, Any] | None, Config, str, object, checkpoint.Saved | None]:
+    """A run's result, if it has one; its configuration, preset, precision, and the state that it can go on from."""
+    state = run.path / STATE
+    done = run.result() if run.complete else None
+    saved = checkpoint.read(state) if done is None and state.is_file() else None
+    return done, run.config(), run.preset, run.environment().get("precision"), saved
+
+
+def refuse_other_settings(run: RunDir, asked: Config, own: Config) -> None:
     """A run goes on as it was begun: raise `UsageError` for a setting that is not the run's own."""
-    changed = differences(asked, run.config())
+    changed = differences(asked, own)
     if changed:
         key, (wanted, has) = next(iter(changed.items()))
         raise UsageError(
@@ -59,7 +74,7 @@ def refuse_other_settings(run: RunDir, asked: Config) -> None:
 
 def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
     try:
-        with run.exclusively():
+        with _alone(run), _in_words(job, run):
             state = trainer.fit(
                 job.model,
                 job.task,
@@ -69,21 +84,50 @@ def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
                 job.card,
                 groups=job.groups,
                 precision=job.precision,
+                manner=job.manner,
                 observer=watcher,
             )
             result = _result(job, run, state)
-            run.write_result(result)
-    except DivergedError as error:
-        raise DivergedError(f"{error}; {_last_good(run)}; try a lower --lr, or a smaller optimizer.grad_clip") from None
+            ranks.on_first(lambda: run.write_result(result))
     except KeyboardInterrupt as stop:
         raise RunInterrupted(run.path, len(run.metrics()), job.config.train.epochs, stop) from None
+    return result
+
+
+@contextlib.contextmanager
+def _alone(run: RunDir) -> Iterator[None]:
+    """Rank 0 holds the run against other commands."""
+    with contextlib.ExitStack() as held:
+        ranks.on_first(lambda: held.enter_context(run.exclusively()))
+        yield
+
+
+@contextlib.contextmanager
+def _in_words(job: Job, run: RunDir) -> Iterator[None]:
+    """What ends a run, with what is left of it and what to do."""
+    go_on = f"go on with: cifar100 train --resume {shlex.quote(str(run.path))}"
+    try:
+        yield
+    except DivergedError as error:
+        raise DivergedError(f"{error}; {_last_good(run)}; try a lower --lr, or a smaller optimizer.grad_clip") from None
+    except (RuntimeError, MemoryError) as error:
+        if devices.is_out_of_memory(error):
+            data = job.config.data
+            raise CifarError(
+                f"out of memory with {data.batch_size} images of {data.image_size} pixels a step: lower --batch-size "
+                f"or --image-size; {_last_good(run)}"
+            ) from None
+        if ranks.is_lost(error):
+            raise CifarError(
+                f"another rank stopped, and so does this one; {len(run.metrics())} of {job.config.train.epochs} epochs "
+                f"are done and saved; torchrun --max-restarts goes on by itself; by hand, {go_on}"
+            ) from None
+        raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         raise CifarError(
-            f"{where}{error.strerror or error}; finished epochs are saved; once there is room again, go on with: "
-            f"cifar100 train --resume {shlex.quote(str(run.path))}"
+            f"{where}{error.strerror or error}; finished epochs are saved; once there is room again, {go_on}"
         ) from None
-    return result
 
 
 def _last_good(run: RunDir) -> str:
@@ -94,14 +138,14 @@ def _last_good(run: RunDir) -> str:
 
 def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     """Measure the test set with the selected weights, and gather the run's figures."""
-    tensors, _ = checkpoint.read(run.path / MODEL)
-    checkpoint.load_weights(job.model, tensors, run.path / MODEL)
+    saved = ranks.on_first(lambda: checkpoint.read(run.path / MODEL))
+    checkpoint.load_weights(job.model, saved.tensors, saved.path)
     if job.split is not None:  # the result is the whole network's, on images
         job.split.switch_front(on=True)
         for loader in (job.loaders.train, *job.loaders.evaluation.values()):
             loader.features = None
     test = _evaluate(job.model, job.test, job.card, job.device, job.precision)
-    rows = run.metrics()
+    rows = ranks.on_first(run.metrics)
     split = trainer.SPLIT_OF[job.config.train.select]
     held_out = job.loaders.evaluation.get("val")
     result = {
@@ -124,8 +168,10 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         "trainable_parameters": count_parameters(job.model, trainable=True),
         "seconds": round(sum(row["seconds"] for row in rows), 3),
         "images_per_second": round(len(rows) / sum(1 / row["images_per_second"] for row in rows), 1),
+        "peak_memory_bytes": max(row.get("peak_memory_bytes", 0) for row in rows),
         "device": str(job.device),
         "precision": job.precision,
+        "ranks": ranks.count(),
     }
     if held_out is not None:
         val = _evaluate(job.model, held_out, job.card, job.device, job.precision)
@@ -137,16 +183,13 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Build everything and take one training step; nothing is written."""
     job = prepare(preset, where, watcher, dry=True)
     optimizer = create_optimizer(job.config.optimizer, job.groups)
-    batch = next(iter(job.loaders.train.epoch(1)))
-    job.model.train()
-    loss, _ = trainer.train_step(
-        job.model,
-        job.task,
-        batch,
-        optimizer,
-        job.config.optimizer.grad_clip,
-        trainer.autocast(job.device, job.precision),
+    loader = job.loaders.train
+    training = trainer.prepare_steps(
+        job.model, job.task, loader, optimizer, job.config, devices.autocast(job.device, job.precision)
     )
+    job.model.train()
+    plan = loader.plan(1)
+    loss, _ = training.step(plan, loader.shares[0], loader.weights[0])
     return {
         "dry_run": True,
         "preset": job.preset,
@@ -157,7 +200,7 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
         "backbone": job.config.model.backbone,
         "parameters": count_parameters(job.model),
         "trainable_parameters": count_parameters(job.model, trainable=True),
-        "batch": list(batch.inputs.shape),
+        "batch": list(loader.batch(plan, loader.shares[0]).inputs.shape),
         "steps_per_epoch": len(job.loaders.train),
         "epochs": job.config.train.epochs,
         "loss": loss.item(),
@@ -176,17 +219,17 @@ def evaluate(path: Path, where: Where, split: str = "test", predictions: Path | 
     confidence, and whether it is right.
     """
     saved = checkpoint.load_model(path)
-    device = trainer.select_device(where.device)
-    precision = trainer.resolve_precision(saved.config.train.precision, device)
+    device = devices.select_device(where.device)
+    precision = devices.resolve_precision(saved.config.train.precision, device)
     dataset = datasets.load(saved.card.dataset, where.data_dir)
     if dataset.classes != saved.card.classes:
         raise DataError(f"{saved.path}: its classes are not those of {dataset.name} in {where.data_dir}")
     model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = evaluation_loader(_split_of(saved, dataset, split), device, saved.card.preprocessing)
-    logits, labels = metrics.predict(model, loader, trainer.autocast(device, precision))
+    logits, labels = metrics.predict(model, loader, devices.autocast(device, precision))
     result = metrics.evaluate(logits, labels, saved.card.superclass_of)
     classes = saved.card.classes
-    if predictions is not None:
+    if predictions is not None and ranks.rank() == 0:
         _write_predictions(predictions, classes, logits, labels)
     return {
         "checkpoint": str(saved.path),
@@ -218,7 +261,7 @@ def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
 def _evaluate(
     model: nn.Module, loader: DeviceLoader, card: Card, device: torch.device, precision: str
 ) -> metrics.EvalResult:
-    logits, labels = metrics.predict(model, loader, trainer.autocast(device, precision))
+    logits, labels = metrics.predict(model, loader, devices.autocast(device, precision))
     return metrics.evaluate(logits, labels, card.superclass_of)
 
 

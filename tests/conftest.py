@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from cifar100cli import cli, runs, synthetic
+from cifar100cli.augment import Policy
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Config, Preset
 from cifar100cli.jobs import Where
@@ -88,6 +91,12 @@ def where(tmp_path: Path) -> Where:
 def only_run(tmp_path: Path) -> RunDir:
     (path,) = runs.find_runs(tmp_path / "runs")
     return RunDir.open(path)
+
+
+def varied(policy: Policy, images: Tensor, generator: torch.Generator) -> Tensor:
+    """The images as a policy changes them."""
+    count, _, height, width = images.shape
+    return policy.apply(images, *policy.draw(count, height, width, generator))
 
 
 class Silent:

@@ -5,6 +5,7 @@ import torch
 from torchvision.transforms.v2 import functional as reference
 
 from cifar100cli import augment
+from tests.conftest import varied
 
 
 @pytest.fixture
@@ -17,7 +18,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 def test_flip_mirrors_about_half_and_changes_nothing_else(images: torch.Tensor) -> None:
-    flipped = augment.flip(images, generator())
+    flipped = varied(augment.flip, images, generator())
     mirrored = 0
     for before, after in zip(images, flipped, strict=True):
         if not torch.equal(before, after):
@@ -27,7 +28,7 @@ def test_flip_mirrors_about_half_and_changes_nothing_else(images: torch.Tensor) 
 
 
 def test_crop_is_torchvisions_crop_of_the_padded_image(images: torch.Tensor) -> None:
-    cropped = augment.crop(images, generator())
+    cropped = augment.crop(images, *augment.draw_offsets(len(images), 32, 32, generator()))
     padded = reference.pad(images, [4])
     corners = set()
     for before, after in zip(padded, cropped, strict=True):
@@ -45,7 +46,7 @@ def test_crop_is_torchvisions_crop_of_the_padded_image(images: torch.Tensor) -> 
 @pytest.mark.parametrize("name", [name for name in augment.POLICIES if name != "none"])
 def test_policies_keep_shape_and_type_and_follow_the_generator(name: str, images: torch.Tensor) -> None:
     policy = augment.POLICIES[name]
-    once, again, other = (policy(images, generator(seed)) for seed in (1, 1, 2))
+    once, again, other = (varied(policy, images, generator(seed)) for seed in (1, 1, 2))
     assert (once.shape, once.dtype) == (images.shape, torch.uint8)
     assert torch.equal(once, again)
     assert not torch.equal(once, other)

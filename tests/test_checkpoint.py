@@ -57,7 +57,8 @@ def test_a_file_is_enough(saved: Path) -> None:
 
 def edit(path: Path, *, about: dict[str, object] | None = None, tensors: dict[str, torch.Tensor] | None = None) -> None:
     """Write the file again with something changed."""
-    old_tensors, old_about = checkpoint.read(path)
+    saved = checkpoint.read(path)
+    old_tensors, old_about = saved.tensors, saved.about
     metadata = {KEY: json.dumps({**old_about, **(about or {})})}
     save_file({**old_tensors, **(tensors or {})}, path, metadata)
 
@@ -137,7 +138,7 @@ def test_training_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None
 
     other = make_model(seed=1)
     optimizer = create_optimizer(config, everything(other))
-    assert checkpoint.load_state(tmp_path / "state", other, optimizer) == TrainState(3, 2, 0.5)
+    assert checkpoint.restore(checkpoint.read(tmp_path / "state"), other, optimizer) == TrainState(3, 2, 0.5)
     steps(other, optimizer, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
@@ -149,7 +150,9 @@ def test_a_state_of_another_model(tmp_path: Path) -> None:
     )
     other = create_model(CONFIG, classes=4)
     with pytest.raises(DataError, match="does not fit"):
-        checkpoint.load_state(tmp_path / "state", other, create_optimizer(CONFIG.optimizer, everything(other)))
+        checkpoint.restore(
+            checkpoint.read(tmp_path / "state"), other, create_optimizer(CONFIG.optimizer, everything(other))
+        )
 
 
 def test_files_hold_no_pickle(saved: Path) -> None:

@@ -347,7 +347,8 @@ def test_predictions_overwrite_no_file_of_a_run(run_cli: Cli) -> None:
 )
 def test_checkpoints_that_describe_themselves_wrongly(run_cli: Cli, about: dict[str, Any], words: str) -> None:
     path = Path(train(run_cli, epochs=1)["run_dir"]) / "model.safetensors"
-    tensors, old = checkpoint.read(path)
+    saved = checkpoint.read(path)
+    tensors, old = saved.tensors, saved.about
     safetensors.torch.save_file(tensors, path, {weights.KEY: json.dumps({**old, **about})})
     outcome = run_cli("evaluate", path)
     assert (outcome.code, len(outcome.err.splitlines())) == (3, 1)

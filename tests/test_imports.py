@@ -10,12 +10,14 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 # From the bottom up; a file may import what stands in a line above its own.
 LEVELS = (
     {"__init__", "errors"},
-    {"config", "unpickle", "fetch", "synthetic", "augment", "one_of", "albumentations_backend", "losses"}
-    | {"weights", "stages"},
+    {"ranks"},
+    {"config", "unpickle", "fetch", "synthetic", "augment", "losses", "weights", "stages", "devices"},
+    {"one_of", "albumentations_backend", "batch_norm"},
     {"console", "unpack", "runs", "datasets", "models", "optim"},
     {"download", "loader", "options"},
-    {"tasks", "metrics", "checkpoint", "computed"},
-    {"trainer", "teachers"},
+    {"tasks", "metrics", "checkpoint", "computed", "flops"},
+    {"steps", "teachers"},
+    {"trainer"},
     {"jobs", "machine", "report"},
     {"workflows"},
     {"show"},

@@ -21,6 +21,7 @@ from torch import Tensor
 from cifar100cli import albumentations_backend, one_of, synthetic
 from cifar100cli.albumentations_backend import AlbumentationsOneOf
 from cifar100cli.errors import UsageError
+from tests.conftest import varied
 
 Array = NDArray[np.float64]
 SHAPES = [(32, 32), (24, 40)]
@@ -94,12 +95,12 @@ def test_each_transform_is_applied_to_a_fifth(backend: str, reference: Albumenta
     before = torch.randint(1, 256, (DRAWS, 3, 32, 32), dtype=torch.uint8, generator=generator())
     before[:, 2] = 0
     policy = one_of.one_of if backend == "batched" else reference
-    counts = identified(before, policy(before, generator(1)))
+    counts = identified(before, varied(policy, before, generator(1)))
     assert all(within_five_deviations(count, DRAWS, 1 / 5) for count in counts), counts
 
 
 def test_each_transform_is_drawn_equally_often() -> None:
-    chosen, _ = one_of.draw(20_000, 32, 32, generator())
+    chosen, *_ = one_of.draw(20_000, 32, 32, generator())
     counts = torch.bincount(chosen).tolist()
     assert len(counts) == len(one_of.TRANSFORMS) == 5
     assert all(within_five_deviations(count, 20_000, 1 / 5) for count in counts), counts
@@ -305,48 +306,48 @@ def policy(request: pytest.FixtureRequest, reference: AlbumentationsOneOf) -> An
 
 def test_follows_the_images_and_the_generator_alone(policy: Any, images: Tensor) -> None:
     before = images.clone()
-    once = policy(images, generator(1))
-    other = policy(images.flip(0), generator(2))
-    assert torch.equal(policy(images, generator(1)), once)
+    once = varied(policy, images, generator(1))
+    other = varied(policy, images.flip(0), generator(2))
+    assert torch.equal(varied(policy, images, generator(1)), once)
     assert torch.equal(images, before), "the images are not changed in place"
     assert (once.shape, once.dtype) == (images.shape, torch.uint8)
     assert not torch.equal(once, other.flip(0))
     going_on = generator(1)
-    assert torch.equal(policy(images, going_on), once)
-    assert not torch.equal(policy(images, going_on), once), "the generator moves on"
+    assert torch.equal(varied(policy, images, going_on), once)
+    assert not torch.equal(varied(policy, images, going_on), once), "the generator moves on"
 
 
 @pytest.mark.parametrize("shape", [(7, 3, 24, 40), (2, 3, 5, 4), (1, 3, 32, 32), (0, 3, 32, 32), (3, 3, 64, 64)])
 def test_takes_any_size(shape: tuple[int, int, int, int], policy: Any) -> None:
     some = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator())
-    changed = policy(some, generator())
+    changed = varied(policy, some, generator())
     assert (changed.shape, changed.dtype) == (some.shape, torch.uint8)
     count, _, height, width = shape
-    chosen, parameters = one_of.draw(count, height, width, generator())
-    assert torch.equal(one_of.apply_to_all(some, chosen, parameters), one_of.apply_in_parts(some, chosen, parameters))
+    drawn = one_of.draw(count, height, width, generator())
+    assert torch.equal(one_of.apply_to_all(some, *drawn), one_of.apply_in_parts(some, *drawn))
 
 
 def test_takes_any_layout(policy: Any, images: Tensor) -> None:
-    expected = policy(images, generator())
-    assert torch.equal(policy(images.contiguous(memory_format=torch.channels_last), generator()), expected)
+    expected = varied(policy, images, generator())
+    assert torch.equal(varied(policy, images.contiguous(memory_format=torch.channels_last), generator()), expected)
     turned = images.transpose(2, 3).contiguous().transpose(2, 3)
     assert not turned.is_contiguous()
-    assert torch.equal(policy(turned, generator()), expected)
+    assert torch.equal(varied(policy, turned, generator()), expected)
 
 
 def test_in_parts_and_all_at_once_are_the_same(images: Tensor) -> None:
     for seed in range(3):
-        chosen, parameters = one_of.draw(len(images), 32, 32, generator(seed))
-        expected = one_of.apply_in_parts(images, chosen, parameters)
-        assert torch.equal(one_of.apply_to_all(images, chosen, parameters), expected)
-        assert torch.equal(one_of.one_of(images, generator(seed)), expected)
+        drawn = one_of.draw(len(images), 32, 32, generator(seed))
+        expected = one_of.apply_in_parts(images, *drawn)
+        assert torch.equal(one_of.apply_to_all(images, *drawn), expected)
+        assert torch.equal(varied(one_of.one_of, images, generator(seed)), expected)
 
 
 # The library, or its absence.
 
 
 def test_another_pipeline_gives_the_same(reference: AlbumentationsOneOf, images: Tensor) -> None:
-    assert torch.equal(AlbumentationsOneOf()(images, generator(1)), reference(images, generator(1)))
+    assert torch.equal(varied(AlbumentationsOneOf(), images, generator(1)), varied(reference, images, generator(1)))
 
 
 def test_the_choice_says_nothing_about_the_parameters(reference: AlbumentationsOneOf) -> None:
@@ -354,7 +355,7 @@ def test_the_choice_says_nothing_about_the_parameters(reference: AlbumentationsO
     white = torch.full((1, 3, 32, 32), 255, dtype=torch.uint8)
     heights = set()
     for seed in range(400):
-        result = reference(white, generator(seed))[0, 0]
+        result = varied(reference, white, generator(seed))[0, 0]
         hole = result == 0
         rows, columns = int(hole.any(1).sum()), int(hole.any(0).sum())
         if (hole | (result == 255)).all() and hole.sum() == rows * columns > 0:

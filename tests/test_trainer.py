@@ -11,7 +11,7 @@ import timm
 import torch
 from safetensors.torch import load_file
 
-from cifar100cli import checkpoint, jobs, runs, synthetic, trainer, workflows
+from cifar100cli import checkpoint, devices, jobs, runs, steps, synthetic, trainer, workflows
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Preset
 from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
@@ -85,9 +85,9 @@ def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, recipe: str
 
     with pytest.raises(RunInterrupted):
         workflows.train(preset, broken, StopAfter(stops[0]))
-    for steps in stops[1:]:
+    for more in stops[1:]:
         with pytest.raises(RunInterrupted):
-            workflows.resume(only_run(tmp_path / "broken"), broken, StopAfter(steps))
+            workflows.resume(only_run(tmp_path / "broken"), broken, StopAfter(more))
     workflows.resume(only_run(tmp_path / "broken"), broken, Silent())
 
     one, other = only_run(tmp_path / "unbroken"), only_run(tmp_path / "broken")
@@ -95,7 +95,11 @@ def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, recipe: str
     assert (one.path / runs.STATE).read_bytes() == (other.path / runs.STATE).read_bytes()
 
     def untimed(content: Mapping[str, Any]) -> dict[str, Any]:
-        return {k: v for k, v in content.items() if k not in ("seconds", "images_per_second", "run_dir")}
+        return {
+            k: v
+            for k, v in content.items()
+            if k not in ("seconds", "images_per_second", "peak_memory_bytes", "run_dir")
+        }
 
     assert [untimed(row) for row in one.metrics()] == [untimed(row) for row in other.metrics()]
     assert untimed(one.result()) == untimed(other.result())
@@ -246,15 +250,15 @@ def test_auto_precision_asks_the_processor(
     monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert trainer.resolve_precision("auto", torch.device("cpu")) == expected
-    assert trainer.resolve_precision("fp32", torch.device("cpu")) == "fp32"
+    assert devices.resolve_precision("auto", torch.device("cpu")) == expected
+    assert devices.resolve_precision("fp32", torch.device("cpu")) == "fp32"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_here() -> None:
     with pytest.raises(UsageError, match="no CUDA device"):
-        trainer.select_device("cuda:1")
-    assert trainer.select_device("cpu") == torch.device("cpu")
+        devices.select_device("cuda:1")
+    assert devices.select_device("cpu") == torch.device("cpu")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -262,7 +266,9 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     preset = make_preset(augment={"policy": "crop_flip"}, data={"normalize": "dataset"})
     job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
     optimizer = create_optimizer(job.config.optimizer, job.groups)
-    cast = trainer.autocast(job.device, job.precision)
+    cast = devices.autocast(job.device, job.precision)
+    training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, cast)
+    taken = steps.create_steps(training, job.manner)
 
     class Watch(Silent):
         steps = 0
@@ -272,7 +278,7 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
             torch.cuda.set_sync_debug_mode("error")
 
     def epoch(number: int, observer: Silent) -> None:
-        trainer.train_epoch(job.model, job.task, job.loaders.train, optimizer, job.config, number, cast, observer)
+        trainer.train_epoch(taken, job.config, number, observer)
 
     epoch(1, Silent())
     watch = Watch()
@@ -284,6 +290,7 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
 
 def test_state_is_plain(tmp_path: Path) -> None:
     workflows.train(make_preset(), where(tmp_path), Silent())
-    tensors, about = checkpoint.read(only_run(tmp_path).path / runs.STATE)
+    saved = checkpoint.read(only_run(tmp_path).path / runs.STATE)
+    tensors, about = saved.tensors, saved.about
     assert TrainState(**{key: about[key] for key in ("epoch", "best_epoch", "best_top1")}) == TrainState(3, 3, -1.0)
     assert all(name.startswith(("model.", "optimizer.")) for name in tensors)

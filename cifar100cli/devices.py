@@ -1,0 +1,86 @@
+"""What a run computes on, in which precision, and how much memory it takes there."""
+
+import contextlib
+import re
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+
+import torch
+
+from cifar100cli import ranks
+from cifar100cli.errors import UsageError
+
+Cast = Callable[[], AbstractContextManager[object]]  # a context for a forward pass
+
+
+def select_device(name: str) -> torch.device:
+    """`auto` is CUDA, then Apple's MPS, then the CPU. Raises `UsageError` for a device that is not here."""
+    if ranks.local_count() > 1:
+        return _device_of_rank(name)
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda:0")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: PyTorch finds no CUDA device here; --device auto takes what there is")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
+        return torch.device("cuda", device.index or 0)
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UsageError("--device mps: PyTorch finds no Apple GPU here; --device auto takes what there is")
+    return device
+
+
+def _device_of_rank(name: str) -> torch.device:
+    """Each rank of a machine has a CUDA device of its own, or all share the CPU."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if name not in ("auto", "cuda"):
+        raise UsageError(f"--device {name}: with torchrun every rank has a device of its own: use auto, cuda or cpu")
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if there < ranks.local_count():
+        raise UsageError(
+            f"--device {name}: {ranks.local_count()} ranks on this machine and {there} CUDA devices: "
+            f"use torchrun --nproc-per-node {max(1, there)}, or --device cpu"
+        )
+    return torch.device("cuda", ranks.local_rank())
+
+
+def resolve_precision(name: str, device: torch.device) -> str:
+    """`auto` is bf16 where the hardware multiplies it (CUDA, or a CPU with AVX512-BF16 or AMX), else fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    if device.type == "cpu":
+        capabilities = torch.cpu.get_capabilities()
+        return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    return "fp32"
+
+
+def autocast(device: torch.device, precision: str) -> Cast:
+    """A context for the forward pass: matrix products in `precision`, weights and sums in float32."""
+    if precision == "fp32":
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.type, torch.bfloat16)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is what PyTorch or Python say when there is no more memory, on any device."""
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or re.search("out of memory|can't allocate memory", str(error)) is not None
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes held at most so far: by PyTorch on a CUDA device, else by the whole process in the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,167 @@
+"""The processes that train one model together, as torchrun starts them; without torchrun, the one that there is.
+
+Rank 0 alone touches run folders and talks; what it reads there, it hands to the others. They trust each
+other and the network between them, as torch.distributed does.
+"""
+
+import contextlib
+import inspect
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from cifar100cli.errors import CifarError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)  # for a rank that is busy with something that only one can do
+COLLECTIVE_ERRORS = ("gloo", "nccl", "connection closed by peer", "connection reset by peer", "broken pipe")
+
+
+def _number(name: str, default: int) -> int:
+    value = os.environ.get(name, "")
+    if not value:
+        return default
+    if not value.isdecimal():
+        raise UsageError(f"{name} = {value}: torchrun sets this to a whole number; unset it, or use torchrun")
+    return int(value)
+
+
+def rank() -> int:
+    """This process among all, from 0."""
+    return _number("RANK", 0) if count() > 1 else 0
+
+
+def count() -> int:
+    """How many processes there are."""
+    return _number("WORLD_SIZE", 1) if "MASTER_ADDR" in os.environ and "RANK" in os.environ else 1
+
+
+def local_rank() -> int:
+    """This process among those on this machine, from 0."""
+    return _number("LOCAL_RANK", rank()) if count() > 1 else 0
+
+
+def local_count() -> int:
+    """How many processes there are on this machine."""
+    return _number("LOCAL_WORLD_SIZE", count()) if count() > 1 else 1
+
+
+def launch() -> str | None:
+    """A name for the torchrun command that started this process, the same after it has started it again."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    name = os.environ["TORCHELASTIC_RUN_ID"]
+    return f"{name} of process {os.getppid()} on {platform.node()}" if name == "none" else name
+
+
+def restarts() -> int:
+    """How many times torchrun has started all ranks again, because one of them had failed."""
+    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+
+
+def start() -> None:
+    """Meet the other ranks; happens by itself when it is first needed."""
+    import torch
+    from torch import distributed
+
+    if distributed.is_initialized():
+        return
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
+    if backend != "gloo" and local_rank() < torch.cuda.device_count():
+        torch.cuda.set_device(local_rank())
+    distributed.init_process_group(backend, timeout=PATIENCE)
+
+
+def leave() -> None:
+    """Part from the other ranks, at the end of the program."""
+    if count() > 1:
+        from torch import distributed
+
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+
+
+def on_first(function: Callable[[], T]) -> T:
+    """What `function` gives on rank 0, on every rank; what it raises there is raised on all."""
+    if count() == 1:
+        return function()
+    from torch import distributed
+
+    start()
+    outcome: list[object] = [None, None]
+    if rank() == 0:
+        try:
+            outcome[0] = function()
+        except (CifarError, OSError) as error:
+            outcome[1] = error
+    distributed.broadcast_object_list(outcome, src=0)
+    if isinstance(outcome[1], Exception):
+        raise outcome[1]
+    return outcome[0]  # type: ignore[return-value]
+
+
+@contextlib.contextmanager
+def one_ahead() -> Iterator[None]:
+    """The first rank of each machine goes ahead; the others follow, and find what it has fetched."""
+    if count() == 1:
+        yield
+        return
+    from torch import distributed
+
+    start()
+    if local_rank() > 0:
+        distributed.barrier()
+    yield
+    if local_rank() == 0:
+        distributed.barrier()
+
+
+def sum_up(*tensors: "Tensor") -> None:
+    """Replace each tensor by its sum over all ranks."""
+    if count() > 1:
+        from torch import distributed
+
+        start()
+        for tensor in tensors:
+            distributed.all_reduce(tensor)
+
+
+def hand_out(tensor: "Tensor", owner: int) -> None:
+    """Fill the tensor on every rank with what it is on the rank `owner`."""
+    if count() > 1:
+        from torch import distributed
+
+        start()
+        distributed.broadcast(tensor, src=owner)
+
+
+def parallel(model: "nn.Module", device: "torch.device", *, buffers: bool) -> "nn.Module":
+    """The model with gradients that are averaged over all ranks; `buffers` are taken from rank 0 in every step."""
+    if count() == 1 or not any(parameter.requires_grad for parameter in model.parameters()):
+        return model
+    from torch.nn.parallel import DistributedDataParallel
+
+    start()
+    # Where a weight has a side of 1, its gradient's strides may be written in two ways, and both are right.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides", category=UserWarning)
+    new_name = "forward_sync_buffers" in inspect.signature(DistributedDataParallel).parameters
+    how: dict[str, Any] = {"forward_sync_buffers" if new_name else "broadcast_buffers": buffers}
+    return DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None, **how)
+
+
+def is_lost(error: Exception) -> bool:
+    """Whether this is what happens here when another rank has gone."""
+    if count() == 1:
+        return False
+    from torch import distributed
+
+    text = str(error).lower()
+    return isinstance(error, distributed.DistError) or any(word in text for word in COLLECTIVE_ERRORS)

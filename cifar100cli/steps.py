@@ -1,0 +1,180 @@
+"""Training steps, data included: launched one operation at a time, compiled, or captured as one CUDA graph."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar100cli.devices import Cast
+from cifar100cli.errors import UsageError
+from cifar100cli.loader import DeviceLoader, Features, Plan
+from cifar100cli.tasks import Task
+
+WARM_UP = 3  # steps that are taken one operation at a time before one is captured: libraries set themselves up in them
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a step is made of. `network` is the model, or the model with what its gradients need on several ranks."""
+
+    model: nn.Module
+    network: nn.Module
+    task: Task
+    loader: DeviceLoader
+    optimizer: torch.optim.Optimizer
+    grad_clip: float
+    cast: Cast
+
+    def step(self, plan: Plan, rows: slice | Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
+        """One step; the loss, times its `weight` among all ranks, and the right predictions, both on the device."""
+        batch = self.loader.batch(plan, rows)
+        with self.cast():
+            output = self.task(self.network, batch)
+        loss = output.loss if weight == 1 else output.loss * weight
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if self.grad_clip:
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+        self.optimizer.step()
+        return loss.detach(), (output.logits.detach().argmax(1) == batch.labels).sum()
+
+
+class Steps:
+    """The steps of an epoch, as they are: every operation is launched by itself."""
+
+    def __init__(self, training: Training) -> None:
+        loader = training.loader
+        self.training = training
+        self.plan = Plan(torch.empty(0), ())
+        self.losses = torch.zeros(len(loader), device=loader.device)
+        self.correct = torch.zeros(len(loader), dtype=torch.int64, device=loader.device)
+
+    def begin(self, epoch: int) -> None:
+        """Lay out an epoch."""
+        self.plan = self.training.loader.plan(epoch)
+
+    def take(self, index: int) -> None:
+        """Take a step, and note its loss and its right predictions without looking at them."""
+        loader = self.training.loader
+        self.losses[index], self.correct[index] = self.training.step(
+            self.plan, loader.shares[index], loader.weights[index]
+        )
+
+
+class CapturedSteps(Steps):
+    """Steps of a whole batch as one CUDA graph, which the host launches at once; a smaller last batch as it is.
+
+    The graph holds everything: looking images up, augmentation, forward, backward, clipping, optimizer. It reads the
+    epoch's plan, the row that a batch begins at and the learning rate where it found them when it was captured, so
+    that these are all that is written between two steps. The first steps of a run are taken as they are: nothing is
+    computed for the sake of the capture.
+    """
+
+    def __init__(self, training: Training) -> None:
+        super().__init__(training)
+        device = training.loader.device
+        start, end = training.loader.bounds[0]
+        self.size = end - start
+        self.first_row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.offsets = torch.arange(self.size, device=device)
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.left = WARM_UP
+
+    def begin(self, epoch: int) -> None:
+        """Lay out an epoch, in the memory that the graph knows."""
+        if not self.plan.drawn:
+            super().begin(epoch)
+            return
+        plan = self.training.loader.plan(epoch)
+        self.plan.positions.copy_(plan.positions)
+        for ours, new in zip(self.plan.drawn, plan.drawn, strict=True):
+            ours.copy_(new)
+
+    def take(self, index: int) -> None:
+        """Take a step, and note its loss and its right predictions without looking at them."""
+        start, end = self.training.loader.bounds[index]
+        if end - start != self.size:
+            super().take(index)
+            return
+        if self.left:
+            self.left -= 1
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                super().take(index)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return
+        self.first_row.fill_(start)
+        if self.graph is None:
+            self.graph = self._capture()
+        self.graph.replay()
+
+    def _capture(self) -> torch.cuda.CUDAGraph:
+        graph = torch.cuda.CUDAGraph()
+        self.training.optimizer.zero_grad(set_to_none=True)
+        with torch.cuda.graph(graph, stream=self.stream):
+            loss, correct = self.training.step(self.plan, self.first_row + self.offsets)
+            step = self.first_row // self.size
+            self.losses.index_copy_(0, step, loss[None])
+            self.correct.index_copy_(0, step, correct[None])
+        return graph
+
+
+# ------------------------------------------------------------------------------------------------- choosing
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How steps are taken (off, graph or inductor), and why."""
+
+    name: str
+    reason: str
+
+
+PAYS_FROM = 2e16  # floating-point operations of a run: some minutes of a data-centre GPU, several times a compilation
+
+
+def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) -> Manner:
+    """What `train.compile` means for this run: a function of the preset and the machine's kind, and of no clock.
+
+    So a run that goes on takes its steps as it took them before. Raises `UsageError` for what is not possible here.
+    """
+    obstacle = _obstacle_to_capture(loader, ranks)
+    if asked == "auto":
+        if loader.device.type != "cuda":
+            return Manner("off", f"compiled steps are no faster on {loader.device.type}")
+        if obstacle is not None:
+            return Manner("off", obstacle)
+        if training_flops < PAYS_FROM:
+            return Manner("graph", f"{training_flops:.1e} operations are too few to pay for compiling kernels")
+        return Manner("inductor", f"{training_flops:.1e} operations pay for compiling kernels")
+    if asked == "graph" and obstacle is not None:
+        raise UsageError(f"train.compile = graph is not possible: {obstacle}; use auto or off")
+    if asked == "inductor" and ranks > 1:
+        raise UsageError("train.compile = inductor is for one device; use auto or off with torchrun")
+    return Manner(asked, "as the preset says")
+
+
+def _obstacle_to_capture(loader: DeviceLoader, ranks: int) -> str | None:
+    """Why steps over this loader cannot be one CUDA graph."""
+    if loader.device.type != "cuda":
+        return f"CUDA graphs need a CUDA device, not {loader.device.type}"
+    if ranks > 1:
+        return "several devices wait for each other within a step"
+    if isinstance(loader.features, Features) and loader.features.table.device.type != "cuda":
+        return "the features are not in the device's memory"
+    if any(tensor.device.type != "cuda" for tensor in loader.plan(1).drawn):
+        return "the augmentation runs on the host"
+    return None
+
+
+def create_steps(training: Training, manner: Manner) -> Steps:
+    """Steps of that kind."""
+    if manner.name == "inductor":
+        compiled: Any = torch.compile(training.network)
+        training = Training(**{**vars(training), "network": compiled})
+    captured = manner.name == "graph" or (manner.name == "inductor" and training.loader.device.type == "cuda")
+    if captured and _obstacle_to_capture(training.loader, ranks=1) is None:
+        return CapturedSteps(training)
+    return Steps(training)
