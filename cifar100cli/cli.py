@@ -92,7 +92,8 @@ def main() -> NoReturn:
     except (RuntimeError, MemoryError) as error:
         console.error(_torchs_message(error))
         code = 1
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to ranks that are on their way out
+    if ranks.count() > 1:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to ranks that are on their way out
     if not code:
         ranks.leave()
     sys.exit(code or 0)
