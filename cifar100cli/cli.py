@@ -566,6 +566,50 @@ def evaluate(
 
 
 @app.command()
+def bench(
+    context: typer.Context,
+    preset: options.Preset = None,
+    teacher: options.Teacher = None,
+    backbone: options.Backbone = None,
+    image_size: options.ImageSize = None,
+    batch_size: options.BatchSize = None,
+    augment: options.AugmentPolicy = None,
+    settings: options.Settings = None,
+    device: options.Device = "auto",
+    steps: Annotated[
+        int | None,
+        typer.Option(min=1, metavar="N", help="Steps of each side in a turn; default: some seconds."),
+    ] = None,
+    repeats: Annotated[int | None, typer.Option(min=1, metavar="N", help="Turns; default: 7, or 3 long ones.")] = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Measure how fast a preset trains here, and beside what is possible.
+
+    The real training loop, the bare step without a data path, and the plain way (a DataLoader of single images,
+    float32), in turn in one process, on images of noise: no data set is needed.
+
+    Example: cifar100 bench --preset resnet18-baseline
+    """
+    from cifar100cli.config import load_preset
+
+    chosen = load_preset(preset or "resnet18-baseline", options.overrides(context.params))
+    if ranks.count() > 1:
+        raise UsageError("bench measures one device: run it without torchrun")
+    if chosen.config.distillation is not None:
+        from cifar100cli.runs import find_model
+
+        find_model(Path(chosen.config.distillation.required_teacher()))
+    where = _where(None, Path("runs"), device)
+    from cifar100cli import benchmark
+
+    with console.TrainingDisplay(chosen.name) as display:
+        result = benchmark.bench(chosen, where, display, steps=steps, repeats=repeats)
+    show.bench(result, json)
+
+
+@app.command()
 def presets(
     name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this one as YAML.")] = None,
     json: options.Json = False,

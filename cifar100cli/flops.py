@@ -5,13 +5,11 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from cifar100cli.loader import DeviceLoader
+from cifar100cli.steps import Training
 
 
 def forward_flops(model: nn.Module, loader: DeviceLoader) -> float:
-    """Floating-point operations of the matrix products of one image's forward pass.
-
-    Convolutions count with all of their taps, those over padding as well, as is the custom.
-    """
+    """Floating-point operations of the matrix products and convolutions of one image's forward pass."""
     inputs = loader.batch(loader.plan(1), slice(0, 2)).inputs
     training = model.training
     try:
@@ -20,3 +18,15 @@ def forward_flops(model: nn.Module, loader: DeviceLoader) -> float:
     finally:
         model.train(training)
     return float(counter.get_total_flops()) / len(inputs)
+
+
+def step_flops(training: Training) -> float:
+    """The same of one image in a training step, backward pass included; the weights stay as they are.
+
+    What is computed is counted: a teacher, if it runs in the step, and a frozen part only if it does.
+    """
+    with FlopCounterMode(display=False) as counter:
+        batch = training.loader.batch(training.loader.plan(1), slice(0, 2))
+        training.backward(training.forward(batch).loss)
+    training.optimizer.zero_grad(set_to_none=True)
+    return float(counter.get_total_flops()) / len(batch.labels)

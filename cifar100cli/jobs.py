@@ -64,10 +64,19 @@ class Job:
     manner: Manner
 
 
-def prepare(preset: Preset, where: Where, watcher: Watcher, *, state: Saved | None = None, dry: bool = False) -> Job:
+def prepare(
+    preset: Preset,
+    where: Where,
+    watcher: Watcher,
+    *,
+    state: Saved | None = None,
+    dataset: Dataset | None = None,
+    dry: bool = False,
+) -> Job:
     """Check everything and load everything; nothing is written but what is computed once, and not that if `dry`.
 
-    A run that goes on has its network's weights in `state`, and needs those that it began from no more.
+    A run that goes on has its network's weights in `state`, and needs those that it began from no more. `dataset` is
+    used in place of the one in the data folder.
     """
     config = preset.config
     check_backbone(config.model.backbone)
@@ -77,7 +86,7 @@ def prepare(preset: Preset, where: Where, watcher: Watcher, *, state: Saved | No
         raise UsageError(
             f"data.batch_size = {config.data.batch_size} leaves some of {ranks.count()} ranks without images"
         )
-    dataset = datasets.load(config.data.dataset, where.data_dir)
+    dataset = dataset or datasets.load(config.data.dataset, where.data_dir)
     training, held_out = training_splits(dataset, config)
     preprocessing = preprocessing_for(config.data.normalize, config.data.image_size, training, config.model.backbone)
     saved_teacher = None

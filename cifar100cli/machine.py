@@ -23,7 +23,7 @@ def environment(device: torch.device, precision: str, data_dir: Path) -> dict[st
         "started": datetime.now().astimezone().isoformat(timespec="seconds"),
         "data_dir": str(data_dir.absolute()),
         "device": str(device),
-        "device_name": _device_name(device),
+        "device_name": device_name(device),
         "precision": precision,
         "threads": torch.get_num_threads(),
         "ranks": ranks.count(),
@@ -38,12 +38,13 @@ def environment(device: torch.device, precision: str, data_dir: Path) -> dict[st
 def in_one_line(device: str) -> str:
     """PyTorch and the device that it would use."""
     chosen = devices.select_device(device)
-    name = _device_name(chosen)
+    name = device_name(chosen)
     precision = devices.resolve_precision("auto", chosen)
     return f"PyTorch {torch.__version__} on {chosen} ({name}), {torch.get_num_threads()} threads, precision {precision}"
 
 
-def _device_name(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
+    """What the device is sold as."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
 
 

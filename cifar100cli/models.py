@@ -84,6 +84,13 @@ def _use_small_convolutions(model: nn.Module) -> None:
             module.__class__ = SmallConv2d
 
 
+def as_pytorch_computes(model: nn.Module) -> None:
+    """Compute the network's convolutions as PyTorch does, to compare with."""
+    for module in model.modules():
+        if type(module) is SmallConv2d:
+            setattr(module, "__class__", nn.Conv2d)  # noqa: B010 - a plain assignment would narrow the type
+
+
 def create_model(config: Config, classes: int, *, pretrained: bool | None = None) -> nn.Module:
     """Build the network for `classes` classes, with random weights, timm's ImageNet weights, or those of a file.
 

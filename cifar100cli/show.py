@@ -97,6 +97,70 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
     )
 
 
+def bench(result: Mapping[str, Any], json: bool) -> None:
+    """What `bench` measured."""
+    if json:
+        console.result_json(result)
+        return
+    console.result(
+        f"{result['preset']}: {result['backbone']}, {result['batch_size']} images of {result['image_size']} "
+        f"pixels a step, {result['precision']} on {result['device']}"
+    )
+    console.result(f"{result['device_name']}, {result['threads']} threads, PyTorch {result['versions']['torch']}")
+    sides = {
+        "loop": "training, the real loop",
+        "bare": "... the bare step, data ready",
+        "plain": "... the plain way",
+        "evaluation": "evaluation",
+        "bare_evaluation": "... forward passes alone",
+    }
+    rates = result["images_per_second"]
+    console.table(
+        "",
+        ("images a second", "median", "least", "most"),
+        [
+            (words, *(f"{rates[side][key]:,.0f}" for key in ("median", "low", "high")))
+            for side, words in sides.items()
+            if side in rates
+        ],
+        right=(1, 2, 3),
+    )
+    ratios = {
+        "loop_to_bare_time": "time of the loop / bare step",
+        "speedup_over_plain": "speed of the loop / plain way",
+        "evaluation_to_bare_time": "time of evaluation / forward",
+    }
+    console.table(
+        "",
+        ("ratio, within a turn", "median", "least", "most"),
+        [
+            (words, *(f"{result['ratios'][name][key]:.3f}" for key in ("median", "low", "high")))
+            for name, words in ratios.items()
+            if name in result["ratios"]
+        ],
+        right=(1, 2, 3),
+    )
+    console.table(
+        "",
+        ("share of a step", "median", "least", "most"),
+        [
+            (name, *(f"{100 * share[key]:.1f}%" for key in ("median", "low", "high")))
+            for name, share in result["shares"].items()
+        ],
+        right=(1, 2, 3),
+    )
+    run = result["full_run"]
+    console.result(
+        f"{result['flops_per_image'] / 1e9:.3g} GFLOP an image; {100 * result['utilization']:.1f}% of the "
+        f"{result['peak_flops_per_second'] / 1e12:.3g} TFLOP/s of a large matrix product"
+    )
+    console.result(f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB; steps: {result['compile']}")
+    console.result(
+        f"the full run, {run['epochs']} epochs of {run['training_images']:,} images: "
+        f"{console.duration(run['seconds'])} ({run['seconds_per_epoch']:.1f} s an epoch, measuring included)"
+    )
+
+
 def presets(configs: Mapping[str, "Config"], json: bool) -> None:
     """The presets that there are."""
     if json:

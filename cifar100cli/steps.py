@@ -8,8 +8,8 @@ from torch import Tensor, nn
 
 from cifar100cli.devices import Cast
 from cifar100cli.errors import UsageError
-from cifar100cli.loader import DeviceLoader, Features, Plan
-from cifar100cli.tasks import Task
+from cifar100cli.loader import Batch, DeviceLoader, Features, Plan
+from cifar100cli.tasks import StepOutput, Task
 
 WARM_UP = 3  # steps that are taken one operation at a time before one is captured: libraries set themselves up in them
 
@@ -29,15 +29,27 @@ class Training:
     def step(self, plan: Plan, rows: slice | Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """One step; the loss, times its `weight` among all ranks, and the right predictions, both on the device."""
         batch = self.loader.batch(plan, rows)
-        with self.cast():
-            output = self.task(self.network, batch)
+        output = self.forward(batch)
         loss = output.loss if weight == 1 else output.loss * weight
+        self.backward(loss)
+        self.move()
+        return loss.detach(), (output.logits.detach().argmax(1) == batch.labels).sum()
+
+    def forward(self, batch: Batch) -> StepOutput:
+        """Run the network and compute the loss."""
+        with self.cast():
+            return self.task(self.network, batch)
+
+    def backward(self, loss: Tensor) -> None:
+        """Compute the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
+
+    def move(self) -> None:
+        """Clip the gradients and move the weights."""
         if self.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.optimizer.step()
-        return loss.detach(), (output.logits.detach().argmax(1) == batch.labels).sum()
 
 
 class Steps:

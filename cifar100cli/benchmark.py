@@ -1,0 +1,332 @@
+"""How fast a preset trains on the device at hand, and how much of what is possible that is.
+
+All sides are measured in one process and in turn, so that a machine whose speed changes changes them alike; ratios
+are taken within a turn. The images are noise: what they show makes no difference to the time.
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from cifar100cli import __version__, devices, machine, metrics, trainer
+from cifar100cli.checkpoint import load_model
+from cifar100cli.config import Config, Preset
+from cifar100cli.datasets import Dataset, Split
+from cifar100cli.flops import step_flops
+from cifar100cli.jobs import Job, Watcher, Where, evaluation_loader, prepare
+from cifar100cli.loader import Batch, DeviceLoader, Plan, evaluation_batch_size
+from cifar100cli.optim import create_optimizer
+from cifar100cli.plain import PlainLoop
+from cifar100cli.steps import Steps, create_steps
+
+TRAINING_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-100 and of CIFAR-10
+TURN = {"cpu": 3.0, "cuda": 0.5}  # about so many seconds of each side in a turn
+REPEATS = 7
+
+
+def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, repeats: int | None) -> dict[str, Any]:
+    """Measure a preset; returns what `bench --json` prints.
+
+    `steps` are the training steps of each side in a turn and `repeats` the turns; None takes what gives steady
+    figures in some minutes.
+    """
+    config = _without_files(preset.config)
+    with tempfile.TemporaryDirectory() as cache:
+        where = replace(where, cache_dir=Path(cache))
+        if steps is None or repeats is None:
+            seconds = _seconds_of_a_step(Preset(preset.name, config), where, watcher)
+            steps = steps or max(1, min(200, round(TURN.get(devices.select_device(where.device).type, 3.0) / seconds)))
+            repeats = repeats or (REPEATS if steps * seconds < 10 else 3)
+        sides = Sides(Preset(preset.name, config), where, watcher, steps)
+        return _measure(preset, sides, watcher, repeats)
+
+
+def _without_files(config: Config) -> Config:
+    """The preset with the same work and nothing to fetch: weights change no time, and all images train."""
+    keys = config.model_dump()
+    keys["model"] |= {"pretrained": False, "weights": None}
+    keys["data"] |= {"fraction": 1.0, "val_fraction": 0.0}
+    keys["train"] |= {"select": "last", "watch_test": False}
+    return Config.model_validate(keys)
+
+
+def noise(config: Config, train: int, test: int) -> Dataset:
+    """Images that show nothing, of the preset's data set's classes."""
+    classes = tuple(f"class {index}" for index in range(10 if config.data.dataset == "cifar10" else 100))
+    if config.distillation is not None:
+        classes = load_model(Path(config.distillation.required_teacher())).card.classes
+    random = np.random.default_rng(0)
+
+    def split(count: int) -> Split:
+        return Split(random.integers(0, 256, (count, 3, 32, 32), np.uint8), np.arange(count) % len(classes))
+
+    return Dataset(config.data.dataset, classes, split(train), split(test))
+
+
+def _seconds_of_a_step(preset: Preset, where: Where, watcher: Watcher) -> float:
+    """Roughly, from one step after a first one that warms up."""
+    sides = Sides(preset, where, _Quiet(watcher), 1)
+    for _ in range(2):
+        started = time.perf_counter()
+        sides.bare()
+        seconds = time.perf_counter() - started
+    return seconds
+
+
+class _Quiet:
+    """A watcher of what is no run."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self.progress = watcher.progress
+
+    def say(self, text: str) -> None: ...
+    def stages(self, rows: Sequence[Any]) -> None: ...
+    def begin(self, config: Config, first_epoch: int, steps_per_epoch: int) -> None: ...
+    def step(self) -> None: ...
+    def epoch(self, row: Any, state: Any) -> None: ...
+
+
+class OneBatch(DeviceLoader):
+    """A loader whose batch is always the same and ready: what is left of a step is the bare step."""
+
+    def __init__(self, loader: DeviceLoader) -> None:
+        self.__dict__.update(loader.__dict__)
+        self.ready = loader.batch(loader.plan(1), loader.shares[0])
+
+    def batch(self, plan: Plan, rows: Any) -> Batch:
+        """The batch, whatever is asked for."""
+        return self.ready
+
+
+class Sides:
+    """What is measured: each method does `steps` steps, or one evaluation, and waits for the device."""
+
+    def __init__(self, preset: Preset, where: Where, watcher: Watcher, steps: int) -> None:
+        config, count = preset.config, preset.config.data.batch_size * steps
+        self.dataset = noise(config, count, evaluation_batch_size(config.data.image_size))
+        self.steps = steps
+        self.job: Job = prepare(preset, where, _Quiet(watcher), dataset=self.dataset)
+        job = self.job
+        cast = devices.autocast(job.device, job.precision)
+        optimizer = create_optimizer(job.config.optimizer, job.groups)
+        self.training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, cast)
+        resident = replace(self.training, loader=OneBatch(job.loaders.train))
+        self.loop_steps: Steps = create_steps(self.training, job.manner)
+        self.bare_steps: Steps = create_steps(resident, job.manner)
+        self.bare_steps.begin(1)
+        self.test = evaluation_loader(self.dataset.test, job.device, job.loaders.train.preprocessing)
+        self.test_batch = next(iter(self.test.epoch(1))).inputs
+        self.epoch = 0
+        self.observer = _Quiet(watcher)
+        self.plain_loop: PlainLoop | None = None
+        if config.distillation is None:
+            self.plain_loop = self._plain(preset, where)
+
+    def _plain(self, preset: Preset, where: Where) -> PlainLoop:
+        keys = preset.config.model_dump()
+        if preset.config.finetune is not None:
+            keys["finetune"]["cache"] = "off"
+        keys["train"] |= {"precision": "fp32", "compile": "off"}
+        config = Config.model_validate(keys)
+        job = prepare(Preset(preset.name, config), where, self.observer, dataset=self.dataset)
+        return PlainLoop(
+            job.model, job.task, job.loaders.train, config.augment.policy, config.optimizer, list(job.groups)
+        )
+
+    def _wait(self) -> None:
+        if self.job.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    def loop(self) -> None:
+        """The real loop: an epoch of the trainer."""
+        self.epoch += 1
+        trainer.train_epoch(self.loop_steps, self.job.config, self.epoch, self.observer)
+
+    def bare(self) -> None:
+        """The same steps on one batch that is ready."""
+        self.job.model.train()
+        for index in range(self.steps):
+            self.bare_steps.take(index)
+        self._wait()
+
+    def plain(self) -> None:
+        """The same training in the plain way."""
+        assert self.plain_loop is not None
+        self.plain_loop.epoch()
+
+    def evaluation(self) -> None:
+        """The real evaluation."""
+        with self._whole_network():
+            metrics.predict(self.job.model, self.test, self.training.cast)
+
+    def bare_evaluation(self) -> None:
+        """Forward passes of the same images that are ready."""
+        with self._whole_network(), torch.inference_mode(), self.training.cast():
+            self.job.model.eval()(self.test_batch).float().cpu()
+        self.job.model.train()
+
+    @contextmanager
+    def _whole_network(self) -> Iterator[None]:
+        """Evaluate on images, where the frozen front is switched off while the rest trains."""
+        split = self.job.split
+        if split is None:
+            yield
+            return
+        split.switch_front(on=True)
+        yield
+        split.switch_front(on=False)
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each part of the steps of an epoch, launched one by one and waited for."""
+        training, spent = self.training, dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+        training.model.train()
+
+        def timed(part: str, function: Callable[..., Any], *arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments)
+            self._wait()
+            spent[part] += time.perf_counter() - started
+            return result
+
+        plan = timed("data", training.loader.plan, 1)
+        for share in training.loader.shares:
+            batch = timed("data", training.loader.batch, plan, share)
+            output = timed("forward", training.forward, batch)
+            timed("backward", training.backward, output.loss)
+            timed("optimizer", training.move)
+        return spent
+
+
+# ------------------------------------------------------------------------------------------------ measuring
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The median of several measurements, and between what they lay."""
+
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> "Spread":
+        return cls(statistics.median(values), min(values), max(values))
+
+
+class PeakProduct:
+    """A large matrix product in the run's precision: the most operations a second that a network could hope for."""
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        side = 8192 if device.type == "cuda" else 2048
+        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        self.left, self.right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+        self.flops, self.device = 2.0 * side**3, device
+
+    def __call__(self) -> None:
+        torch.mm(self.left, self.right)
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+
+def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> dict[str, Any]:
+    job, steps = sides.job, sides.steps
+    peak = PeakProduct(job.device, job.precision)
+    parts: dict[str, Callable[[], object]] = {
+        "loop": sides.loop,
+        "bare": sides.bare,
+        "evaluation": sides.evaluation,
+        "bare_evaluation": sides.bare_evaluation,
+        "peak": peak,
+    }
+    if sides.plain_loop is not None:
+        parts["plain"] = sides.plain
+    seconds: dict[str, list[float]] = {name: [] for name in parts}
+    phases: dict[str, list[float]] = {}
+    watcher.say(f"measuring {preset.name} on {job.device}: {repeats} turns of {steps} steps of each side")
+    if job.manner.name != "off":
+        watcher.say(f"steps: {job.manner.name} ({job.manner.reason})")
+    began = time.perf_counter()
+    with watcher.progress("turns, after a first one that warms up", repeats + 1) as advance:
+        for turn in range(repeats + 1):
+            for name, part in parts.items():
+                started = time.perf_counter()
+                part()
+                if turn:
+                    seconds[name].append(time.perf_counter() - started)
+            if turn:
+                spent = sides.phases()
+                for name, value in spent.items():
+                    phases.setdefault(name, []).append(value / sum(spent.values()))
+            else:
+                warm_up = time.perf_counter() - began
+            advance(1)
+    images, tested = steps * job.config.data.batch_size, sides.test.count
+
+    def rate(name: str, count: int) -> dict[str, float]:
+        return vars(Spread.of([count / value for value in seconds[name]]))
+
+    def ratio(over: str, under: str) -> dict[str, float]:
+        pairs = zip(seconds[over], seconds[under], strict=True)
+        return vars(Spread.of([one / other for one, other in pairs]))
+
+    flops = step_flops(sides.training)
+    loop = rate("loop", images)
+    highest = peak.flops / statistics.median(seconds["peak"])
+    result: dict[str, Any] = {
+        "preset": preset.name,
+        "backbone": job.config.model.backbone,
+        "image_size": job.config.data.image_size,
+        "batch_size": job.config.data.batch_size,
+        "device": str(job.device),
+        "device_name": machine.device_name(job.device),
+        "threads": torch.get_num_threads(),
+        "precision": job.precision,
+        "compile": job.manner.name,
+        "versions": {"cifar100": __version__, "torch": torch.__version__},
+        "steps": steps,
+        "repeats": repeats,
+        "warm_up_seconds": round(warm_up, 3),
+        "images_per_second": {
+            "loop": loop,
+            "bare": rate("bare", images),
+            "evaluation": rate("evaluation", tested),
+            "bare_evaluation": rate("bare_evaluation", tested),
+        },
+        "ratios": {
+            "loop_to_bare_time": ratio("loop", "bare"),
+            "evaluation_to_bare_time": ratio("evaluation", "bare_evaluation"),
+        },
+        "shares": {name: vars(Spread.of(values)) for name, values in phases.items()},
+        "flops_per_image": flops,
+        "peak_flops_per_second": highest,
+        "utilization": flops * loop["median"] / highest,
+        "full_run": _full_run(preset.config, loop["median"], rate("evaluation", tested)["median"]),
+        "peak_memory_bytes": devices.peak_memory(job.device),
+    }
+    if sides.plain_loop is not None:
+        result["images_per_second"]["plain"] = rate("plain", images)
+        result["ratios"]["speedup_over_plain"] = ratio("plain", "loop")
+        result["plain_workers"] = sides.plain_loop.workers
+    return result
+
+
+def _full_run(config: Config, training_rate: float, evaluation_rate: float) -> dict[str, float]:
+    """What the preset's whole run comes to, on all of its images."""
+    held_out = round(TRAINING_IMAGES * config.data.val_fraction)
+    images = round((TRAINING_IMAGES - held_out) * config.data.fraction)
+    looks = held_out + (TEST_IMAGES if config.train.select == "best_test" or config.train.watch_test else 0)
+    epoch = images / training_rate + looks / evaluation_rate
+    return {
+        "epochs": config.train.epochs,
+        "training_images": images,
+        "seconds_per_epoch": epoch,
+        "seconds": config.train.epochs * epoch + TEST_IMAGES / evaluation_rate,
+    }

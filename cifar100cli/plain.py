@@ -1,0 +1,124 @@
+"""The way most code trains, to compare with: a `Dataset` of single images, a `DataLoader`, float32, NCHW.
+
+The same network, task and augmentation in distribution as ours, one image at a time on the host, as in the tutorial.
+"""
+
+import os
+import random
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+
+from cifar100cli.config import Optimizer
+from cifar100cli.loader import Batch, DeviceLoader
+from cifar100cli.models import as_pytorch_computes
+from cifar100cli.optim import Group
+from cifar100cli.tasks import Task
+
+Picture = NDArray[np.uint8]  # (H, W, 3)
+
+
+class Images(Dataset[tuple[Tensor, int]]):
+    """A split image by image: augmented, resized by OpenCV, divided by 255, normalised, as most code does it."""
+
+    def __init__(self, loader: DeviceLoader, policy: str) -> None:
+        self.pictures = loader.images.permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        self.labels = loader.labels.tolist()
+        self.size = loader.preprocessing.image_size
+        self.mean, self.std = (
+            torch.tensor(values)[:, None, None] for values in (loader.preprocessing.mean, loader.preprocessing.std)
+        )
+        self.normalised = any(loader.preprocessing.mean) or loader.preprocessing.std != (1.0, 1.0, 1.0)
+        self.change = _changes(policy)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        picture = self.change(self.pictures[index])
+        if picture.shape[0] != self.size:
+            import cv2
+
+            resized = cv2.resize(picture, (self.size, self.size), interpolation=cv2.INTER_LINEAR)
+            picture = resized.astype(np.uint8, copy=False)
+        image = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))).float() / 255
+        return (image - self.mean) / self.std if self.normalised else image, self.labels[index]
+
+
+def _changes(policy: str) -> Callable[[Picture], Picture]:
+    if policy == "one_of":
+        from cifar100cli.albumentations_backend import AlbumentationsOneOf
+
+        choice = AlbumentationsOneOf().choice
+        return lambda picture: choice(image=np.ascontiguousarray(picture))["image"]
+    return {"none": _unchanged, "flip": _flipped, "crop_flip": _cropped_and_flipped}[policy]
+
+
+def _unchanged(picture: Picture) -> Picture:
+    return picture
+
+
+def _flipped(picture: Picture) -> Picture:
+    return picture[:, ::-1] if random.random() < 0.5 else picture
+
+
+def _cropped_and_flipped(picture: Picture) -> Picture:
+    height, width = picture.shape[:2]
+    padded = np.pad(picture, ((4, 4), (4, 4), (0, 0)))
+    top, left = random.randint(0, 8), random.randint(0, 8)
+    return _flipped(padded[top : top + height, left : left + width])
+
+
+class PlainLoop:
+    """Steps in the plain way: they are taken one by one, and each waits for its loss, as a progress bar wants it."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        task: Task,
+        loader: DeviceLoader,
+        policy: str,
+        config: Optimizer,
+        groups: list[Group],
+    ) -> None:
+        as_pytorch_computes(model)
+        self.model = model.to(memory_format=torch.contiguous_format)
+        self.task, self.device, self.grad_clip = task, loader.device, config.grad_clip
+        parameters = [{"params": group.parameters, "lr": config.lr * group.scale} for group in groups]
+        kind: Any = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.name]
+        more: dict[str, Any] = {"momentum": config.momentum} if config.name == "sgd" else {"betas": config.betas}
+        self.optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay, **more)
+        # On a CPU, workers would take the cores that train.
+        workers = 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        self.batches = DataLoader(
+            Images(loader, policy),
+            batch_size=loader.batch_sizes()[0],
+            shuffle=True,
+            num_workers=workers,
+            pin_memory=self.device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+        self.workers = workers
+
+    def epoch(self) -> float:
+        """One pass over the images; the mean of the losses."""
+        self.model.train()
+        total = 0.0
+        for inputs, labels in self._on_device():
+            output = self.task(self.model, Batch(inputs, labels, None, labels, None))
+            self.optimizer.zero_grad()
+            output.loss.backward()  # type: ignore[no-untyped-call]
+            if self.grad_clip:
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
+            self.optimizer.step()
+            total += output.loss.item()
+        return total / len(self.batches)
+
+    def _on_device(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for inputs, labels in self.batches:
+            yield inputs.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
