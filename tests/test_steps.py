@@ -1,0 +1,220 @@
+"""Steps: captured, compiled and as they are, all the same training; and nothing in them that a host would wait for."""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cifar100cli import jobs, one_of, steps, trainer
+from cifar100cli.config import Preset
+from cifar100cli.devices import autocast
+from cifar100cli.errors import UsageError
+from cifar100cli.loader import DeviceLoader, Plan
+from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.steps import CapturedSteps, Manner, Steps, Training
+from tests.conftest import Silent, make_preset, where
+
+pytestmark = pytest.mark.usefixtures("small_synthetic")
+
+
+def training_of(preset: Preset, tmp_path: Path) -> Training:
+    job = jobs.prepare(preset, where(tmp_path), Silent())
+    optimizer = create_optimizer(job.config.optimizer, job.groups)
+    cast = autocast(job.device, job.precision)
+    return trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, cast)
+
+
+def epochs(taken: Steps, preset: Preset, count: int) -> list[dict[str, float]]:
+    return [trainer.train_epoch(taken, preset.config, epoch, Silent()) for epoch in range(1, count + 1)]
+
+
+class PretendGraph:
+    """A CUDA graph for a machine that has none: what was captured runs again at each replay."""
+
+    def __init__(self) -> None:
+        self.captured: CapturedSteps | None = None
+        self.replays = 0
+
+    def replay(self) -> None:
+        self.replays += 1
+        assert self.captured is not None
+        if self.replays > 1:  # here, unlike on a GPU, capturing has already taken the first step
+            self.captured.whole_step()
+
+
+class PretendStream:
+    def __init__(self, device: object = None) -> None: ...
+    def wait_stream(self, other: object) -> None: ...
+
+
+@pytest.fixture
+def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    @contextlib.contextmanager
+    def graph(graph: PretendGraph, stream: object) -> Iterator[None]:
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
+    monkeypatch.setattr(torch.cuda, "current_stream", PretendStream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    capture = CapturedSteps._capture
+
+    def remember(self: CapturedSteps) -> Any:
+        made: Any = capture(self)
+        made.captured = self
+        return made
+
+    monkeypatch.setattr(CapturedSteps, "_capture", remember)
+
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "augmented, sgd, cosine": {
+        "augment": {"policy": "crop_flip"},
+        "optimizer": {"name": "sgd", "lr": 0.01},
+        "schedule": {"name": "cosine", "warmup_epochs": 1},
+    },
+    "one of five": {"augment": {"policy": "one_of"}},
+    "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface", "label_smoothing": 0.1}},
+    "larger, normalised": {"data": {"image_size": 48, "normalize": "dataset"}},
+}
+
+
+@pytest.mark.usefixtures("pretend_cuda")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_captured_steps_train_as_steps_one_by_one_do(tmp_path: Path, recipe: str) -> None:
+    """Over two epochs of seven steps, the last of them of another size than the captured one."""
+    preset = make_preset(**RECIPES[recipe])
+    plain, captured = (training_of(preset, tmp_path) for _ in range(2))
+    one, other = Steps(plain), CapturedSteps(captured)
+    assert epochs(one, preset, 2) == epochs(other, preset, 2)
+    assert other.graph is not None
+    assert isinstance(other.graph, PretendGraph)
+    assert other.graph.replays == 12 - steps.WARM_UP
+    for ours, theirs in zip(captured.model.state_dict().values(), plain.model.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Refuses what would make the host wait for a GPU, and what a CUDA graph cannot hold."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "lift_fresh", "unique", "is_nonzero", "equal.default")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        by_mask = "index" in str(func) and any(
+            isinstance(index, torch.Tensor) and index.dtype == torch.bool
+            for several in args[1:2]
+            for index in (several if isinstance(several, list | tuple) else ())
+        )
+        assert not by_mask, f"{func} by a mask waits for the device"
+        assert not any(word in str(func) for word in self.WAITS), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_nothing_in_a_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
+    monkeypatch.setattr(one_of, "apply_in_parts", one_of.apply_to_all)  # the former is for CPUs
+    preset = make_preset(**RECIPES[recipe])
+    taken = Steps(training_of(preset, tmp_path))
+    taken.begin(1)
+    taken.take(0)  # which makes what is kept
+    with NoWaiting():  # type: ignore[no-untyped-call]
+        for index in range(1, 7):
+            set_learning_rate(taken.training.optimizer, 0.001)
+            taken.take(index)
+
+
+def test_the_check_for_waiting_works() -> None:
+    for waits in (
+        lambda: torch.ones(1).item(),
+        lambda: torch.ones(3).nonzero(),
+        lambda: torch.tensor([1.0]),
+        lambda: torch.ones(2)[torch.ones(2) > 0],
+    ):
+        with pytest.raises(AssertionError, match="waits for the device"), NoWaiting():  # type: ignore[no-untyped-call]
+            waits()
+
+
+def test_a_compiled_network_trains_as_an_eager_one(tmp_path: Path) -> None:
+    preset = make_preset(optimizer={"lr": 1e-4}, train={"compile": "inductor"})
+    eager, compiled = (training_of(preset, tmp_path) for _ in range(2))
+    torch._dynamo.reset()
+    one = epochs(Steps(eager), preset, 1)
+    # The same graphs that the compiler makes, without a C++ compiler's half minute.
+    network: Any = torch.compile(compiled.network, backend="aot_eager")
+    other = epochs(Steps(Training(**{**vars(compiled), "network": network})), preset, 1)
+    assert other[0]["train_loss"] == pytest.approx(one[0]["train_loss"], rel=1e-4)
+
+
+def loader_on(device: str, policy: Any = None) -> DeviceLoader:
+    """A loader that says that it is on a device, and holds nothing."""
+    made = DeviceLoader.__new__(DeviceLoader)
+    made.device, made.features = torch.device(device), None
+    drawn = (torch.zeros(1, device="meta" if policy is None else policy),)
+    made.plan = lambda epoch: Plan(torch.zeros(1), drawn)  # type: ignore[method-assign]
+    return made
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "flops", "ranks", "expected"),
+    [
+        ("auto", "cpu", 1e20, 1, "off"),
+        ("auto", "cuda", 1e15, 1, "graph"),
+        ("auto", "cuda", 1e17, 1, "inductor"),
+        ("auto", "cuda", 1e17, 2, "off"),
+        ("off", "cuda", 1e17, 1, "off"),
+        ("graph", "cuda", 1e10, 1, "graph"),
+        ("inductor", "cpu", 0.0, 1, "inductor"),
+    ],
+)
+def test_auto_asks_how_long_the_run_is(
+    monkeypatch: pytest.MonkeyPatch, asked: str, device: str, flops: float, ranks: int, expected: str
+) -> None:
+    monkeypatch.setattr(steps, "_can_compile", lambda device: True)
+    monkeypatch.setattr(steps, "_on_device", lambda tensor: True)
+    manner = steps.choose(asked, flops, loader_on(device), ranks)
+    assert manner.name == expected
+    assert manner.reason
+
+
+def test_without_a_compiler_auto_captures_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(steps, "_can_compile", lambda device: False)
+    monkeypatch.setattr(steps, "_on_device", lambda tensor: True)
+    manner = steps.choose("auto", 1e17, loader_on("cuda"), 1)
+    assert manner.name == "graph"
+    assert "Triton" in manner.reason
+    with pytest.raises(UsageError, match=r"compiler.*train\.compile=off"):
+        steps.choose("inductor", 1e17, loader_on("cpu"), 1)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "ranks", "message"),
+    [("graph", "cpu", 1, "need a CUDA device"), ("graph", "cuda", 2, "several devices"), ("inductor", "cpu", 2, "one")],
+)
+def test_what_is_not_possible_is_refused(asked: str, device: str, ranks: int, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        steps.choose(asked, 0.0, loader_on(device), ranks)
+
+
+def test_augmentation_on_the_host_is_not_captured() -> None:
+    assert steps.choose("auto", 0.0, loader_on("cuda", "cpu"), 1) == Manner("off", "the augmentation runs on the host")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_captured_run_on_cuda_is_the_eager_one(tmp_path: Path, recipe: str) -> None:
+    preset = make_preset(**RECIPES[recipe])
+
+    def curve(manner: str) -> list[float]:
+        job = jobs.prepare(preset, jobs.Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
+        optimizer = create_optimizer(job.config.optimizer, job.groups)
+        cast = autocast(job.device, job.precision)
+        training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, cast)
+        return [row["train_loss"] for row in epochs(steps.create_steps(training, Manner(manner, "")), preset, 2)]
+
+    assert curve("graph") == pytest.approx(curve("off"), rel=1e-4)
