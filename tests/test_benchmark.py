@@ -1,0 +1,158 @@
+"""`bench`: what it compares is the same training, what it counts is right, and what it prints adds up."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from cifar100cli import benchmark, flops
+from cifar100cli.benchmark import Sides
+from cifar100cli.config import Preset
+from tests.conftest import Cli, Silent, make_preset, where
+
+
+def sides_of(tmp_path: Path, **sections: dict[str, Any]) -> Sides:
+    return Sides(make_preset(**sections), where(tmp_path), Silent(), steps=1)
+
+
+@pytest.mark.parametrize(
+    ("sections", "tolerance"),
+    [
+        ({}, 1e-5),
+        ({"data": {"normalize": "imagenet"}}, 1e-5),
+        ({"model": {"head": "cosine"}, "loss": {"name": "arcface"}}, 1e-5),
+        ({"data": {"image_size": 48}}, 1e-2),  # OpenCV resizes to whole grey levels
+    ],
+)
+def test_the_plain_way_is_the_same_training(
+    tmp_path: Path, sections: dict[str, dict[str, Any]], tolerance: float
+) -> None:
+    """With one batch of all images the order makes no difference: from the same weights, the same two losses."""
+    sides = sides_of(tmp_path, **sections)
+    assert sides.plain_loop is not None
+    plain = [sides.plain_loop.epoch() for _ in range(2)]
+    losses = []
+    for _ in range(2):
+        sides.loop()
+        losses.append(sides.loop_steps.losses.item())
+    assert losses == pytest.approx(plain, rel=tolerance)
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("policy", ["flip", "crop_flip", "one_of"])
+def test_the_plain_way_augments(tmp_path: Path, policy: str) -> None:
+    sides = sides_of(tmp_path, augment={"policy": policy})
+    assert sides.plain_loop is not None
+    images = sides.plain_loop.batches.dataset
+    once, again = (torch.stack([images[index][0] for index in range(64)]) for _ in range(2))
+    assert once.shape == (64, 3, 32, 32)
+    assert 0 <= once.min() <= once.max() <= 1
+    assert not torch.equal(once, again)
+
+
+def test_the_plain_network_is_timms_in_its_usual_layout(tmp_path: Path) -> None:
+    sides = sides_of(tmp_path)
+    assert sides.plain_loop is not None
+    theirs = timm.create_model("test_resnet", num_classes=100)
+    ours = sides.plain_loop.model
+    assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
+    assert all(parameter.is_contiguous() for parameter in ours.parameters())
+    assert not sides.plain_loop.optimizer.defaults["fused"]
+
+
+def convolution_flops(model: nn.Module, size: int) -> float:
+    """Two for every product of a weight with an input, by the sizes of the layers."""
+    total = 0.0
+
+    def count(module: Any, inputs: Any, output: torch.Tensor) -> None:
+        nonlocal total
+        total += 2 * module.weight.numel() * (output[0, 0].numel() if output.ndim == 4 else 1)
+
+    handles = [m.register_forward_hook(count) for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    with torch.no_grad():
+        model.eval()(torch.zeros(1, 3, size, size))
+    for handle in handles:
+        handle.remove()
+    return total
+
+
+def test_operations_are_counted(tmp_path: Path) -> None:
+    """At 128 pixels no output is a single pixel. A training step takes three forward ones, but for the first layer,
+    whose input needs no gradient."""
+    sides = sides_of(tmp_path, data={"image_size": 128, "batch_size": 4})
+    model = timm.create_model("test_resnet", num_classes=100)
+    forward = convolution_flops(model, 128)
+    first = convolution_flops(nn.Sequential(next(m for m in model.modules() if isinstance(m, nn.Conv2d))), 128)
+    assert flops.forward_flops(sides.job.model, sides.job.loaders.train) == forward
+    before = [parameter.clone() for parameter in sides.job.model.parameters()]
+    assert flops.step_flops(sides.training) == 3 * forward - first
+    assert all(torch.equal(one, other) for one, other in zip(before, sides.job.model.parameters(), strict=True))
+
+
+def test_bench_needs_no_data_and_leaves_nothing(run_cli: Cli, tmp_path: Path) -> None:
+    outcome = run_cli(
+        *("bench", "--backbone", "test_resnet", "--batch-size", "32", "--steps", "2", "--repeats", "3"),
+        *("--device", "cpu", "--json"),
+    )
+    assert outcome.code == 0, outcome.err
+    result = json.loads(outcome.out)
+    assert (result["preset"], result["steps"], result["repeats"]) == ("resnet18-baseline", 2, 3)
+    assert sum(share["median"] for share in result["shares"].values()) == pytest.approx(1, abs=0.2)
+    for group in ("images_per_second", "ratios", "shares"):
+        for spread in result[group].values():
+            assert 0 < spread["low"] <= spread["median"] <= spread["high"]
+    rates, run = result["images_per_second"], result["full_run"]
+    assert set(rates) == {"loop", "bare", "plain", "evaluation", "bare_evaluation"}
+    assert result["utilization"] == pytest.approx(
+        result["flops_per_image"] * rates["loop"]["median"] / result["peak_flops_per_second"]
+    )
+    epoch = 50_000 / rates["loop"]["median"] + 10_000 / rates["evaluation"]["median"]
+    assert run["seconds_per_epoch"] == pytest.approx(epoch)
+    assert run["seconds"] == pytest.approx(200 * epoch, rel=0.01)
+    assert result["peak_memory_bytes"] > 2**20
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bench_in_words(run_cli: Cli) -> None:
+    outcome = run_cli("bench", "--preset", "quickstart", "--steps", "1", "--repeats", "1", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    for words in ("images a second", "plain way", "share of a step", "peak memory", "the full run, 10 epochs of"):
+        assert words in outcome.out
+    assert all(len(line) <= 100 for line in outcome.out.splitlines())
+
+
+def test_fine_tuning_is_measured_with_its_cached_features(tmp_path: Path) -> None:
+    sections: dict[str, Any] = {
+        "finetune": {"unfreeze": "fc"},
+        "augment": {"policy": "flip"},
+        "data": {"image_size": 64},
+    }
+    preset = make_preset(**sections)
+    result = benchmark.bench(preset, where(tmp_path), Silent(), steps=1, repeats=1)
+    whole = benchmark.bench(make_preset(data={"image_size": 64}), where(tmp_path), Silent(), steps=1, repeats=1)
+    assert result["flops_per_image"] < whole["flops_per_image"] / 20
+    assert set(result["images_per_second"]) == set(whole["images_per_second"])
+
+
+def test_a_wrong_preset_and_torchrun_are_refused(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_cli("bench", "--preset", "nope").code == 2
+    kd = run_cli("bench", "--preset", "resnet18-arcface-kd")
+    assert kd.code == 2
+    assert "--teacher" in kd.err
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    outcome = run_cli("bench")
+    assert outcome.code == 2
+    assert "without torchrun" in outcome.err
+
+
+def test_weights_and_held_out_images_make_no_difference() -> None:
+    preset = Preset("x", make_preset(model={"pretrained": True, "weights": "nowhere"}, data={"fraction": 0.1}).config)
+    config = benchmark._without_files(preset.config)
+    assert not config.model.pretrained
+    assert config.model.weights is None
+    assert config.data.fraction == 1
