@@ -50,12 +50,19 @@ def training(result: Mapping[str, Any], published: "Published | None", json: boo
         )
     console.result(
         f"{result['epochs']} epochs in {console.duration(result['seconds'])}, "
-        f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {result['device']}"
+        f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {_where(result)}"
     )
     console.result(f"the run is {result['run_dir']}")
     console.result(f"next: cifar100 evaluate {shlex.quote(result['run_dir'])}")
     root = str(Path(result["run_dir"]).parent.parent)
     console.result("      cifar100 report" + ("" if root == "runs" else f" {shlex.quote(root)}"))
+
+
+def _where(result: Mapping[str, Any]) -> str:
+    """Device, ranks and memory; results of earlier versions tell the first alone."""
+    ranks, memory = result.get("ranks", 1), result.get("peak_memory_bytes", 0)
+    place = str(result["device"]) if ranks == 1 else f"{ranks} ranks on {result['device'].partition(':')[0]}"
+    return f"{place}, peak memory {memory / 2**30:.1f} GiB" if memory else place
 
 
 def evaluation(result: Mapping[str, Any], json: bool) -> None:

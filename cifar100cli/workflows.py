@@ -171,6 +171,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         "peak_memory_bytes": max(row.get("peak_memory_bytes", 0) for row in rows),
         "device": str(job.device),
         "precision": job.precision,
+        "compile": job.manner.name,
         "ranks": ranks.count(),
     }
     if held_out is not None:
