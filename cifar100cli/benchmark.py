@@ -30,6 +30,7 @@ from cifar100cli.steps import Steps, create_steps
 TRAINING_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-100 and of CIFAR-10
 TURN = {"cpu": 3.0, "cuda": 0.5}  # about so many seconds of each side in a turn
 REPEATS = 7
+TEST_BATCHES = 3
 
 
 def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, repeats: int | None) -> dict[str, Any]:
@@ -111,7 +112,11 @@ class Sides:
 
     def __init__(self, preset: Preset, where: Where, watcher: Watcher, steps: int) -> None:
         config, count = preset.config, preset.config.data.batch_size * steps
-        self.dataset = noise(config, count, evaluation_batch_size(config.data.image_size))
+        self.dataset = noise(
+            config,
+            count,
+            TEST_BATCHES * evaluation_batch_size(config.data.image_size, devices.select_device(where.device)),
+        )
         self.steps = steps
         self.job: Job = prepare(preset, where, _Quiet(watcher), dataset=self.dataset)
         job = self.job
@@ -123,7 +128,7 @@ class Sides:
         self.bare_steps: Steps = create_steps(resident, job.manner)
         self.bare_steps.begin(1)
         self.test = evaluation_loader(self.dataset.test, job.device, job.loaders.train.preprocessing)
-        self.test_batch = next(iter(self.test.epoch(1))).inputs
+        self.test_inputs = [batch.inputs for batch in self.test.epoch(1)]
         self.epoch = 0
         self.observer = _Quiet(watcher)
         self.plain_loop: PlainLoop | None = None
@@ -170,7 +175,8 @@ class Sides:
     def bare_evaluation(self) -> None:
         """Forward passes of the same images that are ready."""
         with self._whole_network(), torch.inference_mode(), self.training.cast():
-            self.job.model.eval()(self.test_batch).float().cpu()
+            model = self.job.model.eval()
+            torch.cat([model(inputs).float() for inputs in self.test_inputs]).cpu()
         self.job.model.train()
 
     @contextmanager

@@ -285,7 +285,7 @@ def _finetune(
             f"features of the {title} images",
             front,
             loader,
-            batch_size=evaluation_batch_size(config.data.image_size),
+            batch_size=evaluation_batch_size(config.data.image_size, loader.device),
             dtype=dtype,
             folder=where.cache_dir / computed.key(about, frozen, loader),
             speaker=watcher,
@@ -322,7 +322,7 @@ def evaluation_loader(split: Split, device: torch.device, preprocessing: Preproc
     """The images of a split in its order, in batches that fill a device."""
     return DeviceLoader(
         split,
-        evaluation_batch_size(preprocessing.image_size),
+        evaluation_batch_size(preprocessing.image_size, device),
         device,
         preprocessing,
         rank=ranks.rank(),

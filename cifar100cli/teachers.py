@@ -31,7 +31,7 @@ class OnlineTeacher:
     @property
     def batch_size(self) -> int:
         """As many images as are looked at together."""
-        return evaluation_batch_size(self.preprocessing.image_size)
+        return evaluation_batch_size(self.preprocessing.image_size, next(self.model.parameters()).device)
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits (N, classes) float32 of uint8 images (N, 3, H, W)."""
