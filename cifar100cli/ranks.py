@@ -71,13 +71,17 @@ def start() -> None:
     """Meet the other ranks; happens by itself when it is first needed."""
     import torch
     from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
 
     if distributed.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
     if backend != "gloo" and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
-    distributed.init_process_group(backend, timeout=PATIENCE)
+    # torchrun keeps one store for all its restarts, and so the addresses of ranks that are dead: a prefix hides them.
+    store, number, world_size = next(rendezvous("env://", timeout=PATIENCE))
+    store = distributed.PrefixStore(f"restart {restarts()}", store)  # type: ignore[attr-defined]
+    distributed.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=PATIENCE)
 
 
 def leave() -> None:
