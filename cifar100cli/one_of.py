@@ -75,7 +75,7 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     # grid_sample counts from -1 at the outer edge of the first pixel to 1 at that of the last.
     to_grid = _constant((2 / width, 2 / height), images.device)
     edge = _constant((1 / width - 1, 1 / height - 1), images.device)
-    grid = edge.addcmul(points, to_grid)
+    grid = torch.addcmul(edge, points, to_grid, out=points)
     warped = torch.nn.functional.grid_sample(
         images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False
     )
@@ -145,23 +145,24 @@ def jitter(
 
     pixels = images.float()
     for blend in blends[:3]:
-        pixels = _blend(pixels, *blend)
+        _blend(pixels, *blend)
     pixels = turn_hue(pixels, hue)
     for blend in blends[3:]:
-        pixels = _blend(pixels, *blend)
+        _blend(pixels, *blend)
     return pixels.to(torch.uint8)
 
 
-def _blend(pixels: Tensor, factor: Tensor, of_mean: Tensor, of_grey: Tensor, more: Tensor) -> Tensor:
-    """Float32 images of whole levels, times `factor`, plus shares of their mean grey and of each pixel's grey.
+def _blend(pixels: Tensor, factor: Tensor, of_mean: Tensor, of_grey: Tensor, more: Tensor) -> None:
+    """Multiply float32 images of whole levels by `factor`, and add shares of their mean grey and each pixel's grey.
 
     The numbers, (N, 1, 1, 1), leave an image as it is where they are 1, 0, 0 and 0.
     """
     # OpenCV's weights in 15 bits: with them every sum here is exact in float32, in any order.
-    weights = _constant((9798 / 2**15, 19235 / 2**15, 3735 / 2**15), pixels.device)[:, None, None]
-    grey = (pixels * weights).sum(1, keepdim=True).round_()
-    shares = more.addcmul(of_mean, grey.mean((2, 3), keepdim=True)).addcmul(of_grey, grey)
-    return shares.addcmul(pixels, factor).clamp_(0, 255).floor_()
+    red, green, blue = pixels.tensor_split(3, dim=1)
+    grey = (red * (9798 / 2**15)).add_(green, alpha=19235 / 2**15).add_(blue, alpha=3735 / 2**15).round_()
+    shares = torch.addcmul(more.addcmul(of_mean, grey.mean((2, 3), keepdim=True)), of_grey, grey, out=grey)
+    # In place: on a CPU, half the time of a large new tensor is that of getting its memory.
+    torch.addcmul(shares, pixels, factor, out=pixels).clamp_(0, 255).floor_()
 
 
 def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
@@ -183,10 +184,10 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     # 150 for green and 30 for blue, at its highest in its own third, and goes evenly in between.
     opposite = _constant((90, 150, 30), pixels.device)[:, None, None]
     distance = hue + ((180 * turns).floor_()[:, None, None, None] - opposite)
-    distance = distance.sub_((distance / 180).round_(), alpha=180).abs_()
-    lowered = (60 - distance).clamp_(0, 30).mul_(saturation).div_(30 * 255)
+    distance = distance.add_(90).remainder_(180).sub_(90).abs_()
+    lowered = distance.neg_().add_(60).clamp_(0, 30).mul_(saturation).div_(30 * 255)
     # OpenCV cuts here too. (In columns at the end that do not fill its vectors, it rounds.)
-    turned = (1 - lowered).mul_(value).floor_()
+    turned = lowered.neg_().add_(1).mul_(value).floor_()
     return turned.lerp_(pixels, (turns[:, None, None, None] == 0).float())
 
 
