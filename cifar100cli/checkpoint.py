@@ -25,7 +25,9 @@ from cifar100cli.models import create_model
 from cifar100cli.runs import find_model, replacing
 from cifar100cli.weights import KEY
 
-FORMAT = 1  # of both files; a newer one is refused
+FORMAT = 1  # of a model's file; a newer one is refused
+# Of a training state. Going on from one of another format would draw other batches than the run began with.
+STATE_FORMAT = 2
 
 Deviation = Annotated[FiniteFloat, Field(gt=0)]
 
@@ -140,7 +142,7 @@ def save_state(path: Path, state: TrainState, model: nn.Module, optimizer: torch
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for index, values in optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": v for name, v in values.items() if isinstance(v, Tensor)}
-    _save(path, tensors, {"format": FORMAT, **asdict(state)})
+    _save(path, tensors, {"format": STATE_FORMAT, **asdict(state)})
 
 
 def restore_model(saved: Saved, model: nn.Module) -> None:
@@ -185,8 +187,19 @@ def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
             raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
-def read(path: Path) -> Saved:
-    """Read a file of ours. Raises `DataError` for one that is missing, broken, foreign or newer."""
+def read_state(path: Path) -> Saved:
+    """Read a training state. Raises `DataError` as `read` does, and for one that an older version wrote."""
+    saved = read(path, newest=STATE_FORMAT)
+    if saved.about["format"] < STATE_FORMAT:
+        raise DataError(
+            f"{path}: written by an older cifar100, whose order of images this one does not draw: go on with that "
+            "version, or train anew; the model beside it can be used as it is"
+        )
+    return saved
+
+
+def read(path: Path, newest: int = FORMAT) -> Saved:
+    """Read a file of ours. Raises `DataError` for one that is missing, broken, foreign or newer than `newest`."""
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     try:
@@ -198,8 +211,8 @@ def read(path: Path) -> Saved:
             found = about["format"]
             if not isinstance(found, int) or found < 1:
                 raise DataError(f"{path}: its format number is not right")
-            if found > FORMAT:
-                raise DataError(f"{path}: written by a newer cifar100 (format {found}; this one reads up to {FORMAT})")
+            if found > newest:
+                raise DataError(f"{path}: written by a newer cifar100 (format {found}; this one reads up to {newest})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
         if isinstance(error, DataError):

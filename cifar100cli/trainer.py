@@ -149,7 +149,7 @@ def train_epoch(steps: Steps, config: Config, epoch: int, observer: Observer) ->
 def _saved_state(run: RunDir) -> checkpoint.Saved | None:
     """What the run can go on from, if it has finished an epoch."""
     if (run.path / STATE).is_file():
-        return checkpoint.read(run.path / STATE)
+        return checkpoint.read_state(run.path / STATE)
     if len(run.metrics()) > 1:  # one epoch may have been measured and not yet saved
         raise DataError(f"{run.path}: has no {STATE}, so it cannot go on; start a new run")
     return None

@@ -57,7 +57,7 @@ def _where_it_is(run: RunDir) -> tuple[dict[str, Any] | None, Config, str, objec
     """A run's result, if it has one; its configuration, preset, precision, and the state that it can go on from."""
     state = run.path / STATE
     done = run.result() if run.complete else None
-    saved = checkpoint.read(state) if done is None and state.is_file() else None
+    saved = checkpoint.read_state(state) if done is None and state.is_file() else None
     return done, run.config(), run.preset, run.environment().get("precision"), saved
 
 

@@ -138,9 +138,21 @@ def test_training_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None
 
     other = make_model(seed=1)
     optimizer = create_optimizer(config, everything(other))
-    assert checkpoint.restore(checkpoint.read(tmp_path / "state"), other, optimizer) == TrainState(3, 2, 0.5)
+    assert checkpoint.restore(checkpoint.read_state(tmp_path / "state"), other, optimizer) == TrainState(3, 2, 0.5)
     steps(other, optimizer, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_a_state_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An older one would go on with other batches than it began with."""
+    model = create_model(CONFIG, 4, pretrained=False)
+    optimizer = create_optimizer(CONFIG.optimizer, everything(model))
+    for number, words in ((1, "older cifar100.*train anew"), (3, "newer cifar100")):
+        with monkeypatch.context() as patch:
+            patch.setattr(checkpoint, "STATE_FORMAT", number)
+            checkpoint.save_state(tmp_path / "state", TrainState(), model, optimizer)
+        with pytest.raises(DataError, match=words):
+            checkpoint.read_state(tmp_path / "state")
 
 
 def test_a_state_of_another_model(tmp_path: Path) -> None:
@@ -151,7 +163,7 @@ def test_a_state_of_another_model(tmp_path: Path) -> None:
     other = create_model(CONFIG, classes=4)
     with pytest.raises(DataError, match="does not fit"):
         checkpoint.restore(
-            checkpoint.read(tmp_path / "state"), other, create_optimizer(CONFIG.optimizer, everything(other))
+            checkpoint.read_state(tmp_path / "state"), other, create_optimizer(CONFIG.optimizer, everything(other))
         )
 
 

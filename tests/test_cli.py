@@ -370,15 +370,26 @@ def test_weights_without_a_hub(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tm
 
 
 def test_out_of_memory_says_what_to_lower(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    def exhausted(*_: object) -> None:
-        raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+    """And leaves what was done whole: the same folder goes on to the end."""
+    from cifar100cli import trainer
 
-    from cifar100cli import workflows
+    train_epoch = trainer.train_epoch
 
-    monkeypatch.setattr(workflows, "train", exhausted)
-    outcome = run_cli("train", *TINY)
+    def exhausted(steps: Any, config: Any, epoch: int, observer: Any) -> Any:
+        if epoch == 2:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 20.00 GiB")
+        return train_epoch(steps, config, epoch, observer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_epoch", exhausted)
+        outcome = run_cli("train", *TINY, "--epochs", "2")
     assert outcome.code == 1
-    assert "--batch-size" in outcome.err
+    (line,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert "lower --batch-size" in line
+    assert "last good checkpoint is" in line
+    resumed = run_cli("train", "--resume", "last", "--json")
+    assert resumed.code == 0, resumed.err
+    assert json.loads(resumed.out)["epochs"] == 2
 
 
 # --------------------------------------------------------------------------------------- stopping and resuming

@@ -290,7 +290,7 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
 
 def test_state_is_plain(tmp_path: Path) -> None:
     workflows.train(make_preset(), where(tmp_path), Silent())
-    saved = checkpoint.read(only_run(tmp_path).path / runs.STATE)
+    saved = checkpoint.read_state(only_run(tmp_path).path / runs.STATE)
     tensors, about = saved.tensors, saved.about
     assert TrainState(**{key: about[key] for key in ("epoch", "best_epoch", "best_top1")}) == TrainState(3, 3, -1.0)
     assert all(name.startswith(("model.", "optimizer.")) for name in tensors)
