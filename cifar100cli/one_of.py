@@ -184,7 +184,7 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     # 150 for green and 30 for blue, at its highest in its own third, and goes evenly in between.
     opposite = _constant((90, 150, 30), pixels.device)[:, None, None]
     distance = hue + ((180 * turns).floor_()[:, None, None, None] - opposite)
-    distance = distance.add_(90).remainder_(180).sub_(90).abs_()
+    distance = distance.sub_((distance * (1 / 180)).round_(), alpha=180).abs_()
     lowered = distance.neg_().add_(60).clamp_(0, 30).mul_(saturation).div_(30 * 255)
     # OpenCV cuts here too. (In columns at the end that do not fill its vectors, it rounds.)
     turned = lowered.neg_().add_(1).mul_(value).floor_()
@@ -229,12 +229,13 @@ def draw(count: int, height: int, width: int, generator: torch.Generator) -> Dra
 
 def apply_in_parts(images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
     """Each image changed by its transform alone. The sizes of the parts are random, which a GPU would wait for."""
-    result = torch.empty_like(images)
+    places, parts = [], []
     for index, (transform, own) in enumerate(zip(TRANSFORMS, drawn_by(TRANSFORMS, parameters), strict=True)):
         part = (chosen == index).nonzero()[:, 0]
-        changed = transform.apply(images.index_select(0, part), *(values.index_select(0, part) for values in own))
-        result.index_copy_(0, part, changed)
-    return result
+        places.append(part)
+        parts.append(transform.apply(images.index_select(0, part), *(values.index_select(0, part) for values in own)))
+    # One gather of whole images takes a fifth of the time of a scatter for each part.
+    return torch.cat(parts).index_select(0, torch.cat(places).argsort())
 
 
 def apply_to_all(images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
