@@ -566,6 +566,46 @@ def evaluate(
 
 
 @app.command()
+def predict(
+    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a .safetensors file.")],
+    images: Annotated[
+        list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, folders of pictures, or - for standard input.")
+    ],
+    top: Annotated[int, typer.Option(min=1, metavar="K", help="How many classes to show for each picture.")] = 5,
+    device: options.Device = "auto",
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Say what is in pictures of one's own.
+
+    Any size and kind: the middle square is made as small as the images that the model knows. A file that is no image
+    is named and skipped, and the exit code is then 3.
+
+    Example: cifar100 predict runs/resnet18-arcface-224/20260101-120000-seed0 cat.jpg holidays/ --top 3
+    """
+    _one_process()
+    from cifar100cli.images import find_images
+    from cifar100cli.runs import find_model
+
+    find_model(expand(checkpoint))
+    pictures = [expand(image) for image in images]
+    find_images(pictures)  # what is not there is told before PyTorch is loaded
+    where = _where(None, Path("runs"), device)
+    from cifar100cli import workflows
+
+    with console.TrainingDisplay("predict") as display:
+        result = workflows.predict(expand(checkpoint), pictures, where, display, top)
+    show.prediction(result, json)
+    skipped = [f"{skip['image']}: {skip['reason']}" for skip in result["skipped"]]
+    for line in skipped[1:]:
+        console.log(f"skipped: {line}")
+    if skipped:
+        more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
+        raise DataError(f"skipped: {skipped[0]}{more}")
+
+
+@app.command()
 def bench(
     context: typer.Context,
     preset: options.Preset = None,

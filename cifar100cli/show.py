@@ -104,6 +104,29 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
     )
 
 
+def prediction(result: Mapping[str, Any], json: bool) -> None:
+    """What `predict` thinks of pictures, the most likely class first."""
+    if json:
+        console.result_json(result)
+        return
+    if result["dataset"] == "synthetic":
+        console.result("the model was trained on synthetic (drawn) shapes: what it says of photographs means nothing")
+    rows = []
+    for picture in result["images"]:
+        for place, guess in enumerate(picture["top"]):
+            name = "standard input" if picture["image"] == "-" else picture["image"]
+            rows.append(
+                (
+                    "" if place else name,
+                    guess["class"],
+                    percent(guess["probability"]),
+                    guess["superclass"] or "-",
+                )
+            )
+    if rows:
+        console.table("", ("image", "class", "probability", "superclass"), rows, right=(2,))
+
+
 def bench(result: Mapping[str, Any], json: bool) -> None:
     """What `bench` measured."""
     if json:

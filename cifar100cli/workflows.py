@@ -1,16 +1,17 @@
-"""What the commands do: train, go on, try, evaluate."""
+"""What the commands do: train, go on, try, evaluate, predict."""
 
 import contextlib
 import csv
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
-from cifar100cli import checkpoint, datasets, devices, machine, metrics, ranks, trainer
+from cifar100cli import checkpoint, datasets, devices, images, machine, metrics, ranks, trainer
 from cifar100cli.checkpoint import Card, Checkpoint, TrainState
 from cifar100cli.config import Config, Preset, differences
 from cifar100cli.datasets import Dataset, Split
@@ -20,6 +21,8 @@ from cifar100cli.loader import DeviceLoader
 from cifar100cli.models import count_parameters
 from cifar100cli.optim import create_optimizer
 from cifar100cli.runs import MODEL, STATE, RunDir, begun_by, replacing
+
+PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
 
 # ------------------------------------------------------------------------------------------------ training
 
@@ -220,14 +223,12 @@ def evaluate(path: Path, where: Where, split: str = "test", predictions: Path | 
     confidence, and whether it is right.
     """
     saved = checkpoint.load_model(path)
-    device = devices.select_device(where.device)
-    precision = devices.resolve_precision(saved.config.train.precision, device)
+    model, device, cast = _ready(saved, where)
     dataset = datasets.load(saved.card.dataset, where.data_dir)
     if dataset.classes != saved.card.classes:
         raise DataError(f"{saved.path}: its classes are not those of {dataset.name} in {where.data_dir}")
-    model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     loader = evaluation_loader(_split_of(saved, dataset, split), device, saved.card.preprocessing)
-    logits, labels = metrics.predict(model, loader, devices.autocast(device, precision))
+    logits, labels = metrics.predict(model, loader, cast)
     result = metrics.evaluate(logits, labels, saved.card.superclass_of)
     classes = saved.card.classes
     if predictions is not None and ranks.rank() == 0:
@@ -245,6 +246,17 @@ def evaluate(path: Path, where: Where, split: str = "test", predictions: Path | 
             for true, predicted, count in result.confusions
         ],
     }
+
+
+def _ready(saved: Checkpoint, where: Where) -> tuple[nn.Module, torch.device, devices.Cast]:
+    """The model on the device that is asked for, in the precision that it was trained in."""
+    device = devices.select_device(where.device)
+    model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return (
+        model.eval(),
+        device,
+        devices.autocast(device, devices.resolve_precision(saved.config.train.precision, device)),
+    )
 
 
 def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
@@ -275,3 +287,50 @@ def _write_predictions(path: Path, classes: tuple[str, ...], logits: torch.Tenso
             zip(labels.tolist(), predicted.tolist(), confidences.tolist(), strict=True)
         ):
             writer.writerow([index, classes[true], classes[guess], f"{confidence:.6f}", int(true == guess)])
+
+
+# ---------------------------------------------------------------------------------------------- predicting
+
+
+def predict(path: Path, sources: Sequence[Path], where: Where, watcher: Watcher, top: int = 5) -> dict[str, Any]:
+    """The `top` most likely classes of pictures; returns what `predict --json` prints.
+
+    A file that is no image is skipped, and stands under `skipped` with the reason.
+    """
+    files = images.find_images(sources)
+    saved = checkpoint.load_model(path)
+    model, device, cast = _ready(saved, where)
+    card = saved.card
+    found: list[dict[str, Any]] = []
+    skipped = []
+    with watcher.progress("pictures", len(files)) as advance:
+        for start in range(0, len(files), PICTURES):
+            names, pixels = [], []
+            for file in files[start : start + PICTURES]:
+                try:
+                    pixels.append(images.read_image(file))
+                    names.append(str(file))
+                except DataError as error:
+                    skipped.append({"image": str(file), "reason": str(error)})
+                advance(1)
+            if not names:
+                continue
+            batch = torch.from_numpy(np.stack(pixels)).to(device)
+            with torch.inference_mode(), cast():
+                logits = model(card.preprocessing(batch))
+            probabilities, order = logits.double().softmax(1).cpu().topk(min(top, len(card.classes)), dim=1)
+            for name, shares, labels in zip(names, probabilities.tolist(), order.tolist(), strict=True):
+                guesses = [_guess(card, label, share) for label, share in zip(labels, shares, strict=True)]
+                found.append({"image": name, "top": guesses})
+    return {
+        "checkpoint": str(saved.path),
+        "preset": card.preset,
+        "dataset": card.dataset,
+        "images": found,
+        "skipped": skipped,
+    }
+
+
+def _guess(card: Card, label: int, probability: float) -> dict[str, Any]:
+    superclass = card.superclasses[card.superclass_of[label]] if card.superclass_of else None
+    return {"class": card.classes[label], "probability": probability, "superclass": superclass}

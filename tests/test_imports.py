@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 LEVELS = (
     {"__init__", "errors"},
     {"ranks"},
-    {"config", "unpickle", "fetch", "synthetic", "augment", "losses", "weights", "stages", "devices"},
+    {"config", "unpickle", "fetch", "synthetic", "augment", "losses", "weights", "stages", "devices", "images"},
     {"one_of", "albumentations_backend", "batch_norm"},
     {"console", "unpack", "runs", "datasets", "models", "optim"},
     {"download", "loader", "options"},

@@ -1,0 +1,130 @@
+"""Pictures of the user's: any file that Pillow decodes by itself, as the small square images that models here know."""
+
+import io
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from cifar100cli.errors import DataError, UsageError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as Picture
+
+SIDE = 32  # of CIFAR's images
+STANDARD_INPUT = Path("-")
+MOST_PIXELS = 100_000_000
+MOST_BYTES = 500_000_000
+# Pillow also hands PostScript to an interpreter, and knows formats that nobody has looked at for years: not here.
+DECODERS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "ICO", "TIFF", "PPM", "TGA", "JPEG2000")
+ENDINGS = frozenset(
+    f".{kind}"
+    for kind in (
+        "png",
+        "apng",
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "mpo",
+        "gif",
+        "webp",
+        "avif",
+        "bmp",
+        "ico",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+        "tga",
+        "jp2",
+    )
+)
+
+
+def find_images(sources: Sequence[Path]) -> list[Path]:
+    """The files that are meant: a folder stands for what has an image's ending in it and below, `-` for stdin.
+
+    Raises `DataError` for what is not there, and for a folder without images.
+    """
+    found: list[Path] = []
+    for source in sources:
+        if source.is_dir():
+            inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+            if not inside:
+                endings = " ".join(sorted(ENDINGS))
+                raise DataError(f"{source}: there is no image in this folder (known endings: {endings})")
+            found += inside
+        elif source != STANDARD_INPUT and not source.exists():
+            raise DataError(f"{source}: there is no such image")
+        else:
+            found.append(source)
+    if found.count(STANDARD_INPUT) > 1:
+        raise UsageError("-: standard input can be read once")
+    return found
+
+
+def read_image(source: Path) -> NDArray[np.uint8]:
+    """One picture as (3, 32, 32) uint8: upright, its first frame, the middle square of it, made smaller with care.
+
+    What is transparent is shown on white. A picture of 32x32 pixels is taken as it is. Raises `DataError` for what
+    is no image, is broken, or has more than MOST_PIXELS pixels.
+    """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
+    content = _content(source)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of decoders, about what does not matter here
+            Image.init()
+            known = [name for name in DECODERS if name in Image.OPEN]  # a Pillow may be built without some
+            with Image.open(io.BytesIO(content), formats=known) as image:
+                width, height = image.size
+                if width * height > MOST_PIXELS:  # read from its head; nothing is decoded yet
+                    raise DataError(f"is said to have {width:,} x {height:,} pixels, which is too much")
+                upright = ImageOps.exif_transpose(image)
+                small = ImageOps.fit(_in_colour(upright), (SIDE, SIDE), Image.Resampling.BICUBIC)
+    except UnidentifiedImageError:
+        raise DataError("no image, or of a kind that is not read here") from None
+    except Image.DecompressionBombError:
+        raise DataError("is said to have too many pixels") from None
+    except (OSError, ValueError, SyntaxError, EOFError, IndexError, TypeError, KeyError, OverflowError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"broken ({' '.join(str(error).split())[:100] or type(error).__name__})") from None
+    return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+
+
+def _content(source: Path) -> bytes:
+    try:
+        if source == STANDARD_INPUT:
+            content = sys.stdin.buffer.read(MOST_BYTES + 1)
+        else:
+            with source.open("rb") as file:
+                content = file.read(MOST_BYTES + 1)
+    except OSError as error:
+        raise DataError(error.strerror or str(error)) from None
+    if len(content) > MOST_BYTES:
+        raise DataError(f"has more than {MOST_BYTES // 10**6} MB")
+    return content
+
+
+def _in_colour(image: "Picture") -> "Picture":
+    """RGB of any mode: 16 bits and floating-point numbers scaled to 8 bits, transparency on white."""
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        levels = np.nan_to_num(np.asarray(image, np.float32))
+        full = 65535 if image.mode.startswith("I") else 1 if levels.max() <= 1 else 255
+        image = Image.fromarray((levels / full * 255).round().clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
