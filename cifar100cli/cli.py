@@ -9,6 +9,7 @@ import re
 import shlex
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -336,6 +337,7 @@ def train(
     weight_decay: options.WeightDecay = None,
     epochs: options.Epochs = None,
     seed: options.Seed = None,
+    seeds: options.Seeds = 1,
     settings: options.Settings = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
@@ -351,7 +353,7 @@ def train(
 
     Without a preset it runs `quickstart`, on drawn images that need no download.
 
-    Example: cifar100 train --preset resnet18-baseline --epochs 10 --seed 1
+    Example: cifar100 train --preset resnet18-baseline --epochs 10 --seeds 3
     """
     from cifar100cli.config import DEFAULT_PRESET
 
@@ -379,6 +381,7 @@ def distill(
     weight_decay: options.WeightDecay = None,
     epochs: options.Epochs = None,
     seed: options.Seed = None,
+    seeds: options.Seeds = 1,
     settings: options.Settings = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
@@ -421,6 +424,7 @@ def finetune_cifar10(
     weight_decay: options.WeightDecay = None,
     epochs: options.Epochs = None,
     seed: options.Seed = None,
+    seeds: options.Seeds = 1,
     settings: options.Settings = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
@@ -460,8 +464,12 @@ def _train(context: typer.Context, default_preset: str) -> None:
     overrides = options.overrides(given)
     _check_device(given["device"])
     if given["resume"] is not None:
+        if given["seeds"] > 1:
+            raise UsageError("--resume goes on with one run: leave --seeds out")
         _resume(given, overrides)
         return
+    if given["seeds"] > 1 and ranks.count() > 1:
+        raise UsageError("--seeds trains one run after another; with torchrun, give a command for each --seed")
     chosen = load_preset(given["preset"] or default_preset, overrides)
     if given["print_config"]:
         if json:
@@ -477,12 +485,25 @@ def _train(context: typer.Context, default_preset: str) -> None:
     where = _where(given["data_dir"], given["out"], given["device"])
     from cifar100cli import workflows
 
-    with console.TrainingDisplay(chosen.name) as display:
-        if dry_run:
+    if dry_run:
+        with console.TrainingDisplay(chosen.name) as display:
             show.dry_run(workflows.dry_run(chosen, where, display), json)
-            return
-        result = workflows.train(chosen, where, display)
-    show.training(result, chosen.config.published, json)
+        return
+    results = []
+    first, count = chosen.config.seed, given["seeds"]
+    for done in range(count):
+        config = chosen.config.model_copy(update={"seed": first + done})
+        try:
+            with console.TrainingDisplay(chosen.name) as display:
+                results.append(workflows.train(replace(chosen, config=config), where, display))
+        except KeyboardInterrupt:
+            if done + 1 < count:
+                console.log(f"still to do after this run: --seed {first + done + 1} --seeds {count - done - 1}")
+            raise
+    if count == 1:
+        show.training(results[0], chosen.config.published, json)
+    else:
+        show.seeds(results, chosen.config.published, json)
 
 
 def _check_inputs(config: "Config", data_dir: Path | None) -> None:

@@ -82,6 +82,7 @@ Cache = Annotated[
 ]
 Epochs = Annotated[str | None, _text("N", "Passes over the training images.")]
 Seed = Annotated[str | None, _text("N", "Of weights, order and augmentation.")]
+Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="So many runs in turn, each with the next seed.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")]
 Resume = Annotated[str | None, _text("RUN|last", "Go on with a run that was stopped.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check it all, take one step, write nothing.")]

@@ -1,7 +1,9 @@
 """A run's folder: its files, how they are written, and how runs are found again. No torch here."""
 
 import contextlib
+import csv
 import errno
+import io
 import json
 import os
 import tempfile
@@ -19,11 +21,12 @@ FORMAT = 1  # of a run folder; a newer one is refused
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 METRICS = "metrics.jsonl"
+TABLE = "metrics.csv"  # the same once more, for spreadsheets
 MODEL = "model.safetensors"
 STATE = "state.safetensors"
 RESULT = "result.json"
 LOCK = ".lock"
-FILES = (CONFIG, ENVIRONMENT, METRICS, MODEL, STATE, RESULT)
+FILES = (CONFIG, ENVIRONMENT, METRICS, TABLE, MODEL, STATE, RESULT)
 
 _NUMBER = (int, float)
 RESULT_SHAPE: Mapping[str, Any] = {
@@ -219,6 +222,7 @@ class RunDir:
             file.write(json.dumps(row) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        self._write_table()
 
     def forget_after(self, epoch: int) -> None:
         """Drop the lines of epochs that were measured but whose training state was not saved."""
@@ -226,6 +230,16 @@ class RunDir:
         if len(kept) < epoch:
             raise DataError(f"{self.path / METRICS}: lines are missing or broken before epoch {epoch}")
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
+        self._write_table()
+
+    def _write_table(self) -> None:
+        rows = self.metrics()
+        buffer = io.StringIO()
+        columns = dict.fromkeys(name for row in rows for name in row)
+        writer = csv.DictWriter(buffer, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path / TABLE, buffer.getvalue())
 
     @contextlib.contextmanager
     def exclusively(self) -> Iterator[None]:

@@ -1,8 +1,9 @@
 """Results in words and tables, for people; with `--json`, as they are."""
 
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
 
 from cifar100cli import console
@@ -42,20 +43,68 @@ def training(result: Mapping[str, Any], published: "Published | None", json: boo
         f"{result['preset']}, seed {result['seed']}: test{synthetic} {percent(test['top1'])}, "
         f"top-5 {percent(test['top5'])}, loss {test['loss']:.4f} ({how})"
     )
-    if published is not None and result["dataset"] != "synthetic":
-        at = f" at epoch {published.epoch}" if published.epoch else ""
-        console.result(
-            f"published: {percent(published.top1)}{at}; "
-            f"the difference is {100 * (test['top1'] - published.top1):+.2f} points"
-        )
+    _beside(test["top1"], published, result["dataset"])
     console.result(
         f"{result['epochs']} epochs in {console.duration(result['seconds'])}, "
         f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {_where(result)}"
     )
     console.result(f"the run is {result['run_dir']}")
-    console.result(f"next: cifar100 evaluate {shlex.quote(result['run_dir'])}")
-    root = str(Path(result["run_dir"]).parent.parent)
+    _next(result["run_dir"])
+
+
+def _beside(top1: float, published: "Published | None", dataset: str) -> None:
+    """The published figure, and how far from it this one is."""
+    if published is None or dataset == "synthetic":
+        return
+    at = f" at epoch {published.epoch}" if published.epoch else ""
+    console.result(
+        f"published: {percent(published.top1)}{at}; the difference is {100 * (top1 - published.top1):+.2f} points"
+    )
+
+
+def _next(run: str) -> None:
+    console.result(f"next: cifar100 evaluate {shlex.quote(run)}")
+    root = str(Path(run).parent.parent)
     console.result("      cifar100 report" + ("" if root == "runs" else f" {shlex.quote(root)}"))
+
+
+def seeds(results: Sequence[Mapping[str, Any]], published: "Published | None", json: bool) -> None:
+    """Runs that differ in their seeds alone: each, and their mean and (sample) deviation."""
+    first = results[0]
+    top1 = [result["test"]["top1"] for result in results]
+    mean, deviation = fmean(top1), stdev(top1)
+    if json:
+        console.result_json(
+            {
+                **{key: first[key] for key in ("preset", "dataset", "select", "epochs")},
+                "n": len(results),
+                "seeds": [result["seed"] for result in results],
+                "top1_mean": mean,
+                "top1_std": deviation,
+                "published_top1": published.top1 if published else None,
+                "runs": list(results),
+            }
+        )
+        return
+    console.table(
+        f"{first['preset']}: {first['dataset']}, test images",
+        ("seed", "top-1", "top-5", "loss", "epoch", "run"),
+        [
+            (
+                str(result["seed"]),
+                *(percent(result["test"][name]) for name in ("top1", "top5")),
+                f"{result['test']['loss']:.4f}",
+                str(result["best"]["epoch"]),
+                result["run_dir"],
+            )
+            for result in results
+        ],
+        right=range(5),
+    )
+    how = console.PROTOCOLS[first["select"]]
+    console.result(f"mean {percent(mean)}, deviation {100 * deviation:.2f} points over {len(results)} seeds ({how})")
+    _beside(mean, published, first["dataset"])
+    _next(first["run_dir"])
 
 
 def _where(result: Mapping[str, Any]) -> str:

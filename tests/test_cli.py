@@ -40,7 +40,7 @@ def test_a_run_leaves_the_files_of_the_contract(run_cli: Cli) -> None:
     run = Path(result["run_dir"])
     assert re.fullmatch(r"runs/resnet18-baseline/\d{8}-\d{6}-seed5", str(run))
     assert {path.name for path in run.iterdir()} == {
-        *("config.yaml", "environment.json", "metrics.jsonl"),
+        *("config.yaml", "environment.json", "metrics.jsonl", "metrics.csv"),
         *("model.safetensors", "state.safetensors", "result.json"),
     }
     assert json.loads((run / "result.json").read_text()) == result
@@ -390,6 +390,44 @@ def test_out_of_memory_says_what_to_lower(run_cli: Cli, monkeypatch: pytest.Monk
     resumed = run_cli("train", "--resume", "last", "--json")
     assert resumed.code == 0, resumed.err
     assert json.loads(resumed.out)["epochs"] == 2
+
+
+def test_seeds_are_runs_in_turn(run_cli: Cli) -> None:
+    """Each is the run of its seed, to the bit; mean and deviation are NumPy's."""
+    together = train(run_cli, "--seed", "4", "--seeds", "3")
+    alone = train(run_cli, "--seed", "5")
+    assert (together["n"], together["seeds"]) == (3, [4, 5, 6])
+    top1 = [result["test"]["top1"] for result in together["runs"]]
+    assert together["top1_mean"] == pytest.approx(np.mean(top1))
+    assert together["top1_std"] == pytest.approx(np.std(top1, ddof=1))
+    files = [Path(result["run_dir"]) / "model.safetensors" for result in (together["runs"][1], alone)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    outcome = run_cli("train", *TINY, "--epochs", "1", "--seeds", "2")
+    assert "over 2 seeds" in outcome.out
+    assert run_cli("train", "--resume", "last", "--seeds", "2").code == 2
+    assert run_cli("train", "--seeds", "0").code == 2
+
+
+def test_seeds_that_are_left_when_stopped(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifar100cli import trainer
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train_epoch", stopped)
+    outcome = run_cli("train", *TINY, "--seeds", "3")
+    assert outcome.code == 130
+    assert "still to do after this run: --seed 1 --seeds 2" in outcome.err
+
+
+def test_metrics_as_a_table(run_cli: Cli) -> None:
+    run = Path(train(run_cli)["run_dir"])
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [{name: float(value) for name, value in row.items() if value} for row in rows] == [
+        {name: value for name, value in line.items() if value is not None} for line in lines
+    ]
 
 
 # --------------------------------------------------------------------------------------- stopping and resuming

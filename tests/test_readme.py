@@ -36,7 +36,7 @@ def test_the_table_of_presets_is_complete_and_right() -> None:
 
 
 def test_files_are_named_as_they_are() -> None:
-    for name in (runs.CONFIG, runs.ENVIRONMENT, runs.METRICS, runs.MODEL, runs.STATE, runs.RESULT):
+    for name in runs.FILES:
         assert f"| `{name}` |" in README
 
 

@@ -1,5 +1,6 @@
 """Run folders: made once, never overwritten, read with suspicion."""
 
+import csv
 import json
 import os
 import threading
@@ -48,6 +49,8 @@ def test_a_line_that_a_crash_cut_short(tmp_path: Path) -> None:
         file.write('{"epoch": 4, "tra')
     assert len(run.metrics()) == 3
     run.forget_after(2)
+    with (run.path / runs.TABLE).open(newline="") as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
     assert [row["epoch"] for row in run.metrics()] == [1, 2]
     assert (run.path / runs.METRICS).read_text().count("\n") == 2
 
