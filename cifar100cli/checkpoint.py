@@ -22,7 +22,7 @@ from cifar100cli.config import Config, parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model
-from cifar100cli.runs import find_model, replacing
+from cifar100cli.runs import MODEL, find_model, replacing
 from cifar100cli.weights import KEY
 
 FORMAT = 1  # of a model's file; a newer one is refused
@@ -86,6 +86,8 @@ def load_model(path: Path) -> Checkpoint:
     """
     path = find_model(path)
     saved = read(path)
+    if _is_state(saved.about):
+        raise DataError(f"{path}: is a training state, which --resume goes on from; the model is {path.parent / MODEL}")
     try:
         card = Card.model_validate(saved.about)
         config = parse_config(card.config, str(path))
@@ -189,7 +191,9 @@ def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -
 
 def read_state(path: Path) -> Saved:
     """Read a training state. Raises `DataError` as `read` does, and for one that an older version wrote."""
-    saved = read(path, newest=STATE_FORMAT)
+    saved = read(path)
+    if not _is_state(saved.about):
+        raise DataError(f"{path}: holds a model, and not the training state that a run goes on from")
     if saved.about["format"] < STATE_FORMAT:
         raise DataError(
             f"{path}: written by an older cifar100, whose order of images this one does not draw: go on with that "
@@ -198,8 +202,13 @@ def read_state(path: Path) -> Saved:
     return saved
 
 
-def read(path: Path, newest: int = FORMAT) -> Saved:
-    """Read a file of ours. Raises `DataError` for one that is missing, broken, foreign or newer than `newest`."""
+def _is_state(about: Mapping[str, Any]) -> bool:
+    """Whether a file of ours holds a training state, or else a model."""
+    return "best_epoch" in about
+
+
+def read(path: Path) -> Saved:
+    """Read a file of ours. Raises `DataError` for one that is missing, broken, foreign or newer than this version."""
     if not path.is_file():
         raise DataError(f"{path}: there is no such file")
     try:
@@ -211,6 +220,7 @@ def read(path: Path, newest: int = FORMAT) -> Saved:
             found = about["format"]
             if not isinstance(found, int) or found < 1:
                 raise DataError(f"{path}: its format number is not right")
+            newest = STATE_FORMAT if _is_state(about) else FORMAT
             if found > newest:
                 raise DataError(f"{path}: written by a newer cifar100 (format {found}; this one reads up to {newest})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping

@@ -21,7 +21,7 @@ from cifar100cli.errors import CifarError, DataError, RunInterrupted, Terminated
 from cifar100cli.options import expand
 
 if TYPE_CHECKING:
-    from cifar100cli.config import Config, Override
+    from cifar100cli.config import Config, Override, Preset
     from cifar100cli.jobs import Where
     from cifar100cli.runs import RunDir
 
@@ -471,6 +471,7 @@ def _train(context: typer.Context, default_preset: str) -> None:
     if given["seeds"] > 1 and ranks.count() > 1:
         raise UsageError("--seeds trains one run after another; with torchrun, give a command for each --seed")
     chosen = load_preset(given["preset"] or default_preset, overrides)
+    in_turn = _in_turn(chosen, given["seeds"])
     if given["print_config"]:
         if json:
             console.result_json(chosen.config.model_dump(mode="json"))
@@ -490,20 +491,29 @@ def _train(context: typer.Context, default_preset: str) -> None:
             show.dry_run(workflows.dry_run(chosen, where, display), json)
         return
     results = []
-    first, count = chosen.config.seed, given["seeds"]
-    for done in range(count):
-        config = chosen.config.model_copy(update={"seed": first + done})
+    for done, one in enumerate(in_turn, start=1):
         try:
-            with console.TrainingDisplay(chosen.name) as display:
-                results.append(workflows.train(replace(chosen, config=config), where, display))
+            with console.TrainingDisplay(one.name) as display:
+                results.append(workflows.train(one, where, display))
         except KeyboardInterrupt:
-            if done + 1 < count:
-                console.log(f"still to do after this run: --seed {first + done + 1} --seeds {count - done - 1}")
+            if done < len(in_turn):
+                rest = in_turn[done:]
+                console.log(f"still to do after this run: --seed {rest[0].config.seed} --seeds {len(rest)}")
             raise
-    if count == 1:
+    if len(results) == 1:
         show.training(results[0], chosen.config.published, json)
     else:
         show.seeds(results, chosen.config.published, json)
+
+
+def _in_turn(preset: "Preset", count: int) -> list["Preset"]:
+    """The preset with its own seed and those that follow it."""
+    from cifar100cli.config import MOST_SEEDS
+
+    first = preset.config.seed
+    if first + count > MOST_SEEDS:
+        raise UsageError(f"--seeds {count}: seeds end at {MOST_SEEDS - 1}, and the first is {first}")
+    return [replace(preset, config=preset.config.model_copy(update={"seed": first + n})) for n in range(count)]
 
 
 def _check_inputs(config: "Config", data_dir: Path | None) -> None:

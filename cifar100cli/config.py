@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from cifar100cli.errors import UsageError
 
 DEFAULT_PRESET = "quickstart"
+MOST_SEEDS = 2**32
 LARGEST_PRESET = 64 * 1024  # bytes; ours are under two thousand
 
 
@@ -158,7 +159,7 @@ class Config(Section):
 
     description: str = ""
     published: Published | None = None
-    seed: Integer = Field(0, ge=0, lt=2**32)
+    seed: Integer = Field(0, ge=0, lt=MOST_SEEDS)
     data: Data = Data()
     augment: Augment = Augment()
     model: Model = Model()

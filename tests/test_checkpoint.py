@@ -155,6 +155,17 @@ def test_a_state_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             checkpoint.read_state(tmp_path / "state")
 
 
+def test_a_state_is_no_model_and_a_model_no_state(saved: Path, tmp_path: Path) -> None:
+    model = make_model()
+    checkpoint.save_state(
+        tmp_path / "state", TrainState(), model, create_optimizer(CONFIG.optimizer, everything(model))
+    )
+    with pytest.raises(DataError, match=r"is a training state.*the model is .*model\.safetensors"):
+        checkpoint.load_model(tmp_path / "state")
+    with pytest.raises(DataError, match="holds a model"):
+        checkpoint.read_state(saved)
+
+
 def test_a_state_of_another_model(tmp_path: Path) -> None:
     model = make_model()
     checkpoint.save_state(

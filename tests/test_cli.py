@@ -406,6 +406,9 @@ def test_seeds_are_runs_in_turn(run_cli: Cli) -> None:
     assert "over 2 seeds" in outcome.out
     assert run_cli("train", "--resume", "last", "--seeds", "2").code == 2
     assert run_cli("train", "--seeds", "0").code == 2
+    beyond = run_cli("train", *TINY, "--out", "elsewhere", "--seed", str(2**32 - 2), "--seeds", "3")
+    assert (beyond.code, Path("elsewhere").exists()) == (2, False)
+    assert "seeds end at 4294967295" in beyond.err
 
 
 def test_seeds_that_are_left_when_stopped(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -176,6 +176,28 @@ def test_half_a_photograph_is_refused(tmp_path: Path) -> None:
         read_image(tmp_path)
 
 
+@pytest.mark.parametrize("ending", ["png", "jpg", "gif", "webp", "avif", "bmp", "ico", "tiff", "ppm", "tga", "jp2"])
+def test_a_spoilt_picture_is_read_or_refused(tmp_path: Path, ending: str) -> None:
+    """Whatever is wrong within, a decoder's own errors never come through."""
+    random = np.random.default_rng(0)
+    noise = Image.fromarray(random.integers(0, 256, (40, 48, 3), np.uint8))
+    try:
+        whole = np.frombuffer(saved(tmp_path, noise, f"picture.{ending}").read_bytes(), np.uint8)
+    except (KeyError, OSError):
+        pytest.skip(f"this Pillow has no {ending}")
+    refused = 0
+    for _ in range(200):
+        spoilt = whole.copy()
+        places = random.integers(0, min(400, len(whole)), random.integers(1, 8))
+        spoilt[places] = random.integers(0, 256, len(places))
+        (tmp_path / "spoilt").write_bytes(spoilt[: random.integers(len(whole) // 2, len(whole) + 1)].tobytes())
+        try:
+            assert read_image(tmp_path / "spoilt").shape == (3, 32, 32)
+        except DataError:
+            refused += 1
+    assert refused > 20
+
+
 # ------------------------------------------------------------------------------------------------- predict
 
 

@@ -241,6 +241,7 @@ def test_batch_norm_over_ranks_is_batch_norm(found: list[dict[str, Any]], cases:
 TRAIN = """
 import os
 import sys
+import time
 
 from cifar100cli import cli, synthetic, trainer
 
@@ -253,8 +254,11 @@ def dying(steps, config, epoch, observer):
         os._exit(9)
     return train_epoch(steps, config, epoch, observer)
 
-if sys.argv.pop(1) == "die" and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    trainer.train_epoch = dying
+if sys.argv.pop(1) == "die" and os.environ["RANK"] == "1":
+    if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        trainer.train_epoch = dying
+    else:  # late, so that rank 0 looks for the address of this rank while there is only that of the dead one
+        time.sleep(2)
 cli.main()
 """
 
