@@ -10,58 +10,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cifar100cli.card import KEY, Card, parse_card
 from cifar100cli.config import Config, parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model
 from cifar100cli.runs import MODEL, find_model, replacing
-from cifar100cli.weights import KEY
 
 FORMAT = 1  # of a model's file; a newer one is refused
 # Of a training state. Going on from one of another format would draw other batches than the run began with.
 STATE_FORMAT = 2
-
-Deviation = Annotated[FiniteFloat, Field(gt=0)]
-
-
-class Card(BaseModel):
-    """What a model's file says about the model."""
-
-    model_config = ConfigDict(frozen=True, extra="ignore")
-
-    format: int
-    preset: str
-    dataset: Literal["cifar100", "cifar10", "synthetic"]
-    classes: tuple[str, ...] = Field(min_length=2)
-    superclasses: tuple[str, ...] = ()
-    superclass_of: tuple[int, ...] = ()
-    image_size: int = Field(ge=16, le=1024)
-    mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
-    std: tuple[Deviation, Deviation, Deviation]
-    epoch: int = 0
-    config: dict[str, Any]
-
-    @model_validator(mode="after")
-    def _superclasses_fit(self) -> Self:
-        if self.superclass_of and (
-            len(self.superclass_of) != len(self.classes)
-            or not all(0 <= index < len(self.superclasses) for index in self.superclass_of)
-        ):
-            raise ValueError("superclass_of")
-        return self
-
-    @property
-    def preprocessing(self) -> Preprocessing:
-        """From uint8 images to the model's inputs."""
-        return Preprocessing(self.image_size, self.mean, self.std)
 
 
 @dataclass(frozen=True)
@@ -72,6 +37,11 @@ class Checkpoint:
     model: nn.Module
     card: Card
     config: Config
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """From uint8 images to the model's inputs."""
+        return Preprocessing(self.card.image_size, self.card.mean, self.card.std)
 
 
 def save_model(path: Path, model: nn.Module, card: Card) -> None:
@@ -89,12 +59,9 @@ def load_model(path: Path) -> Checkpoint:
     if _is_state(saved.about):
         raise DataError(f"{path}: is a training state, which --resume goes on from; the model is {path.parent / MODEL}")
     try:
-        card = Card.model_validate(saved.about)
+        card = parse_card(saved.about, path)
         config = parse_config(card.config, str(path))
         model = create_model(config, len(card.classes), pretrained=False)
-    except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"])) or str(error.errors()[0]["ctx"]["error"])
-        raise DataError(f"{path}: its description is not right at {place!r}") from None
     except UsageError as error:
         raise DataError(f"{path}: its description is not right: {error}") from None
     load_weights(model, saved.tensors, path)

@@ -711,7 +711,7 @@ def report(
         typer.Argument(metavar="[RUN|DIR]...", help="Runs, or folders of runs; default: all."),
     ] = None,
     out_format: Annotated[
-        Literal["table", "markdown", "csv", "json"] | None,
+        Literal["table", "markdown", "csv", "json", "html"] | None,
         typer.Option("--format", help="Default: by the name of --out, else table."),
     ] = None,
     json: options.Json = False,
@@ -724,30 +724,43 @@ def report(
         Path,
         typer.Option("--runs-dir", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders are."),
     ] = Path("runs"),
+    data_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where example images for the page are; default: where a run found them."),
+    ] = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
     """Set every run beside its published figure.
 
-    Example: cifar100 report --format markdown --out report.md
+    With the name of an HTML file it is a page to look at: tables, learning curves, calibration, confusions, mistakes.
+
+    Example: cifar100 report --out report.html
     """
     _one_process()
     from cifar100cli import report as reports
+    from cifar100cli import report_text
 
     if json and out_format not in (None, "json"):
         raise UsageError(f"--json and --format {out_format} exclude each other")
     if out is not None:
         out = _check_output("--out", out)
-    chosen = "json" if json else out_format or reports.format_of(out)
+    chosen = "json" if json else out_format or report_text.format_of(out)
     found = reports.collect([expand(folder) for folder in folders or [runs_dir]])
-    text = reports.render(found, chosen)
+    if chosen == "html":
+        from cifar100cli import page
+
+        text = page.render(found, expand(data_dir) if data_dir is not None else None)
+    elif chosen == "table" and out is None:
+        text = ""
+        report_text.show_table(found)
+    else:
+        text = report_text.render(found, chosen)
     if out is not None:
         from cifar100cli.runs import write_text
 
         write_text(out, text)
         console.log(f"the report is in {out}")
-    elif chosen == "table":
-        reports.show_table(found)
     else:
         sys.stdout.write(text)
     if check is not None:

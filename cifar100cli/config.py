@@ -21,6 +21,7 @@ from pydantic.fields import FieldInfo
 from cifar100cli.errors import UsageError
 
 DEFAULT_PRESET = "quickstart"
+SPLIT_OF = {"best_test": "test", "best_val": "val", "last": None}  # what `train.select` chooses the epoch on
 MOST_SEEDS = 2**32
 LARGEST_PRESET = 64 * 1024  # bytes; ours are under two thousand
 

@@ -159,9 +159,9 @@ def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
     return "\n".join([*([title] if title else []), *(line.rstrip() for line in lines), ""])
 
 
-def percent(fraction: float | None) -> str:
+def percent(fraction: float | None, digits: int = 2) -> str:
     """0.4426 as 44.26%."""
-    return "-" if fraction is None else f"{100 * fraction:.2f}%"
+    return "-" if fraction is None else f"{100 * fraction:.{digits}f}%"
 
 
 def duration(seconds: float) -> str:

@@ -12,7 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cifar100cli import batch_norm, checkpoint, computed, datasets, devices, ranks, steps, teachers
 from cifar100cli.albumentations_backend import AlbumentationsOneOf
 from cifar100cli.augment import POLICIES, Policy, Views
-from cifar100cli.checkpoint import Card, Checkpoint, Saved
+from cifar100cli.card import Card
+from cifar100cli.checkpoint import Checkpoint, Saved
 from cifar100cli.computed import Speaker
 from cifar100cli.config import Augment, Config, Distillation, Finetune, Preset
 from cifar100cli.datasets import Dataset, Split
@@ -200,7 +201,7 @@ def _teacher(
     device = loader.device
     folder = where.cache_dir / teachers.key(saved, loader, precision)
     model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    online = teachers.OnlineTeacher(model, saved.card.preprocessing, devices.autocast(device, precision))
+    online = teachers.OnlineTeacher(model, saved.preprocessing, devices.autocast(device, precision))
     if dry:
         return online
     if isinstance(loader.policy, Views):

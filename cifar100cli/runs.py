@@ -24,9 +24,10 @@ METRICS = "metrics.jsonl"
 TABLE = "metrics.csv"  # the same once more, for spreadsheets
 MODEL = "model.safetensors"
 STATE = "state.safetensors"
+PREDICTIONS = "predictions.csv"  # of the test images, by the selected weights
 RESULT = "result.json"
 LOCK = ".lock"
-FILES = (CONFIG, ENVIRONMENT, METRICS, TABLE, MODEL, STATE, RESULT)
+FILES = (CONFIG, ENVIRONMENT, METRICS, TABLE, MODEL, STATE, PREDICTIONS, RESULT)
 
 _NUMBER = (int, float)
 RESULT_SHAPE: Mapping[str, Any] = {

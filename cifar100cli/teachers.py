@@ -64,7 +64,7 @@ def key(saved: Checkpoint, loader: DeviceLoader, precision: str) -> str:
     about = {
         "what": "logits",
         "config": saved.config.model_dump(mode="json", include={"model", "loss"}),
-        "preprocessing": asdict(saved.card.preprocessing),
+        "preprocessing": asdict(saved.preprocessing),
         "precision": precision,
     }
     return computed.key(about, saved.model.state_dict().items(), loader)

@@ -10,8 +10,9 @@ import torch
 from torch import nn
 
 from cifar100cli import batch_norm, checkpoint, metrics, ranks
-from cifar100cli.checkpoint import Card, TrainState
-from cifar100cli.config import Config
+from cifar100cli.card import Card
+from cifar100cli.checkpoint import TrainState
+from cifar100cli.config import SPLIT_OF, Config
 from cifar100cli.devices import Cast, autocast, peak_memory
 from cifar100cli.errors import DataError, DivergedError
 from cifar100cli.loader import DeviceLoader, derived_seed
@@ -19,8 +20,6 @@ from cifar100cli.optim import Group, create_optimizer, learning_rate, set_learni
 from cifar100cli.runs import MODEL, STATE, RunDir
 from cifar100cli.steps import Manner, Steps, Training, create_steps
 from cifar100cli.tasks import Task
-
-SPLIT_OF = {"best_test": "test", "best_val": "val", "last": None}  # what the best epoch is chosen on
 
 
 class Observer(Protocol):

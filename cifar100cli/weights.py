@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
+from cifar100cli.card import KEY
 from cifar100cli.errors import DataError
 
-KEY = "cifar100"  # of the metadata of our own files
 # Where training scripts put the weights in a file that holds other things too; averaged ones first, as timm does.
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # DataParallel, torch.compile, Lightning, our cosine head

@@ -12,15 +12,15 @@ import torch
 from torch import nn
 
 from cifar100cli import checkpoint, datasets, devices, images, machine, metrics, ranks, trainer
-from cifar100cli.checkpoint import Card, Checkpoint, TrainState
-from cifar100cli.config import Config, Preset, differences
+from cifar100cli.card import Card
+from cifar100cli.checkpoint import Checkpoint, TrainState
+from cifar100cli.config import SPLIT_OF, Config, Preset, differences
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import CifarError, DataError, DivergedError, RunInterrupted, UsageError
 from cifar100cli.jobs import Job, Watcher, Where, evaluation_loader, prepare, training_splits
-from cifar100cli.loader import DeviceLoader
 from cifar100cli.models import count_parameters
 from cifar100cli.optim import create_optimizer
-from cifar100cli.runs import MODEL, STATE, RunDir, begun_by, replacing
+from cifar100cli.runs import MODEL, PREDICTIONS, STATE, RunDir, begun_by, replacing
 
 PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
 
@@ -91,7 +91,7 @@ def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
                 observer=watcher,
             )
             result = _result(job, run, state)
-            ranks.on_first(lambda: run.write_result(result))
+            ranks.on_first(lambda: run.write_result(result))  # the last file: from now on the run is complete
     except KeyboardInterrupt as stop:
         raise RunInterrupted(run.path, len(run.metrics()), job.config.train.epochs, stop) from None
     return result
@@ -147,9 +147,12 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         job.split.switch_front(on=True)
         for loader in (job.loaders.train, *job.loaders.evaluation.values()):
             loader.features = None
-    test = _evaluate(job.model, job.test, job.card, job.device, job.precision)
+    cast = devices.autocast(job.device, job.precision)
+    logits, labels = metrics.predict(job.model, job.test, cast)
+    test = metrics.evaluate(logits, labels, job.card.superclass_of)
+    ranks.on_first(lambda: _write_predictions(run.path / PREDICTIONS, job.card.classes, logits, labels))
     rows = ranks.on_first(run.metrics)
-    split = trainer.SPLIT_OF[job.config.train.select]
+    split = SPLIT_OF[job.config.train.select]
     held_out = job.loaders.evaluation.get("val")
     result = {
         "preset": job.preset,
@@ -178,7 +181,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         "ranks": ranks.count(),
     }
     if held_out is not None:
-        val = _evaluate(job.model, held_out, job.card, job.device, job.precision)
+        val = metrics.score(*metrics.predict(job.model, held_out, cast))
         result["val"] = {"top1": val.top1, "top5": val.top5, "loss": val.loss}
     return result
 
@@ -227,7 +230,7 @@ def evaluate(path: Path, where: Where, split: str = "test", predictions: Path | 
     dataset = datasets.load(saved.card.dataset, where.data_dir)
     if dataset.classes != saved.card.classes:
         raise DataError(f"{saved.path}: its classes are not those of {dataset.name} in {where.data_dir}")
-    loader = evaluation_loader(_split_of(saved, dataset, split), device, saved.card.preprocessing)
+    loader = evaluation_loader(_split_of(saved, dataset, split), device, saved.preprocessing)
     logits, labels = metrics.predict(model, loader, cast)
     result = metrics.evaluate(logits, labels, saved.card.superclass_of)
     classes = saved.card.classes
@@ -271,13 +274,6 @@ def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
     return held_out
 
 
-def _evaluate(
-    model: nn.Module, loader: DeviceLoader, card: Card, device: torch.device, precision: str
-) -> metrics.EvalResult:
-    logits, labels = metrics.predict(model, loader, devices.autocast(device, precision))
-    return metrics.evaluate(logits, labels, card.superclass_of)
-
-
 def _write_predictions(path: Path, classes: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor) -> None:
     confidences, predicted = logits.double().softmax(1).max(1)
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -317,7 +313,7 @@ def predict(path: Path, sources: Sequence[Path], where: Where, watcher: Watcher,
                 continue
             batch = torch.from_numpy(np.stack(pixels)).to(device)
             with torch.inference_mode(), cast():
-                logits = model(card.preprocessing(batch))
+                logits = model(saved.preprocessing(batch))
             probabilities, order = logits.double().softmax(1).cpu().topk(min(top, len(card.classes)), dim=1)
             for name, shares, labels in zip(names, probabilities.tolist(), order.tolist(), strict=True):
                 guesses = [_guess(card, label, share) for label, share in zip(labels, shares, strict=True)]

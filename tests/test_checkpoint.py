@@ -9,12 +9,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cifar100cli import checkpoint, runs
-from cifar100cli.checkpoint import Card, TrainState
+from cifar100cli.card import KEY, Card
+from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Config
 from cifar100cli.errors import DataError
 from cifar100cli.models import create_model
 from cifar100cli.optim import create_optimizer, everything
-from cifar100cli.weights import KEY
 
 CONFIG = Config.model_validate({"model": {"backbone": "test_resnet"}})
 
@@ -48,7 +48,7 @@ def saved(tmp_path: Path) -> Path:
 def test_a_file_is_enough(saved: Path) -> None:
     found = checkpoint.load_model(saved)
     assert found.card == make_card()
-    assert found.card.preprocessing.mean == (0.5, 0.5, 0.5)
+    assert found.preprocessing.mean == (0.5, 0.5, 0.5)
     inputs = torch.randn(2, 3, 32, 32)
     model = found.model.to(memory_format=torch.channels_last)  # as the other is, so that the same kernels run
     assert torch.equal(model.eval()(inputs), make_model().eval()(inputs))

@@ -18,7 +18,8 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from cifar100cli import __version__, checkpoint, console, datasets, synthetic, weights
+from cifar100cli import __version__, checkpoint, console, datasets, synthetic
+from cifar100cli.card import KEY
 from cifar100cli.runs import RunDir
 from tests.conftest import TINY, Cli
 
@@ -349,7 +350,7 @@ def test_checkpoints_that_describe_themselves_wrongly(run_cli: Cli, about: dict[
     path = Path(train(run_cli, epochs=1)["run_dir"]) / "model.safetensors"
     saved = checkpoint.read(path)
     tensors, old = saved.tensors, saved.about
-    safetensors.torch.save_file(tensors, path, {weights.KEY: json.dumps({**old, **about})})
+    safetensors.torch.save_file(tensors, path, {KEY: json.dumps({**old, **about})})
     outcome = run_cli("evaluate", path)
     assert (outcome.code, len(outcome.err.splitlines())) == (3, 1)
     assert words in outcome.err

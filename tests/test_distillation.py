@@ -184,7 +184,7 @@ def test_the_cached_teacher_says_what_the_online_one_says(tmp_path: Path, teache
     for batch in job.loaders.train.epoch(2):
         assert batch.images is not None
         with torch.no_grad():
-            alone = model(saved.card.preprocessing(batch.images))
+            alone = model(saved.preprocessing(batch.images))
         looked_up = job.task.teacher(batch)
         # Only the batches differ, and with them the order of float32 sums.
         torch.testing.assert_close(looked_up, online.task.teacher(batch), rtol=1e-4, atol=1e-4)

@@ -12,6 +12,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from cifar100cli import checkpoint, computed, jobs, runs, workflows
+from cifar100cli.card import Card
 from cifar100cli.config import Config, Preset, load_preset
 from cifar100cli.errors import RunInterrupted, UsageError
 from cifar100cli.models import create_model
@@ -269,7 +270,7 @@ def test_a_stem_of_our_own_is_taken_over(tmp_path: Path) -> None:
     """A run with the CIFAR stem has weights for that stem; ImageNet's have none, and it is new."""
     config = Config.model_validate({"model": {"backbone": "resnet18", "stem": "cifar"}})
     model = create_model(config, classes=10)
-    card = checkpoint.Card.model_validate(
+    card = Card.model_validate(
         {
             "format": 1,
             "preset": "mine",

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cifar100cli import report, runs
+from cifar100cli import report, report_text, runs
 from cifar100cli.config import Override, load_preset
 from cifar100cli.runs import RunDir
 
@@ -76,12 +76,12 @@ def test_a_repaired_preset_stands_beside_its_family(tmp_path: Path, capsys: pyte
     assert [row.preset for row in found.rows] == [
         *("resnet18-arcface", "resnet18-arcface-fixed", "resnet18-arcface-224", "resnet18-arcface-224-fixed")
     ]
-    (pair,) = json.loads(report.render(found, "json"))["pairs"]
+    (pair,) = json.loads(report_text.render(found, "json"))["pairs"]
     assert pair["preset"] == "resnet18-arcface"
     assert (pair["top1"], pair["fixed_top1"], pair["gain"]) == pytest.approx((0.57, 0.62, 0.05))
     assert (pair["select"], pair["fixed_select"]) == ("best_test", "best_val")
-    report.show_table(found)
-    for text in (capsys.readouterr().out, report.render(found, "markdown")):
+    report_text.show_table(found)
+    for text in (capsys.readouterr().out, report_text.render(found, "markdown")):
         assert re.search(r"resnet18-arcface +(\| )?57.00%, best on test +(\| )?62.00%, held-out +(\| )?\+5.00", text)
 
 
@@ -92,8 +92,8 @@ def test_the_study_of_unfreezing(tmp_path: Path, capsys: pytest.CaptureFixture[s
         make_run(tmp_path, "finetune-layer4", top1, seed, data__fraction=0.1)
     make_run(tmp_path, "resnet18-baseline", 0.44)
     found = report.collect([tmp_path])
-    report.show_table(found)
-    for text in (capsys.readouterr().out, report.render(found, "markdown")):
+    report_text.show_table(found)
+    for text in (capsys.readouterr().out, report_text.render(found, "markdown")):
         table = [re.split(r" *\| *|  +", line.strip(" |")) for line in text[text.index("unfrozen") :].splitlines()]
         cells = {row[0].split()[0]: row[1:5] for row in table if row[0].startswith("layer")}
         assert cells == {
@@ -119,17 +119,17 @@ def test_curves_are_means_and_only_of_what_every_epoch_has(tmp_path: Path) -> No
 
 
 def test_sparklines() -> None:
-    assert report.sparkline([]) == "-"
-    assert report.sparkline([3.0]) == "▁"
-    assert report.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
-    assert report.sparkline(list(range(160)), width=8) == "▂▃▄▄▅▆▇█"
+    assert report_text.sparkline([]) == "-"
+    assert report_text.sparkline([3.0]) == "▁"
+    assert report_text.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
+    assert report_text.sparkline(list(range(160)), width=8) == "▂▃▄▄▅▆▇█"
 
 
 def test_another_data_set_is_not_compared(tmp_path: Path) -> None:
     make_run(tmp_path, "resnet18-baseline", 0.9, data__dataset="synthetic")
     found = report.collect([tmp_path])
     assert found.rows[0].delta is None
-    assert "synthetic" in report.render(found, "markdown")
+    assert "synthetic" in report_text.render(found, "markdown")
     assert report.outside_tolerance(found, 0.1) == []
 
 
@@ -144,11 +144,11 @@ def test_tolerance(tmp_path: Path) -> None:
 def test_formats_agree(tmp_path: Path) -> None:
     make_run(tmp_path, "resnet18-baseline", 0.44, optimizer__lr=0.01)
     found = report.collect([tmp_path])
-    (from_json,) = json.loads(report.render(found, "json"))["rows"]
-    (from_csv,) = csv.DictReader(io.StringIO(report.render(found, "csv")))
+    (from_json,) = json.loads(report_text.render(found, "json"))["rows"]
+    (from_csv,) = csv.DictReader(io.StringIO(report_text.render(found, "csv")))
     assert from_json["top1_mean"] == float(from_csv["top1_mean"]) == 0.44
     assert from_csv["changes"] == "optimizer.lr=0.01"
-    markdown = report.render(found, "markdown").splitlines()
+    markdown = report_text.render(found, "markdown").splitlines()
     assert [line.count("|") for line in markdown[:3]] == [10, 10, 10]
     for cell in ("resnet18-baseline (optimizer.lr=0.01)", "44.26%", "44.00%", "-0.26", "best on test"):
         assert f" {cell} |" in markdown[2]
@@ -159,7 +159,7 @@ def test_names_are_text(tmp_path: Path) -> None:
     run = next((tmp_path / "a|<b>").iterdir())
     environment = json.loads((run / runs.ENVIRONMENT).read_text())
     (run / runs.ENVIRONMENT).write_text(json.dumps({**environment, "preset": "x\x1b[31m\ny"}))
-    line = report.render(report.collect([tmp_path]), "markdown").splitlines()[2]
+    line = report_text.render(report.collect([tmp_path]), "markdown").splitlines()[2]
     assert line.startswith("| a\\|&lt;b> |"), "what is not printable is not taken for a name"
 
 
@@ -194,7 +194,7 @@ def test_what_is_broken_is_listed_and_stops_nothing(tmp_path: Path) -> None:
     assert "not valid JSON" in reasons[no_json.name]
     assert "not a run folder" in reasons["foreign"]
     assert len(found.unusable) == 3 + len(changes)
-    assert report.render(found, "markdown").count("not counted") == len(found.unusable)
+    assert report_text.render(found, "markdown").count("not counted") == len(found.unusable)
 
 
 def test_a_run_can_be_named_itself(tmp_path: Path) -> None:

@@ -1,0 +1,202 @@
+"""The report as text: for a terminal, as Markdown, CSV or JSON."""
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from cifar100cli import console
+from cifar100cli.console import PROTOCOLS, percent
+from cifar100cli.errors import UsageError
+from cifar100cli.report import TITLES, Pair, Report, Row, changed, published_cell, setting, study_rows
+
+FORMATS = {".html": "html", ".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
+STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train loss", "test loss", "test by epoch")
+COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
+
+
+def format_of(out: Path | None) -> str:
+    """The format that a file's name asks for."""
+    if out is None:
+        return "table"
+    if out.suffix not in FORMATS:
+        raise UsageError(f"--out {out}: say the --format, or end the name in one of {', '.join(FORMATS)}")
+    return FORMATS[out.suffix]
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    return (
+        row.preset + changed(row),
+        percent(row.published_top1),
+        percent(row.top1_mean),
+        "-" if row.top1_std is None else f"{100 * row.top1_std:.2f}",
+        "-" if row.delta is None else f"{100 * row.delta:+.2f}",
+        str(row.n),
+        str(row.epochs),
+        PROTOCOLS[row.select],
+        "synthetic (drawn)" if row.dataset == "synthetic" else row.dataset,
+    )
+
+
+PAIR_COLUMNS = ("preset", "as in the tutorial", "repaired", "gain")
+
+
+def _pair_cells(pair: Pair, changed: str) -> tuple[str, ...]:
+    return (
+        pair.preset + changed,
+        f"{percent(pair.top1)}, {PROTOCOLS[pair.select]}",
+        f"{percent(pair.fixed_top1)}, {PROTOCOLS[pair.fixed_select]}",
+        f"{100 * pair.gain:+.2f}",
+    )
+
+
+def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
+    deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
+    last = {name: f"{values[-1]:.4f}" for name, values in row.curves.items() if values}
+    return (
+        f"{row.unfreeze}{mark}",
+        str(row.epochs),
+        f"{100 * row.fraction:g}%",
+        percent(published_cell(row)),
+        percent(row.top1_mean) + deviation,
+        last.get("train_loss", "-"),
+        last.get("test_loss", "-"),
+        sparkline(row.curves.get("test_top1", [])),
+    )
+
+
+def sparkline(values: Sequence[float], width: int = 16) -> str:
+    """A curve in one line of text, from its lowest to its highest value."""
+    if not values:
+        return "-"
+    step = max(1.0, len(values) / width)
+    taken = [values[min(len(values) - 1, int((index + 1) * step) - 1)] for index in range(min(width, len(values)))]
+    low, high = min(values), max(values)
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[round((value - low) / ((high - low) or 1) * (len(bars) - 1))] for value in taken)
+
+
+def _notes(report: Report) -> list[str]:
+    notes = []
+    if any(row.select == "best_test" for row in report.rows):
+        notes.append("best on test: the epoch was chosen on the test set itself, as the tutorial does; it flatters.")
+    if any(row.dataset == "synthetic" for row in report.rows):
+        notes.append("synthetic: drawn shapes; these figures say nothing about CIFAR-100.")
+    if any(row.changes for row in report.rows):
+        notes.append("in brackets: settings that are not the preset's; the published figure is for the preset's.")
+    return notes
+
+
+def render(report: Report, form: str) -> str:
+    """The report as Markdown, CSV, JSON, or the table of a terminal."""
+    if form == "table":
+        with contextlib.redirect_stdout(io.StringIO()) as written:
+            show_table(report)
+        return written.getvalue()
+    if form == "json":
+        content = {
+            "rows": [asdict(row) for row in report.rows],
+            "pairs": [asdict(pair) for pair in report.pairs],
+            "unusable": [asdict(u) for u in report.unusable],
+        }
+        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    if form == "csv":
+        return _csv(report)
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "|".join(["---", *["---:"] * 6, "---", "---"]) + "|"]
+    lines += ["| " + " | ".join(_escape(cell) for cell in _cells(row)) + " |" for row in report.rows]
+    if report.pairs:
+        lines += ["", "| " + " | ".join(PAIR_COLUMNS) + " |", "|---|---:|---:|---:|"]
+        lines += [
+            "| " + " | ".join(_escape(cell) for cell in _pair_cells(pair, changed(pair))) + " |"
+            for pair in report.pairs
+        ]
+    if study := study_rows(report):
+        lines += ["", "| " + " | ".join(STUDY_COLUMNS) + " |", "|---|---:|---:|---:|---:|---:|---:|---|"]
+        lines += ["| " + " | ".join(_escape(cell) for cell in _study_cells(row, changed(row))) + " |" for row in study]
+    lines += ["", *(f"- {note}" for note in _notes(report))]
+    lines += [f"- not counted: `{_escape(u.run)}`: {_escape(u.reason)}" for u in report.unusable]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _csv(report: Report) -> str:
+    buffer = io.StringIO()
+    lists = ("changes", "shipped", "runs", "seeds", "best_epochs", "curves", "hardware")
+    names = [name for name in Row.__dataclass_fields__ if name not in lists]
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*names, "changes", "seeds", "best_epochs", "hardware", "runs"])
+    for row in report.rows:
+        writer.writerow(
+            [
+                *("" if getattr(row, name) is None else getattr(row, name) for name in names),
+                " ".join(f"{key}={setting(value)}" for key, value in row.changes.items()),
+                *(" ".join(map(str, values)) for values in (row.seeds, row.best_epochs)),
+                "; ".join(row.hardware),
+                " ".join(row.runs),
+            ]
+        )
+    return buffer.getvalue()
+
+
+def _escape(cell: str) -> str:
+    return console.printable(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+
+
+def show_table(report: Report) -> None:
+    """Print the report for people: a table for each data set, narrow enough for 80 columns."""
+    if not report.rows:
+        console.result("there is no complete run here yet; `cifar100 train` makes one")
+    changes = list(dict.fromkeys(changed(row) for row in report.rows if row.changes))
+    letters = {settings: _letters(index) for index, settings in enumerate(changes)}
+    for dataset in dict.fromkeys(row.dataset for row in report.rows):
+        console.table(
+            f"{TITLES.get(dataset, dataset)}: top-1 on the test set, in %",
+            ("preset", "published", "ours", "diff", "n", "epochs", "chosen by"),
+            [_narrow(row, letters.get(changed(row))) for row in report.rows if row.dataset == dataset],
+            right=range(1, 6),
+        )
+    if report.pairs:
+        console.table(
+            "Side by side: normalised, cosine schedule, crop and flip, chosen on held-out images",
+            PAIR_COLUMNS,
+            [_pair_cells(pair, _bracketed(letters.get(changed(pair)))) for pair in report.pairs],
+            right=range(1, 4),
+        )
+    study = study_rows(report)
+    for dataset in dict.fromkeys(row.dataset for row in study):
+        console.table(
+            f"How far to unfreeze, on {TITLES.get(dataset, dataset)}",
+            STUDY_COLUMNS,
+            [_study_cells(row, _bracketed(letters.get(changed(row)))) for row in study if row.dataset == dataset],
+            right=range(1, 7),
+        )
+    for settings, letter in letters.items():
+        console.result(f"[{letter}] {settings.strip(' ()')}")
+    for note in _notes(report):
+        console.result(note)
+    for unusable in report.unusable:
+        console.result(f"not counted: {unusable.run}: {unusable.reason}")
+
+
+def _bracketed(letter: str | None) -> str:
+    return f" [{letter}]" if letter else ""
+
+
+def _narrow(row: Row, letter: str | None) -> tuple[str, ...]:
+    deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
+    return (
+        row.preset + _bracketed(letter),
+        "-" if row.published_top1 is None else f"{100 * row.published_top1:.2f}",
+        f"{100 * row.top1_mean:.2f}{deviation}",
+        "-" if row.delta is None else f"{100 * row.delta:+.2f}",
+        str(row.n),
+        str(row.epochs),
+        PROTOCOLS[row.select],
+    )
+
+
+def _letters(index: int) -> str:
+    """a, b, ..., z, aa, ab, ..."""
+    return (_letters(index // 26 - 1) if index >= 26 else "") + chr(ord("a") + index % 26)
