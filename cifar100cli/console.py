@@ -10,11 +10,13 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from rich.progress import Progress, TaskID
+    from rich.live import Live
+    from rich.progress import Progress
 
     from cifar100cli.config import Config
     from cifar100cli.stages import StageRow
@@ -252,25 +254,29 @@ def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
 # ------------------------------------------------------------------------------------------------- training
 
 
+_SPLITS = {"val": "held-out", "test": "test"}
+
+
 class TrainingDisplay:
-    """Shows a run: a moving bar on a terminal, and everywhere one line an epoch."""
+    """Shows a run: two moving lines on a terminal, and everywhere one line an epoch."""
 
     def __init__(self, preset: str) -> None:
         self._preset = preset
+        self._live: Live | None = None
         self._bar: Progress | None = None
-        self._task: TaskID | None = None
         self._select = "last"
-        self._epochs = self._first = self._steps = 0
-        self._started = 0.0
+        self._epochs = self._first = self._epoch = self._steps = 0
+        self._started = self._epoch_started = self._looked = 0.0
+        self._measured = ""  # what the last epoch's measurement and the best one were
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         """Training is over, one way or another; the terminal is given back."""
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
     def say(self, text: str) -> None:
         """A line about what goes on."""
@@ -294,11 +300,12 @@ class TrainingDisplay:
         ]
         log(_plain_table("", ("stage", "parameters", "weights", "rate", "batch norm"), cells, right=(1, 3)).rstrip())
 
-    def begin(self, config: "Config", first_epoch: int, steps_per_epoch: int) -> None:
-        """Training starts, or goes on, with `first_epoch`."""
+    def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:
+        """Training starts in the run's folder, or goes on, with `first_epoch`."""
         self._select, self._epochs = config.train.select, config.train.epochs
-        self._first, self._steps = first_epoch, steps_per_epoch
-        self._started = time.monotonic()
+        self._first = self._epoch = first_epoch
+        self._steps = steps_per_epoch
+        self._started = self._epoch_started = time.monotonic()
         weights = f", weights of {config.model.weights or 'timm'}" if config.model.pretrained else ""
         log(
             f"{self._preset}: {config.model.backbone}{weights} on {config.data.dataset} "
@@ -311,24 +318,54 @@ class TrainingDisplay:
         elif first_epoch > 1:
             log(f"{first_epoch - 1} of {self._epochs} epochs are done: going on with epoch {first_epoch}")
         if on_terminal() and _verbosity > QUIET and first_epoch <= self._epochs:
-            from rich import progress
+            self._begin_to_move()
 
-            self._bar = progress.Progress(
-                progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
-                progress.MofNCompleteColumn(),
-                progress.TextColumn("steps"),
-                progress.TimeElapsedColumn(),
-                console=_console(sys.stderr),
-                transient=True,
-            )
-            self._task = self._bar.add_task(f"epoch {first_epoch}/{self._epochs}", total=steps_per_epoch)
-            self._bar.start()
+    def _begin_to_move(self) -> None:
+        from rich import progress
+        from rich.live import Live
 
-    def step(self) -> None:
-        """A step was issued."""
-        if self._bar is not None and self._task is not None:
-            self._bar.advance(self._task)
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(bar_width=None),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("steps"),
+            expand=True,
+        )
+        self._bar.add_task("", total=self._steps)
+        self._live = Live(console=_console(sys.stderr), transient=True, refresh_per_second=8, redirect_stdout=False)
+        self._show(0, "")
+        self._live.start()
+
+    def _show(self, taken: int, figures: str) -> None:
+        """Draw both lines: how far the epoch is, and its figures so far."""
+        if self._live is None or self._bar is None:
+            return
+        from rich.console import Group
+        from rich.text import Text
+
+        what = f"epoch {self._epoch}/{self._epochs}" if self._epoch <= self._epochs else "the result"
+        if self._epoch > self._epochs:
+            taken = self._steps
+        measuring = "measuring " if taken == self._steps else ""
+        self._bar.update(self._bar.task_ids[0], completed=taken, description=measuring + what)
+        self._live.update(Group(self._bar, Text(figures, no_wrap=True, overflow="ellipsis")))
+
+    def step(self, taken: int, glance: Callable[[int], Any]) -> None:
+        """A step was issued; now and then a look at how the epoch goes."""
+        now = time.monotonic()
+        if self._live is None or (now - self._looked < 0.2 and taken < self._steps):
+            return
+        self._looked = now
+        known = glance(taken)
+        parts = []
+        if known is not None:
+            parts += [f"loss {known.loss:.4f}", f"train {percent(known.top1)}"]
+        parts += [self._measured] if self._measured else []
+        if known is not None:
+            parts.append(f"{known.images / (now - self._epoch_started):,.0f} images/s")
+        done = self._epoch - self._first + taken / self._steps
+        parts.append(f"{duration((now - self._started) / done * (self._epochs - self._first + 1 - done))} left")
+        self._show(taken, "  ".join(parts))
 
     def epoch(self, row: Mapping[str, Any], state: Any) -> None:
         """An epoch is finished, measured and saved."""
@@ -337,13 +374,19 @@ class TrainingDisplay:
         line = self._line(row, state)
         if _verbosity >= VERBOSE:
             line += f"  lr {row['lr']:.2g}  {row['seconds']:.1f} s"
-        if self._bar is None or self._task is None:
+        self._epoch, self._epoch_started = row["epoch"] + 1, time.monotonic()
+        split = next((split for split in ("val", "test") if row.get(f"{split}_top1") is not None), None)
+        self._measured = f"{_SPLITS[split]} {percent(row[f'{split}_top1'])}" if split else ""
+        if self._select != "last":
+            self._measured += f"  best {percent(state.best_top1)} @{state.best_epoch}"
+        if self._live is None:
             log(line)
             return
-        self._bar.console.print(line, markup=False, soft_wrap=True)
-        last = row["epoch"] == self._epochs
-        following = "measuring the result" if last else f"epoch {row['epoch'] + 1}/{self._epochs}"
-        self._bar.reset(self._task, description=following, total=self._steps)
+        self._live.console.print(line, markup=False, soft_wrap=True)
+        self._show(0, self._measured)
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The run is complete; its figures are for whoever asked for it."""
 
     def _line(self, row: Mapping[str, Any], state: Any) -> str:
         width = len(str(self._epochs))
@@ -351,11 +394,14 @@ class TrainingDisplay:
             f"epoch {row['epoch']:{width}}/{self._epochs}",
             f"loss {row['train_loss']:.4f} train {percent(row['train_top1'])}",
         ]
-        for split, name in (("val", "held-out"), ("test", "test")):
+        for split, name in _SPLITS.items():
             if row.get(f"{split}_top1") is not None:
-                parts.append(f"{name} {percent(row[f'{split}_top1'])} top-5 {percent(row[f'{split}_top5'])}")
+                top5 = "" if self._live else f" top-5 {percent(row[f'{split}_top5'])}"
+                parts.append(f"{name} {percent(row[f'{split}_top1'])}{top5}")
         if self._select != "last":
             parts.append(f"best {percent(state.best_top1)} @{state.best_epoch}")
+        if self._live is not None:  # what moves below says the rest, and this has to fit 80 columns
+            return "  ".join(parts)
         parts.append(f"{row['images_per_second']:,.0f} images/s")
         done = row["epoch"] - self._first + 1
         if row["epoch"] < self._epochs:

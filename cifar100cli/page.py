@@ -15,11 +15,10 @@ from cifar100cli import __version__, analysis, charts, console, datasets
 from cifar100cli.analysis import Confusion, Predictions
 from cifar100cli.card import Card, read_card
 from cifar100cli.charts import Line
-from cifar100cli.config import SPLIT_OF
 from cifar100cli.console import PROTOCOLS
 from cifar100cli.datasets import Split
 from cifar100cli.errors import CifarError, DataError
-from cifar100cli.report import TITLES, Report, Row, published_cell, setting, study_rows
+from cifar100cli.report import SPLITS, TITLES, Report, Row, judged, published_cell, setting, study_rows
 from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, RunDir
 
 if TYPE_CHECKING:
@@ -33,7 +32,6 @@ MISTAKES, PAIRS, EXAMPLES = 16, 9, 4
 CELL = 5  # pixels of a class in the large confusion matrix
 
 COLOURS = {"train": 0, "val": 1, "test": 2}
-SPLITS = {"train": "training", "val": "held-out", "test": "test"}
 
 Advance = Callable[[int], None]
 
@@ -92,7 +90,7 @@ def _environment() -> "Environment":
         "duration": console.duration,
         "setting": setting,
         "published_cell": published_cell,
-        "spark": lambda row: charts.sparkline(row.curves.get(_judged(row) or "", [])),
+        "spark": lambda row: charts.sparkline(row.curves.get(judged(row) or "", [])),
         "last": lambda row, name: f"{row.curves[name][-1]:.4f}" if row.curves.get(name) else "-",
         "mean": lambda row: (
             console.percent(row.top1_mean) + ("" if row.top1_std is None else f" ± {100 * row.top1_std:.2f}")
@@ -117,13 +115,6 @@ def _to_detail(report: Report) -> list[tuple[Row, str]]:
 # -------------------------------------------------------------------------------------------------- curves
 
 
-def _judged(row: Row) -> str | None:
-    """The accuracy that a setting is judged by, of those that were measured in every epoch."""
-    chosen_on = SPLIT_OF[row.select]
-    names = [f"{split}_top1" for split in (chosen_on, "test", "val", "train") if split]
-    return next((name for name in names if name in row.curves), None)
-
-
 def _name(row: Row) -> str:
     changed = ", ".join(f"{key} = {setting(value)}" for key, value in row.changes.items())
     return row.preset + (f" ({changed})" if changed else "")
@@ -131,7 +122,7 @@ def _name(row: Row) -> str:
 
 def _comparison(dataset: str, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The curves of several settings in one chart; None for a single one."""
-    judged = [(row, name) for row in rows if row.dataset == dataset and (name := _judged(row)) is not None]
+    judged = [(row, name) for row in rows if row.dataset == dataset and (name := judged(row)) is not None]
     if len(judged) < 2:
         return None
     title = TITLES.get(dataset, dataset)
@@ -181,13 +172,13 @@ def _chart_row(row: Row) -> dict[str, Any]:
             name = f"{split}_{figure}"
             if name not in row.curves:
                 continue
-            marks = [row.best_epochs[:1]] if name == _judged(row) and row.n == 1 else [[]]
+            marks = [row.best_epochs[:1]] if name == judged(row) and row.n == 1 else [[]]
             lines.append(Line(row.curves[name], colour, best=marks[0]))
             for metrics, best in zip(seeds, row.best_epochs, strict=False) if row.n > 1 else ():
-                own = [best] if name == _judged(row) else []
+                own = [best] if name == judged(row) else []
                 lines.append(Line([line[name] for line in metrics], colour, faint=True, best=own))
         caption = f"{words.capitalize()} by epoch" + (" (thin: single seeds)." if row.n > 1 else ".")
-        if figure == "top1" and _judged(row):
+        if figure == "top1" and judged(row):
             caption += " A circle marks the epoch that was chosen."
         drawn = charts.curves(
             lines,

@@ -7,12 +7,13 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-from cifar100cli.config import Config, differences, load_preset, preset_names
+from cifar100cli.config import SPLIT_OF, Config, differences, load_preset, preset_names
 from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import RunDir, find_runs
 
 TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "synthetic": "Synthetic (drawn) data"}
+SPLITS = {"train": "training", "val": "held-out", "test": "test"}
 FIXED = "-fixed"  # ends the name of the preset that stands beside the tutorial's with the evident repairs
 CURVES = tuple(f"{split}_{figure}" for split in ("train", "val", "test") for figure in ("loss", "top1"))
 CELL = {"finetune.unfreeze", "train.epochs"}  # what a published cell of the study is about
@@ -247,6 +248,12 @@ def changed(row: Row | Pair) -> str:
 def setting(value: object) -> str:
     """The value of a preset's key, for people."""
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def judged(row: Row) -> str | None:
+    """The accuracy that a setting is judged by, of those that were measured in every epoch: a name in its curves."""
+    names = [f"{split}_top1" for split in (SPLIT_OF[row.select], "test", "val", "train") if split]
+    return next((name for name in names if name in row.curves), None)
 
 
 def study_rows(report: Report) -> list[Row]:

@@ -11,10 +11,11 @@ from pathlib import Path
 from cifar100cli import console
 from cifar100cli.console import PROTOCOLS, percent
 from cifar100cli.errors import UsageError
-from cifar100cli.report import TITLES, Pair, Report, Row, changed, published_cell, setting, study_rows
+from cifar100cli.report import SPLITS, TITLES, Pair, Report, Row, changed, judged, published_cell, setting, study_rows
 
 FORMATS = {".html": "html", ".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
 STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train loss", "test loss", "test by epoch")
+CURVE_COLUMNS = ("preset", "images", "first", "curve", "last", "best")
 COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
 
 
@@ -157,6 +158,9 @@ def show_table(report: Report) -> None:
             [_narrow(row, letters.get(changed(row))) for row in report.rows if row.dataset == dataset],
             right=range(1, 6),
         )
+    curves = [_curve_cells(row, letters.get(changed(row))) for row in report.rows if judged(row)]
+    if curves:
+        console.table("Accuracy by epoch", CURVE_COLUMNS, curves, right=(2, 4, 5))
     if report.pairs:
         console.table(
             "Side by side: normalised, cosine schedule, crop and flip, chosen on held-out images",
@@ -178,6 +182,20 @@ def show_table(report: Report) -> None:
         console.result(note)
     for unusable in report.unusable:
         console.result(f"not counted: {unusable.run}: {unusable.reason}")
+
+
+def _curve_cells(row: Row, letter: str | None) -> tuple[str, ...]:
+    name = judged(row) or ""
+    values = row.curves[name]
+    best = max(range(len(values)), key=values.__getitem__)
+    return (
+        row.preset + _bracketed(letter),
+        SPLITS[name.partition("_")[0]],
+        f"{100 * values[0]:.2f}",
+        sparkline(values),
+        f"{100 * values[-1]:.2f}",
+        f"{100 * values[best]:.2f} @{best + 1}",
+    )
 
 
 def _bracketed(letter: str | None) -> str:

@@ -55,6 +55,15 @@ class Training:
         self.optimizer.step()
 
 
+@dataclass(frozen=True)
+class Glance:
+    """What is known of an epoch while it runs: images so far, and the mean loss and accuracy of this rank's of them."""
+
+    images: int
+    loss: float
+    top1: float
+
+
 class Steps:
     """The steps of an epoch, as they are: every operation is launched by itself."""
 
@@ -64,10 +73,12 @@ class Steps:
         self.plan = Plan(torch.empty(0), ())
         self.losses = torch.zeros(len(loader), device=loader.device)
         self.correct = torch.zeros(len(loader), dtype=torch.int64, device=loader.device)
+        self._copies: _Copies | None = None
 
     def begin(self, epoch: int) -> None:
         """Lay out an epoch."""
         self.plan = self.training.loader.plan(epoch)
+        self._copies = None
 
     def take(self, index: int) -> None:
         """Take a step, and note its loss and its right predictions without looking at them."""
@@ -75,6 +86,49 @@ class Steps:
         self.losses[index], self.correct[index] = self.training.step(
             self.plan, loader.shares[index], loader.weights[index]
         )
+
+    def glance(self, taken: int) -> Glance | None:
+        """How the epoch goes, of which `taken` steps were issued, as far as it is known without waiting for the device.
+
+        A CUDA device is asked for a copy, and what the last copy that has arrived says is returned.
+        """
+        if self.losses.device.type == "cpu":
+            return self._glance(self.losses, self.correct, taken)
+        if self.losses.device.type != "cuda":
+            return None
+        before, known = self._copies, None
+        if before is not None:
+            if not before.arrived.query():  # type: ignore[no-untyped-call]
+                return before.last
+            known = self._glance(before.losses, before.correct, before.taken)
+        self._copies = _Copies.ask(self.losses, self.correct, taken, known)
+        return known
+
+    def _glance(self, losses: Tensor, correct: Tensor, taken: int) -> Glance:
+        loader = self.training.loader
+        own = sum(share.stop - share.start for share in loader.shares[:taken])
+        return Glance(loader.bounds[taken - 1][1], losses[:taken].mean().item(), correct[:taken].sum().item() / own)
+
+
+@dataclass(frozen=True)
+class _Copies:
+    """Losses and right predictions on their way to the host, and what was known when they were asked for."""
+
+    losses: Tensor
+    correct: Tensor
+    taken: int
+    arrived: torch.cuda.Event
+    last: Glance | None
+
+    @classmethod
+    def ask(cls, losses: Tensor, correct: Tensor, taken: int, last: Glance | None) -> "_Copies":
+        def copy(tensor: Tensor) -> Tensor:
+            return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+
+        losses, correct = copy(losses), copy(correct)
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()  # type: ignore[no-untyped-call]
+        return cls(losses, correct, taken, arrived, last)
 
 
 class CapturedSteps(Steps):
@@ -99,6 +153,7 @@ class CapturedSteps(Steps):
 
     def begin(self, epoch: int) -> None:
         """Lay out an epoch, in the memory that the graph knows."""
+        self._copies = None
         if not self.plan.drawn:
             super().begin(epoch)
             return

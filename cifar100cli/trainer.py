@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,21 +19,24 @@ from cifar100cli.errors import DataError, DivergedError
 from cifar100cli.loader import DeviceLoader, derived_seed
 from cifar100cli.optim import Group, create_optimizer, learning_rate, set_learning_rate
 from cifar100cli.runs import MODEL, STATE, RunDir
-from cifar100cli.steps import Manner, Steps, Training, create_steps
+from cifar100cli.steps import Glance, Manner, Steps, Training, create_steps
 from cifar100cli.tasks import Task
 
 
 class Observer(Protocol):
-    """Whoever shows the progress of a run."""
+    """Whoever shows the progress of a run, or keeps a record of it elsewhere."""
 
-    def begin(self, config: Config, first_epoch: int, steps_per_epoch: int) -> None:
-        """Training starts, or goes on, with `first_epoch`."""
+    def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None:
+        """Training starts in the run's folder, or goes on, with `first_epoch`."""
 
-    def step(self) -> None:
-        """A step was issued. Nothing of it may be looked at: that would make the device wait."""
+    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing."""
 
     def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:
         """An epoch is finished, measured and saved."""
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The run is complete, and this is its result."""
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -75,7 +79,7 @@ def fit(
     ranks.on_first(lambda: run.forget_after(state.epoch))
     training = prepare_steps(model, task, loaders.train, optimizer, config, cast)
     steps = create_steps(training, manner)
-    observer.begin(config, state.epoch + 1, len(loaders.train))
+    observer.begin(config, run.path, state.epoch + 1, len(loaders.train))
 
     for epoch in range(state.epoch + 1, config.train.epochs + 1):
         started = time.perf_counter()
@@ -125,7 +129,7 @@ def train_epoch(steps: Steps, config: Config, epoch: int, observer: Observer) ->
         )
         set_learning_rate(training.optimizer, rate)
         steps.take(index)
-        observer.step()
+        observer.step(index + 1, steps.glance)
 
     images = torch.tensor(sum(share.stop - share.start for share in loader.shares), device=loader.device)
     ranks.sum_up(steps.losses, steps.correct, images)

@@ -92,6 +92,7 @@ def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
             )
             result = _result(job, run, state)
             ranks.on_first(lambda: run.write_result(result))  # the last file: from now on the run is complete
+            watcher.finish(result)
     except KeyboardInterrupt as stop:
         raise RunInterrupted(run.path, len(run.metrics()), job.config.train.epochs, stop) from None
     return result

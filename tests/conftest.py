@@ -20,6 +20,7 @@ from cifar100cli.config import Config, Preset
 from cifar100cli.jobs import Where
 from cifar100cli.runs import RunDir
 from cifar100cli.stages import StageRow
+from cifar100cli.steps import Glance
 
 TINY = (
     *("--dataset", "synthetic", "--backbone", "test_resnet", "--batch-size", "64"),
@@ -119,9 +120,10 @@ class Silent:
     def stages(self, rows: Sequence[StageRow]) -> None:
         self.shown = list(rows)
 
-    def begin(self, config: Config, first_epoch: int, steps_per_epoch: int) -> None: ...
-    def step(self) -> None: ...
+    def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None: ...
+    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None: ...
     def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
+    def finish(self, result: Mapping[str, Any]) -> None: ...
 
 
 class StopAfter(Silent):
@@ -131,7 +133,7 @@ class StopAfter(Silent):
         super().__init__()
         self.left = steps
 
-    def step(self) -> None:
+    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt

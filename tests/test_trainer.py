@@ -1,7 +1,7 @@
 """The loop: against a plain loop of torch, stopped and resumed to the bit, and honest about the test set."""
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
 from cifar100cli.jobs import Where
 from cifar100cli.loader import Batch, DeviceLoader
 from cifar100cli.optim import create_optimizer
+from cifar100cli.steps import Glance
 from tests.conftest import Silent, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
@@ -211,7 +212,7 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatc
     class SpoilInEpochTwo(Silent):
         steps = 0
 
-        def step(self) -> None:
+        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
             self.steps += 1
             if self.steps == 14:
                 with torch.no_grad():
@@ -273,8 +274,9 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     class Watch(Silent):
         steps = 0
 
-        def step(self) -> None:
+        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
             self.steps += 1
+            glance(taken)
             torch.cuda.set_sync_debug_mode("error")
 
     def epoch(number: int, observer: Silent) -> None:
@@ -286,6 +288,24 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
         epoch(2, watch)
     assert watch.steps == len(job.loaders.train)
     torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_glance_is_what_the_epoch_says_in_the_end(tmp_path: Path) -> None:
+    glances: list[Glance | None] = []
+    rows: list[Mapping[str, Any]] = []
+
+    class Looking(Silent):
+        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+            glances.append(glance(taken))
+
+        def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:
+            rows.append(row)
+
+    workflows.train(make_preset(train={"epochs": 1}, data={"batch_size": 50}), where(tmp_path), Looking())
+    known = [glance for glance in glances if glance is not None]
+    assert [glance.images for glance in known] == list(range(50, rows[0]["images"] + 1, 50))
+    assert known[-1].loss == pytest.approx(rows[0]["train_loss"], rel=1e-6)
+    assert known[-1].top1 == pytest.approx(rows[0]["train_top1"])
 
 
 def test_state_is_plain(tmp_path: Path) -> None:
