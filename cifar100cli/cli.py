@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cifar100cli import __version__, console, options, ranks, show
+from cifar100cli import __version__, console, options, ranks, show, trackers
 from cifar100cli.errors import CifarError, DataError, RunInterrupted, Terminated, ToleranceError, UsageError
 from cifar100cli.options import expand
 
@@ -342,6 +342,7 @@ def train(
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
     out: options.RunsDir = Path("runs"),
+    log: options.Log = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
     print_config: options.PrintConfig = False,
@@ -386,6 +387,7 @@ def distill(
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
     out: options.RunsDir = Path("runs"),
+    log: options.Log = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
     print_config: options.PrintConfig = False,
@@ -429,6 +431,7 @@ def finetune_cifar10(
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
     out: options.RunsDir = Path("runs"),
+    log: options.Log = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
     print_config: options.PrintConfig = False,
@@ -463,6 +466,7 @@ def _train(context: typer.Context, default_preset: str) -> None:
     json, dry_run = given["json"], given["dry_run"]
     overrides = options.overrides(given)
     _check_device(given["device"])
+    trackers.check(given["log"] or ())
     if given["resume"] is not None:
         if given["seeds"] > 1:
             raise UsageError("--resume goes on with one run: leave --seeds out")
@@ -493,8 +497,8 @@ def _train(context: typer.Context, default_preset: str) -> None:
     results = []
     for done, one in enumerate(in_turn, start=1):
         try:
-            with console.TrainingDisplay(one.name) as display:
-                results.append(workflows.train(one, where, display))
+            with console.TrainingDisplay(one.name) as display, _tracked(display, given["log"]) as watcher:
+                results.append(workflows.train(one, where, watcher))
         except KeyboardInterrupt:
             if done < len(in_turn):
                 rest = in_turn[done:]
@@ -504,6 +508,11 @@ def _train(context: typer.Context, default_preset: str) -> None:
         show.training(results[0], chosen.config.published, json)
     else:
         show.seeds(results, chosen.config.published, json)
+
+
+def _tracked(display: console.TrainingDisplay, log: list[str] | None) -> trackers.Tracked:
+    """The display, and the trackers that are asked for: once, however many ranks there are."""
+    return trackers.Tracked(display, (log or ()) if ranks.rank() == 0 else ())
 
 
 def _in_turn(preset: "Preset", count: int) -> list["Preset"]:
@@ -537,8 +546,8 @@ def _resume(given: dict[str, Any], overrides: list["Override"]) -> None:
     from cifar100cli import workflows
 
     workflows.refuse_other_settings(run, asked, own)
-    with console.TrainingDisplay(run.preset) as display:
-        result = workflows.resume(run, where, display)
+    with console.TrainingDisplay(run.preset) as display, _tracked(display, given["log"]) as watcher:
+        result = workflows.resume(run, where, watcher)
     show.training(result, own.published, given["json"])
 
 
@@ -634,6 +643,36 @@ def predict(
     if skipped:
         more = f" (and {len(skipped) - 1} more)" if len(skipped) > 1 else ""
         raise DataError(f"skipped: {skipped[0]}{more}")
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a .safetensors file.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.onnx", help="Where to write the graph.")],
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
+) -> None:
+    """Write a trained model as an ONNX file.
+
+    Resizing and normalisation are inside: uint8 RGB images (N, 3, 32, 32) go in, logits come out, and class names are
+    in the metadata. The file is checked under ONNX Runtime before it gets its name. This needs an extra:
+    pip install "cifar100[onnx]"
+
+    Example: cifar100 export runs/resnet18-baseline/20260101-120000-seed0 --out model.onnx
+    """
+    _one_process()
+    if out.suffix != ".onnx":
+        raise UsageError(f"--out {out}: must end in .onnx")
+    out = _check_output("--out", out)
+    from cifar100cli.runs import find_model
+
+    find_model(expand(checkpoint))
+    with console.waiting("starting PyTorch ..."):
+        from cifar100cli import export as exporting
+    with console.waiting("exporting ..."):
+        result = exporting.export(expand(checkpoint), out)
+    show.export(result, json)
 
 
 @app.command()

@@ -84,6 +84,10 @@ Epochs = Annotated[str | None, _text("N", "Passes over the training images.")]
 Seed = Annotated[str | None, _text("N", "Of weights, order and augmentation.")]
 Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="So many runs in turn, each with the next seed.")]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")]
+Log = Annotated[
+    list[str] | None,
+    typer.Option("--log", metavar="tensorboard|wandb", help="Write the figures there too; may be repeated."),
+]
 Resume = Annotated[str | None, _text("RUN|last", "Go on with a run that was stopped.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check it all, take one step, write nothing.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved preset as YAML and exit.")]

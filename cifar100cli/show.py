@@ -176,6 +176,18 @@ def prediction(result: Mapping[str, Any], json: bool) -> None:
         console.table("", ("image", "class", "probability", "superclass"), rows, right=(2,))
 
 
+def export(result: Mapping[str, Any], json: bool) -> None:
+    """Where the exported model is, and how well it agrees with the one that was trained."""
+    if json:
+        console.result_json(result)
+        return
+    console.result(
+        f"{result['out']}: {result['bytes'] / 1e6:.1f} MB, operators of ONNX {result['opset']}; "
+        f"uint8 images (N, 3, 32, 32) in, logits (N, {result['output']['logits'][1]}) out"
+    )
+    console.result(f"largest difference from the model under ONNX Runtime: {result['largest_difference']:.1e}")
+
+
 def bench(result: Mapping[str, Any], json: bool) -> None:
     """What `bench` measured."""
     if json:

@@ -127,7 +127,7 @@ class _Copies:
 
         losses, correct = copy(losses), copy(correct)
         arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()  # type: ignore[no-untyped-call]
+        arrived.record()
         return cls(losses, correct, taken, arrived, last)
 
 

@@ -31,7 +31,7 @@ LEVELS = (
     {"steps", "teachers", "plain"},
     {"trainer", "flops"},
     {"jobs", "machine", "report"},
-    {"workflows", "benchmark", "page", "report_text"},
+    {"workflows", "benchmark", "page", "report_text", "export", "trackers"},
     {"show"},
     {"cli"},
     {"__main__"},

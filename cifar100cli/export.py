@@ -1,0 +1,151 @@
+"""A trained model as an ONNX file that takes uint8 images, checked on the spot against the model that it came from."""
+
+import contextlib
+import importlib.util
+import io
+import json
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from cifar100cli import __version__, checkpoint
+from cifar100cli.card import Card
+from cifar100cli.checkpoint import Checkpoint
+from cifar100cli.errors import CifarError, UsageError
+from cifar100cli.images import SIDE
+from cifar100cli.loader import Preprocessing
+from cifar100cli.models import as_pytorch_computes
+from cifar100cli.runs import replacing
+
+EXTRA = ("onnx", "onnxscript", "onnxruntime")
+TOLERANCE = 1e-4  # of a logit, and of its size where that is more than one
+CHECKED = (1, 7, 32)  # images at a time
+
+
+class ImagesToLogits(nn.Module):
+    """A network with its preprocessing: (N, 3, 32, 32) uint8 in RGB to (N, classes) float32."""
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessing = preprocessing
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images."""
+        logits: Tensor = self.model(self.preprocessing(images))
+        return logits.float()
+
+
+def check_extra() -> None:
+    """Raise `UsageError` when the libraries are not installed that an export needs."""
+    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UsageError(f'export needs {", ".join(missing)}: pip install "cifar100[onnx]"')
+
+
+def export(path: Path, out: Path) -> dict[str, Any]:
+    """Write the model of a run or checkpoint to `out`; returns what `export --json` prints.
+
+    Raises `CifarError`, and leaves nothing under the name, when ONNX Runtime does not compute what the model does.
+    """
+    check_extra()
+    saved = checkpoint.load_model(path)
+    as_pytorch_computes(saved.model)  # a convolution is to be one in the graph
+    network = ImagesToLogits(saved.model.eval(), saved.preprocessing)
+    with replacing(out) as temporary:
+        opset = _write(network, saved, temporary)
+        difference = _check(network, temporary)
+    return {
+        "checkpoint": str(saved.path),
+        "out": str(out),
+        "bytes": out.stat().st_size,
+        "opset": opset,
+        "input": {"images": ["batch", 3, SIDE, SIDE], "type": "uint8"},
+        "output": {"logits": ["batch", len(saved.card.classes)], "type": "float32"},
+        "preset": saved.card.preset,
+        "dataset": saved.card.dataset,
+        "image_size": saved.card.image_size,
+        "checked_batches": list(CHECKED),
+        "largest_difference": difference,
+    }
+
+
+def _write(network: ImagesToLogits, saved: Checkpoint, path: Path) -> int:
+    """Write the graph with its weights as one file, and return the version of its operators."""
+    example = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8)
+    with torch.inference_mode():
+        network(example)  # which makes what is kept, outside the graph
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), _silent("torch.onnx", "onnxscript"):
+        warnings.simplefilter("ignore")  # of the exporter, about itself
+        program = torch.onnx.export(
+            network,
+            (example,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["logits"],
+            dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+            verbose=False,
+        )
+        assert program is not None
+        program.model.metadata_props.update(_metadata(saved.card))
+        program.save(str(path), external_data=False)
+    return int(program.model.opset_imports[""])
+
+
+@contextlib.contextmanager
+def _silent(*names: str) -> Any:
+    """Let loggers say nothing for a while."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        yield
+    finally:
+        for logger, level in zip(loggers, before, strict=True):
+            logger.setLevel(level)
+
+
+def _metadata(card: Card) -> dict[str, str]:
+    """What the file says about the model: text, and JSON where it is more than a word."""
+    return {
+        "producer": f"cifar100 {__version__}",
+        "preset": card.preset,
+        "dataset": card.dataset,
+        "epoch": str(card.epoch),
+        "image_size": str(card.image_size),
+        "input": f"images: uint8 RGB, (batch, 3, {SIDE}, {SIDE}); resizing and normalisation are inside",
+        "output": "logits: float32, (batch, classes); a softmax makes probabilities of them",
+        "classes": json.dumps(card.classes, ensure_ascii=False),
+        "superclasses": json.dumps([card.superclasses[index] for index in card.superclass_of], ensure_ascii=False),
+    }
+
+
+def _check(network: ImagesToLogits, path: Path) -> float:
+    """The largest difference between the file's logits and the model's, on noise and on plain colours."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(0)
+    largest = 0.0
+    for count in CHECKED:
+        images = random.integers(0, 256, (count, 3, SIDE, SIDE), np.uint8)
+        images[0] = 255 * (count % 2)
+        (found,) = session.run(["logits"], {"images": images})
+        with torch.inference_mode():
+            expected = network(torch.from_numpy(images)).numpy()
+        if found.shape != expected.shape:
+            raise CifarError(f"the exported graph gives {found.shape} for {count} images, not {expected.shape}")
+        gap = np.abs(found.astype(np.float64) - expected)
+        if not (gap <= TOLERANCE * np.maximum(1, np.abs(expected))).all():
+            raise CifarError(
+                f"the exported graph differs from the model by {gap.max():.2g} in a logit, more than {TOLERANCE:g}; "
+                "nothing was written"
+            )
+        largest = max(largest, float(gap.max()))
+    return largest

@@ -1,0 +1,168 @@
+"""Experiment trackers: a run's figures, written by TensorBoard's and Weights & Biases' own writers as well.
+
+Neither torch nor a tracker is imported before a run begins.
+"""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, Self
+
+from cifar100cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from cifar100cli.checkpoint import TrainState
+    from cifar100cli.config import Config
+    from cifar100cli.jobs import Watcher
+
+NOT_A_FIGURE = ("epoch",)
+
+
+class Tracker(Protocol):
+    """One library's writer."""
+
+    def begin(self, config: "Config", run: Path, first_epoch: int) -> None:
+        """A run begins, or goes on."""
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """A line of the run's metrics."""
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The run is complete."""
+
+    def close(self) -> None:
+        """Write out what there is. Comes after `finish`, or without it where the run was stopped."""
+
+
+class TensorBoard:
+    """Event files in the run's folder, under `tensorboard`."""
+
+    def __init__(self) -> None:
+        self._writer: Any = None
+
+    def begin(self, config: "Config", run: Path, first_epoch: int) -> None:
+        """Open the file; what an earlier process wrote of epochs that are run again is hidden."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_epoch)
+        if first_epoch == 1:
+            self._writer.add_text("config", f"```yaml\n{config.to_yaml()}```", 0)
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """A scalar for every figure; those of one kind in one chart."""
+        for name, value in row.items():
+            if value is not None and name not in NOT_A_FIGURE:
+                split, _, kind = name.partition("_")
+                tag = f"{kind}/{split}" if split in ("train", "val", "test") else name
+                self._writer.add_scalar(tag, value, row["epoch"])
+        self._writer.flush()
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The result's figures, at the epoch that was selected."""
+        for name, value in result["test"].items():
+            if value is not None:
+                self._writer.add_scalar(f"result/test_{name}", value, result["best"]["epoch"])
+
+    def close(self) -> None:
+        """Close the file."""
+        if self._writer is not None:
+            self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of wandb, whose files are in the run's folder. wandb's own variables hold, as WANDB_MODE=offline does."""
+
+    def __init__(self) -> None:
+        self._run: Any = None
+        self._complete = False
+
+    def begin(self, config: "Config", run: Path, first_epoch: int) -> None:
+        """Begin wandb's run, or go on with the one that has this folder's name."""
+        import wandb
+
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "cifar100"),
+            name=f"{run.parent.name}/{run.name}",
+            id=f"{run.parent.name}-{run.name}"[-128:],
+            dir=run,
+            config=config.model_dump(mode="json"),
+            resume="allow",
+            settings=wandb.Settings(silent=True, console="off"),
+        )
+
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """The figures of an epoch."""
+        self._run.log({name: value for name, value in row.items() if value is not None}, step=row["epoch"])
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The result as the run's summary."""
+        figures = {f"result/test_{name}": value for name, value in result["test"].items() if value is not None}
+        self._run.summary.update({**figures, "result/best_epoch": result["best"]["epoch"]})
+        self._complete = True
+
+    def close(self) -> None:
+        """Let wandb write, or send, what it has."""
+        if self._run is not None:
+            self._run.finish(exit_code=0 if self._complete else 1)
+
+
+TRACKERS: Mapping[str, Callable[[], Tracker]] = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases}
+
+
+def check(names: Iterable[str]) -> None:
+    """Raise `UsageError` for a tracker that is unknown, not installed, or would stop a run to ask who you are."""
+    for name in names:
+        if name not in TRACKERS:
+            raise UsageError(f"--log {name}: must be one of {', '.join(TRACKERS)}")
+        if importlib.util.find_spec(name) is None:
+            raise UsageError(f'--log {name} needs {name}: pip install "cifar100[{name}]"')
+        if name == "wandb" and not _wandb_is_ready():
+            raise UsageError("--log wandb: nobody is logged in; run `wandb login` first, or set WANDB_MODE=offline")
+
+
+def _wandb_is_ready() -> bool:
+    import wandb
+
+    settings = wandb.setup().settings
+    return settings.mode in ("offline", "disabled", "dryrun") or bool(settings.api_key or wandb.api.api_key)
+
+
+class Tracked:
+    """A watcher whose figures go to trackers as well. A tracker that fails is left out, and the run goes on."""
+
+    def __init__(self, watcher: "Watcher", names: Iterable[str]) -> None:
+        self._watcher = watcher
+        self._trackers = {name: TRACKERS[name]() for name in dict.fromkeys(names)}
+        self.say, self.progress, self.stages, self.step = watcher.say, watcher.progress, watcher.stages, watcher.step
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """The run is over, one way or another."""
+        self._each(lambda tracker: tracker.close())
+
+    def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:
+        """Training starts in the run's folder, or goes on, with `first_epoch`."""
+        self._each(lambda tracker: tracker.begin(config, run, first_epoch))
+        self._watcher.begin(config, run, first_epoch, steps_per_epoch)
+
+    def epoch(self, row: Mapping[str, Any], state: "TrainState") -> None:
+        """An epoch is finished, measured and saved."""
+        self._watcher.epoch(row, state)
+        self._each(lambda tracker: tracker.epoch(row))
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The run is complete, and this is its result."""
+        self._watcher.finish(result)
+        self._each(lambda tracker: tracker.finish(result))
+
+    def _each(self, do: Callable[[Tracker], None]) -> None:
+        for name, tracker in list(self._trackers.items()):
+            try:
+                do(tracker)
+            except Exception as error:  # whatever it is, it is not worth a night's training
+                del self._trackers[name]
+                words = " ".join(str(error).split()) or type(error).__name__
+                self._watcher.say(f"--log {name} stopped ({words[:200]}); the run goes on without it")

@@ -1,0 +1,100 @@
+"""ONNX files: computed by ONNX Runtime, against the model in PyTorch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+from torch import nn
+
+from cifar100cli import checkpoint, export, synthetic
+from tests.conftest import TINY, Cli
+
+
+@pytest.fixture(params=["plain", "enlarged, with a margin"])
+def run(request: pytest.FixtureRequest, run_cli: Cli, small_synthetic: synthetic.Drawn) -> str:
+    """A run on drawn images, normalised and at 32 or 48 pixels."""
+    more = ("--loss", "arcface", "--set", "model.head=cosine", "--image-size", "48") if request.param != "plain" else ()
+    outcome = run_cli("train", *TINY, "--epochs", "1", *more, "--json")
+    assert outcome.code == 0, outcome.err
+    run_dir: str = json.loads(outcome.out)["run_dir"]
+    return run_dir
+
+
+def test_the_graph_computes_what_the_model_does(run: str, run_cli: Cli) -> None:
+    outcome = run_cli("export", run, "--out", "model.onnx", "--json")
+    assert outcome.code == 0, outcome.err
+    result: dict[str, Any] = json.loads(outcome.out)
+    assert result["largest_difference"] < 1e-4
+    assert sorted(path.name for path in Path().glob("*.onnx*")) == ["model.onnx"], "one file, weights and all"
+    assert result["bytes"] == Path("model.onnx").stat().st_size
+    onnx.checker.check_model("model.onnx", full_check=True)
+
+    saved = checkpoint.load_model(Path(run))
+    session = onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    random = np.random.default_rng(1)
+    for count in (1, 5):  # others than it was exported and checked with
+        images = random.integers(0, 256, (count, 3, 32, 32), np.uint8)
+        (found,) = session.run(None, {"images": images})
+        pixels = torch.from_numpy(images).double() / 255
+        mean, std = (
+            torch.tensor(values, dtype=torch.float64)[:, None, None] for values in (saved.card.mean, saved.card.std)
+        )
+        side = saved.card.image_size
+        inputs = nn.functional.interpolate((pixels - mean) / std, (side, side), mode="bilinear")
+        with torch.inference_mode():
+            expected = saved.model.eval()(inputs.float())
+        assert found == pytest.approx(expected.numpy(), abs=1e-4)
+
+    about = {entry.key: entry.value for entry in onnx.load("model.onnx").metadata_props}
+    assert tuple(json.loads(about["classes"])) == saved.card.classes
+    assert len(json.loads(about["superclasses"])) == len(saved.card.classes)
+    assert (about["preset"], about["image_size"]) == ("quickstart", str(saved.card.image_size))
+    (given,) = session.get_inputs()
+    assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [3, 32, 32])
+    assert isinstance(given.shape[0], str), "a batch of any size"
+
+
+@pytest.fixture
+def plain(run_cli: Cli, small_synthetic: synthetic.Drawn) -> str:
+    outcome = run_cli("train", *TINY, "--epochs", "1", "--json")
+    run_dir: str = json.loads(outcome.out)["run_dir"]
+    return run_dir
+
+
+def test_a_graph_that_is_wrong_gets_no_name(plain: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    write = export._write
+
+    def other_weights(network: export.ImagesToLogits, *arguments: Any) -> int:
+        opset = write(network, *arguments)
+        with torch.no_grad():
+            next(network.parameters()).add_(0.01)
+        return opset
+
+    monkeypatch.setattr(export, "_write", other_weights)
+    Path("model.onnx").write_text("what was there before")
+    outcome = run_cli("export", plain, "--out", "model.onnx")
+    assert (outcome.code, len(outcome.err.splitlines())) == (1, 1)
+    assert "differs from the model" in outcome.err
+    assert Path("model.onnx").read_text() == "what was there before"
+    assert sorted(path.name for path in Path().iterdir()) == ["model.onnx", "runs"]
+
+
+def test_what_cannot_be_exported_is_told_at_once(plain: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    for arguments, code, words in (
+        ((plain, "--out", "model.pt"), 2, "must end in .onnx"),
+        ((plain, "--out", "nowhere/model.onnx"), 2, "no such folder"),
+        ((plain,), 2, "--out"),
+        (("nowhere", "--out", "model.onnx"), 3, "no such run"),
+    ):
+        outcome = run_cli("export", *arguments)
+        assert (outcome.code, len(outcome.err.splitlines())) == (code, 1), outcome.err
+        assert words in outcome.err
+    monkeypatch.setattr(export, "EXTRA", ("onnx", "not_installed"))
+    outcome = run_cli("export", plain, "--out", "model.onnx")
+    assert outcome.code == 2
+    assert 'export needs not_installed: pip install "cifar100[onnx]"' in outcome.err
