@@ -122,11 +122,11 @@ def _name(row: Row) -> str:
 
 def _comparison(dataset: str, rows: Sequence[Row]) -> dict[str, Any] | None:
     """The curves of several settings in one chart; None for a single one."""
-    judged = [(row, name) for row in rows if row.dataset == dataset and (name := judged(row)) is not None]
-    if len(judged) < 2:
+    measured = [(row, name) for row in rows if row.dataset == dataset and (name := judged(row)) is not None]
+    if len(measured) < 2:
         return None
     title = TITLES.get(dataset, dataset)
-    shown = judged[:COMPARED]
+    shown = measured[:COMPARED]
     losses = [name.replace("top1", "loss") for _, name in shown]
     found = [
         (
@@ -157,7 +157,7 @@ def _comparison(dataset: str, rows: Sequence[Row]) -> dict[str, Any] | None:
             for number, (row, name) in enumerate(shown)
         ],
         "charts": found,
-        "note": f"The first {COMPARED} of {len(judged)} settings." if len(judged) > COMPARED else None,
+        "note": f"The first {COMPARED} of {len(measured)} settings." if len(measured) > COMPARED else None,
     }
 
 

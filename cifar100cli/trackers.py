@@ -117,15 +117,24 @@ def check(names: Iterable[str]) -> None:
             raise UsageError(f"--log {name}: must be one of {', '.join(TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise UsageError(f'--log {name} needs {name}: pip install "cifar100[{name}]"')
-        if name == "wandb" and not _wandb_is_ready():
-            raise UsageError("--log wandb: nobody is logged in; run `wandb login` first, or set WANDB_MODE=offline")
+        if name == "wandb":
+            _check_wandb()
 
 
-def _wandb_is_ready() -> bool:
+def _check_wandb() -> None:
+    """See now that wandb knows whose run it is: it would ask, and a run would wait for the answer."""
     import wandb
 
-    settings = wandb.setup().settings
-    return settings.mode in ("offline", "disabled", "dryrun") or bool(settings.api_key or wandb.api.api_key)
+    settings = wandb.setup(settings=wandb.Settings(silent=True)).settings
+    if settings.mode in ("offline", "disabled", "dryrun"):
+        return
+    try:
+        known = wandb.login(prompt=False)
+    except Exception as error:
+        words = " ".join(str(error).split())[:200]
+        raise UsageError(f"--log wandb: {words}; WANDB_MODE=offline writes without the network") from None
+    if not known:
+        raise UsageError("--log wandb: nobody is logged in; run `wandb login` first, or set WANDB_MODE=offline")
 
 
 class Tracked:

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from cifar100cli import charts, page, report, runs, synthetic
@@ -98,12 +99,17 @@ def test_a_run_in_detail(trained: dict[str, Any], run_cli: Cli) -> None:
 def test_example_images_are_the_test_images(trained: dict[str, Any]) -> None:
     images = load("synthetic", Path()).test
     found = rendered(trained["run"])
+    check_examples(found, images.images, least=10)
+
+
+def check_examples(found: Page, images: NDArray[np.uint8], least: int) -> None:
+    """Each example is the test image that it says it is, to the last bit."""
     examples = [image for image in found.all("img") if image["alt"].startswith("test image")]
-    assert len(examples) > 10
+    assert len(examples) >= least
     for example in examples:
         index = int(re.findall(r"\d+", example["alt"])[0])
         pixels = Image.open(io.BytesIO(base64.b64decode(example["src"].partition(",")[2])))
-        assert np.array_equal(np.asarray(pixels), images.images[index].transpose(1, 2, 0))
+        assert np.array_equal(np.asarray(pixels), images[index].transpose(1, 2, 0))
 
 
 def test_other_images_are_not_shown(
@@ -267,8 +273,8 @@ def test_in_a_browser(trained: dict[str, Any], width: int) -> None:
         browser.close()
 
 
-def look_at(path: Path, width: int) -> None:
-    """Load a page as a person would, and see that it is whole."""
+def look_at(path: Path, width: int) -> list[str]:
+    """Load a page as a person would, and see that it is whole; returns the presets in its tables of results."""
     from playwright.sync_api import sync_playwright
 
     complaints: list[str] = []
@@ -283,6 +289,7 @@ def look_at(path: Path, width: int) -> None:
         assert tab.evaluate("document.documentElement.scrollWidth") <= width
         sizes = tab.evaluate("[...document.images].map(image => [image.naturalWidth, image.width])")
         assert all(natural > 0 and shown > 0 for natural, shown in sizes)
+        rows: list[str] = tab.locator("table.results tbody th > a").all_inner_texts()
         folder = os.environ.get("CIFAR100_TEST_PICTURES")
         if folder:
             tab.screenshot(path=Path(folder) / f"report-{width}.png", full_page=True)
@@ -290,3 +297,4 @@ def look_at(path: Path, width: int) -> None:
     assert complaints == []
     assert [url for url in requests if not url.startswith(("file:", "data:"))] == []
     assert len([url for url in requests if url.startswith("file:")]) == 1
+    return rows

@@ -17,6 +17,7 @@ import pytest
 from cifar100cli import datasets
 from tests.conftest import Cli
 from tests.test_datasets import assert_equals_torchvision
+from tests.test_page import BROWSER, Page, check_examples, check_form, look_at
 
 ARCHIVES = os.environ.get("CIFAR100_TEST_ARCHIVES")
 pytestmark = pytest.mark.skipif(not ARCHIVES, reason="CIFAR100_TEST_ARCHIVES is not set")
@@ -71,3 +72,34 @@ def test_train_evaluate_report(run_cli: Cli, data_dir: Path) -> None:
     (row,) = json.loads(run_cli("report", "--json").out)["rows"]
     assert row["delta"] == pytest.approx(result["test"]["top1"] - 0.4426)
     assert row["changes"] == {"data.batch_size": 50, "data.fraction": 0.1, "train.epochs": 2}
+
+
+PRESETS = {
+    "resnet18-baseline": (),
+    "resnet18-augment": (),
+    "resnet18-wd01": (),
+    "resnet18-lbsmooth": (),
+    "resnet18-arcface": ("--no-pretrained",),
+    "resnet18-cosface": ("--no-pretrained",),
+    "resnet18-baseline-fixed": (),
+    "resnet18-arcface-fixed": ("--no-pretrained",),
+}
+
+
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+def test_a_report_of_eight_presets_in_a_browser(run_cli: Cli, data_dir: Path) -> None:
+    """With a small network and few images, to be quick; everything else is the presets' own."""
+    small = ["--backbone", "test_resnet", "--epochs", "2", "--set", "data.fraction=0.02", "--device", "cpu"]
+    for preset, more in PRESETS.items():
+        outcome = run_cli("train", "--preset", preset, *small, *more, "--data-dir", data_dir, "-q")
+        assert outcome.code == 0, outcome.err
+    outcome = run_cli("report", "--out", "report.html")
+    assert outcome.code == 0, outcome.err
+    found = Page(Path("report.html").read_text(encoding="utf-8"))
+    check_form(found)
+    assert len(found.all("article")) == len(PRESETS)
+    test = datasets.load("cifar100", data_dir).test
+    check_examples(found, test.images, least=200)
+    for width in (375, 1280):
+        rows = look_at(Path("report.html"), width)
+        assert sorted(rows) == sorted(PRESETS)

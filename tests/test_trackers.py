@@ -85,7 +85,7 @@ def wandb_runs(monkeypatch: pytest.MonkeyPatch) -> list[FakeRun]:
 
     fake = SimpleNamespace(init=init, Settings=lambda **settings: settings, __spec__=ModuleSpec("wandb", None))
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    monkeypatch.setattr(trackers, "_wandb_is_ready", lambda: True)
+    monkeypatch.setattr(trackers, "_check_wandb", lambda: None)
     return begun
 
 
@@ -151,10 +151,25 @@ def test_what_cannot_be_logged_to_is_told_before_anything_is_written(
         outcome = run_cli(command, "--log", "mlflow")
         assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
         assert "must be one of tensorboard, wandb" in outcome.err
-    monkeypatch.setattr(trackers, "_wandb_is_ready", lambda: False)
-    assert "wandb login" in run_cli("train", *TINY, "--log", "wandb").err
+    with monkeypatch.context() as patch:
+        online = SimpleNamespace(settings=SimpleNamespace(mode="online"))
+        patch.setattr("wandb.setup", lambda settings: online)  # it keeps what an earlier run here was told
+        for answer, words in (
+            (False, "run `wandb login` first"),
+            (ValueError("no\nserver"), "no server; WANDB_MODE=off"),
+        ):
+            patch.setattr("wandb.login", lambda prompt, answer=answer: _give(answer))
+            outcome = run_cli("train", *TINY, "--log", "wandb")
+            assert (outcome.code, len(outcome.err.splitlines())) == (2, 1)
+            assert words in outcome.err
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     outcome = run_cli("train", *TINY, "--log", "tensorboard")
     assert outcome.code == 2
     assert 'pip install "cifar100[tensorboard]"' in outcome.err
     assert not Path("runs").exists()
+
+
+def _give(answer: object) -> object:
+    if isinstance(answer, Exception):
+        raise answer
+    return answer
