@@ -328,16 +328,16 @@ class TrainingDisplay:
             progress.TextColumn("{task.description}"),
             progress.BarColumn(bar_width=None),
             progress.MofNCompleteColumn(),
-            progress.TextColumn("steps"),
+            progress.TextColumn("steps{task.fields[left]}"),
             expand=True,
         )
-        self._bar.add_task("", total=self._steps)
-        self._live = Live(console=_console(sys.stderr), transient=True, refresh_per_second=8, redirect_stdout=False)
-        self._show(0, "")
+        self._bar.add_task("", total=self._steps, left="")
+        self._live = Live(console=_console(sys.stderr), transient=True, auto_refresh=False, redirect_stdout=False)
         self._live.start()
+        self._show(0, "")
 
-    def _show(self, taken: int, figures: str) -> None:
-        """Draw both lines: how far the epoch is, and its figures so far."""
+    def _show(self, taken: int, figures: str, left: str = "") -> None:
+        """Draw both lines: how far the epoch is and how long the run will take, and the epoch's figures so far."""
         if self._live is None or self._bar is None:
             return
         from rich.console import Group
@@ -347,8 +347,8 @@ class TrainingDisplay:
         if self._epoch > self._epochs:
             taken = self._steps
         measuring = "measuring " if taken == self._steps else ""
-        self._bar.update(self._bar.task_ids[0], completed=taken, description=measuring + what)
-        self._live.update(Group(self._bar, Text(figures, no_wrap=True, overflow="ellipsis")))
+        self._bar.update(self._bar.task_ids[0], completed=taken, description=measuring + what, left=left)
+        self._live.update(Group(self._bar, Text(figures, no_wrap=True, overflow="ellipsis")), refresh=True)
 
     def step(self, taken: int, glance: Callable[[int], Any]) -> None:
         """A step was issued; now and then a look at how the epoch goes."""
@@ -364,8 +364,8 @@ class TrainingDisplay:
         if known is not None:
             parts.append(f"{known.images / (now - self._epoch_started):,.0f} images/s")
         done = self._epoch - self._first + taken / self._steps
-        parts.append(f"{duration((now - self._started) / done * (self._epochs - self._first + 1 - done))} left")
-        self._show(taken, "  ".join(parts))
+        left = (now - self._started) / done * (self._epochs - self._first + 1 - done)
+        self._show(taken, "  ".join(parts), f"  {duration(left)} left")
 
     def epoch(self, row: Mapping[str, Any], state: Any) -> None:
         """An epoch is finished, measured and saved."""

@@ -42,7 +42,7 @@ def test_a_run_leaves_the_files_of_the_contract(run_cli: Cli) -> None:
     assert re.fullmatch(r"runs/resnet18-baseline/\d{8}-\d{6}-seed5", str(run))
     assert {path.name for path in run.iterdir()} == {
         *("config.yaml", "environment.json", "metrics.jsonl", "metrics.csv"),
-        *("model.safetensors", "state.safetensors", "result.json"),
+        *("model.safetensors", "state.safetensors", "predictions.csv", "result.json"),
     }
     assert json.loads((run / "result.json").read_text()) == result
     assert set(result) >= {

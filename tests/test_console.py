@@ -1,0 +1,100 @@
+"""What people see: a run on a terminal of 80 columns and in a pipe, and the report in both."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import re
+import struct
+import sys
+import termios
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cifar100cli import console, report, report_text, workflows
+from tests.conftest import make_preset, where
+from tests.test_report import make_run
+
+ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+
+
+@contextlib.contextmanager
+def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
+    """Both streams on a terminal of 80 columns; what is given returns what was written to it, without its escapes."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    stream = os.fdopen(theirs, "w", encoding="utf-8")
+    for name in ("COLUMNS", "LINES", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    written = bytearray()
+
+    def read() -> None:
+        while True:
+            try:
+                written.extend(os.read(ours, 65536))
+            except OSError:  # the other end is closed
+                return
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+
+    def text() -> str:
+        if not stream.closed:
+            stream.close()
+            reader.join(timeout=10)
+        return ESCAPES.sub("", written.decode())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        patch.setattr(sys, "stdout", stream)
+        yield text
+    text()
+    os.close(ours)
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    preset = make_preset(data={"val_fraction": 0.1}, train={"select": "best_val"})
+    with terminal(monkeypatch) as text, console.TrainingDisplay("mine") as display:
+        workflows.train(preset, where(tmp_path), display)
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", text())]
+    assert max(map(len, lines)) <= 80
+    done = [line for line in lines if re.fullmatch(r"epoch \d/3  loss .*", line)]
+    assert len(done) == 3
+    assert all(re.search(r"train \S+%  held-out \S+%  best \S+% @\d$", line) for line in done)
+    figures = r"loss \d\.\d{4}  train \S+%  held-out \S+%  best \S+% @\d  [\d,]+ images/s"
+    assert any(re.fullmatch(figures, line) for line in lines), "the live line"
+    assert any(re.match(r"(measuring )?epoch 2/3 ━+.* \d/6 steps  \d+ s left", line) for line in lines), "how far it is"
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_training_in_a_pipe(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    with console.TrainingDisplay("mine") as display:
+        workflows.train(make_preset(data={"val_fraction": 0.1}, train={"select": "best_val"}), where(tmp_path), display)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert "\x1b" not in captured.err
+    assert "\r" not in captured.err
+    assert [line[:11] for line in captured.err.splitlines()[-3:]] == [f"epoch {number}/3  " for number in (1, 2, 3)]
+
+
+def test_the_report_fits_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for preset in ("resnet18-arcface-224", "resnet18-arcface-224-fixed", "resnet18-baseline", "finetune-layer3-50"):
+        for seed in range(3):
+            run = make_run(tmp_path, preset, 0.4 + 0.01 * seed, seed, train__epochs=40)
+            run.forget_after(0)
+            for epoch in range(1, 41):
+                figures = {"train_loss": 1 / epoch, "train_top1": epoch / 50, "seconds": 1, "images_per_second": 1}
+                run.append_metrics({"epoch": epoch, **figures, "test_loss": 1 / epoch, "test_top1": epoch / 100})
+    found = report.collect([tmp_path])
+    with terminal(monkeypatch) as text:
+        report_text.show_table(found)
+    lines = text().splitlines()
+    tables = [line for line in lines if not line.startswith(("[", "best on test:", "in brackets:"))]
+    assert max(map(len, tables)) <= 80
+    curves = [line for line in lines if re.search(r" 1\.00  ▁\S+█  40\.00  40\.00 @40", line)]
+    assert len(curves) == 4, "every setting has its curve"
