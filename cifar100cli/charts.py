@@ -92,7 +92,7 @@ def curves(lines: Sequence[Line], title: str, *, percent: bool, published: float
             marker="o" if len(line.values) < 3 else None,
             markersize=3,
         )
-        marked = [epoch for epoch in line.best if epoch <= len(line.values)]
+        marked = [epoch for epoch in line.best if 1 <= epoch <= len(line.values)]
         axes.plot(
             marked,
             [line.values[epoch - 1] for epoch in marked],

@@ -166,6 +166,11 @@ def percent(fraction: float | None, digits: int = 2) -> str:
     return "-" if fraction is None else f"{100 * fraction:.{digits}f}%"
 
 
+def several(number: int, noun: str) -> str:
+    """1 epoch, 2 epochs."""
+    return f"{number:,} {noun}" + ("" if number == 1 else "s")
+
+
 def duration(seconds: float) -> str:
     """42 s, 3:05, 2:03:05."""
     whole = round(seconds)
@@ -309,7 +314,7 @@ class TrainingDisplay:
         weights = f", weights of {config.model.weights or 'timm'}" if config.model.pretrained else ""
         log(
             f"{self._preset}: {config.model.backbone}{weights} on {config.data.dataset} "
-            f"at {config.data.image_size} pixels, {self._epochs} epochs, seed {config.seed}"
+            f"at {config.data.image_size} pixels, {several(self._epochs, 'epoch')}, seed {config.seed}"
         )
         if config.data.dataset == "synthetic":
             log("the data are synthetic: drawn shapes, whose figures say nothing about CIFAR-100")

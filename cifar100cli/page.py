@@ -252,7 +252,7 @@ def _detail(row: Row, path: str, anchor: str, pictures: _Pictures) -> dict[str, 
         card = read_card(run.path / MODEL)
         predictions = analysis.read_predictions(run.path / PREDICTIONS, card.classes)
         view = _view(card, predictions, pictures.of(run, card, predictions), f"{row.preset}, {path}")
-    except DataError as error:
+    except (DataError, OSError) as error:
         missing = f"Classes, confusions and mistakes are not shown: {error}."
         if not (run.path / PREDICTIONS).exists():
             missing += f" This makes them: cifar100 evaluate {path} --predictions {run.path / PREDICTIONS}"

@@ -184,8 +184,8 @@ def _row(group: list[_Complete]) -> Row:
         within_noise=abs(delta) <= noise if delta is not None and noise is not None else None,
         select=config.train.select,
         epochs=config.train.epochs,
-        best_epochs=[run.result["best"]["epoch"] for run in group],
-        seeds=[run.result["seed"] for run in group],
+        best_epochs=[int(run.result["best"]["epoch"]) for run in group],
+        seeds=[int(run.result["seed"]) for run in group],
         seconds_mean=fmean(run.result["seconds"] for run in group),
         images_per_second_mean=fmean(run.result["images_per_second"] for run in group),
         hardware=list(dict.fromkeys(run.hardware for run in group)),
@@ -216,7 +216,8 @@ def _curves(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[float]]:
     found = {}
     for name in CURVES:
         lines = [[row.get(name) for row in rows] for rows in runs]
-        if len({len(line) for line in lines}) == 1 and all(_is_number(value) for line in lines for value in line):
+        alike = len({len(line) for line in lines}) == 1 and lines[0]
+        if alike and all(_is_number(value) for line in lines for value in line):
             found[name] = [fmean(values) for values in zip(*lines, strict=True)]
     return found
 

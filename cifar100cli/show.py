@@ -41,11 +41,12 @@ def training(result: Mapping[str, Any], published: "Published | None", json: boo
     synthetic = " of the synthetic (drawn) data" if result["dataset"] == "synthetic" else ""
     console.result(
         f"{result['preset']}, seed {result['seed']}: test{synthetic} {percent(test['top1'])}, "
-        f"top-5 {percent(test['top5'])}, loss {test['loss']:.4f} ({how})"
+        f"top-5 {percent(test['top5'])}, loss {test['loss']:.4f}"
     )
+    console.result(f"selected: {how}")
     _beside(test["top1"], published, result["dataset"])
     console.result(
-        f"{result['epochs']} epochs in {console.duration(result['seconds'])}, "
+        f"{console.several(result['epochs'], 'epoch')} in {console.duration(result['seconds'])}, "
         f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {_where(result)}"
     )
     console.result(f"the run is {result['run_dir']}")

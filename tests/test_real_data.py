@@ -3,6 +3,7 @@
 Runs where `CIFAR100_TEST_ARCHIVES` names a folder with the two archives.
 """
 
+import csv
 import functools
 import hashlib
 import http.server
@@ -13,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cifar100cli import datasets
 from tests.conftest import Cli
@@ -70,8 +72,25 @@ def test_train_evaluate_report(run_cli: Cli, data_dir: Path) -> None:
     assert measured["count"] == 10_000
     assert {key: measured[key] for key in result["test"]} == result["test"]
     (row,) = json.loads(run_cli("report", "--json").out)["rows"]
+    check_pictures(run_cli, Path(result["run_dir"]), data_dir)
     assert row["delta"] == pytest.approx(result["test"]["top1"] - 0.4426)
     assert row["changes"] == {"data.batch_size": 50, "data.fraction": 0.1, "train.epochs": 2}
+
+
+def check_pictures(run_cli: Cli, run: Path, data_dir: Path) -> None:
+    """Test images saved as PNG are told to be what the run said of them."""
+    test = datasets.load("cifar100", data_dir).test
+    for index in range(0, 10_000, 250):
+        Image.fromarray(test.images[index].transpose(1, 2, 0)).save(f"{index:05}.png")
+    outcome = run_cli("predict", run, *sorted(Path().glob("*.png")), "--top", "1", "--json")
+    assert outcome.code == 0, outcome.err
+    with (run / "predictions.csv").open(newline="") as file:
+        expected = list(csv.DictReader(file))[::250]
+    found = json.loads(outcome.out)["images"]
+    assert len(found) == 40
+    assert [one["top"][0]["class"] for one in found] == [one["predicted"] for one in expected]
+    probabilities = [one["top"][0]["probability"] for one in found]
+    assert probabilities == pytest.approx([float(one["confidence"]) for one in expected], abs=0.02)  # bfloat16
 
 
 PRESETS = {

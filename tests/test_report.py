@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from cifar100cli import report, report_text, runs
+from cifar100cli import page, report, report_text, runs
 from cifar100cli.config import Override, load_preset
 from cifar100cli.runs import RunDir
 
@@ -116,6 +116,16 @@ def test_curves_are_means_and_only_of_what_every_epoch_has(tmp_path: Path) -> No
         "train_top1": pytest.approx([0.5, 0.5]),
         "test_top1": pytest.approx([0.2, 0.4]),
     }
+
+
+def test_a_run_without_its_epochs_has_no_curves(tmp_path: Path) -> None:
+    run = make_run(tmp_path, "resnet18-baseline", 0.44)
+    (run.path / runs.METRICS).unlink()
+    found = report.collect([tmp_path])
+    assert found.rows[0].curves == {}
+    for form in ("table", "markdown", "csv", "json"):
+        assert "resnet18-baseline" in report_text.render(found, form)
+    assert "resnet18-baseline" in page.render(found)
 
 
 def test_sparklines() -> None:
