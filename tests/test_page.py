@@ -245,7 +245,7 @@ BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
-@pytest.mark.parametrize("width", [375, 1280])
+@pytest.mark.parametrize("width", [375, 900, 1280])
 def test_in_a_browser(trained: dict[str, Any], width: int) -> None:
     """No error, no request, nothing wider than the screen; filter and order work."""
     from playwright.sync_api import sync_playwright
@@ -266,7 +266,7 @@ def test_in_a_browser(trained: dict[str, Any], width: int) -> None:
         tab.fill("input[type=search]", "epochs = 7")
         assert rows.count() == 1
         tab.fill("input[type=search]", "")
-        if width > 800:
+        if width > 1150:
             tab.click("#results-1 th button:text('Ours')")
             shown = [float(text.rstrip("%")) for text in tab.locator("#results-1 .ours").all_inner_texts()]
             assert shown == sorted(shown, reverse=True)
