@@ -253,6 +253,9 @@ class RunDir:
         except Timeout:
             raise CifarError(f"{self.path}: another process is training this run right now") from None
         try:
+            for pattern in (".*.tmp", ".tmp*"):  # half-written by a process that was killed: ours, and safetensors'
+                for left in self.path.glob(pattern):
+                    left.unlink(missing_ok=True)
             yield
         finally:
             (self.path / LOCK).unlink(missing_ok=True)

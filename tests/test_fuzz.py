@@ -1,0 +1,14 @@
+"""Spoilt and hostile files, a few hundred for each reader; `tests.fuzz` feeds any number."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_some_hundred_inputs_for_each_reader() -> None:
+    """In a process of its own, whose memory and operations are watched."""
+    command = [sys.executable, "-m", "tests.fuzz", "--inputs", "300", "--seed", "1"]
+    root = Path(__file__).parents[1]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    assert finished.stdout.count("300 inputs") == 6
