@@ -45,7 +45,8 @@ def parse_card(about: object, path: Path) -> Card:
     try:
         return Card.model_validate(about)
     except ValidationError as error:
-        place = ".".join(map(str, error.errors()[0]["loc"])) or str(error.errors()[0]["ctx"]["error"])
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"])) or str(first.get("ctx", {}).get("error", "its keys"))
         raise DataError(f"{path}: its description is not right at {place!r}") from None
 
 

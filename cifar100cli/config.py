@@ -152,6 +152,7 @@ class Train(Section):
     compile: Literal["auto", "off", "graph", "inductor"] = Field(
         "auto", description="steps as one CUDA graph; inductor: with kernels compiled by torch.compile besides"
     )
+    deterministic: bool = Field(False, description="only kernels that give the same bits every time, if slower")
     sync_batch_norm: bool = Field(True, description="with torchrun: batch statistics of all ranks, as on one device")
 
 
@@ -516,8 +517,8 @@ def _validate(keys: dict[str, Any], where: str, origins: Mapping[str, str]) -> C
 def _explain(error: ValidationError, where: str, origins: Mapping[str, str]) -> str:
     """The first thing wrong, in one line: key, value, origin, what is allowed, the nearest name."""
     first, more = error.errors()[0], error.error_count() - 1
-    if not first["loc"]:  # a rule between keys, which says it all itself
-        return f"{where}: {first['ctx']['error']}"
+    if not first["loc"]:  # a rule between keys, which says it all itself, or a key that is no text
+        return f"{where}: {first.get('ctx', {}).get('error', 'one of its keys is no text')}"
     *parents, last = [str(part) for part in first["loc"]]
     key = ".".join([*parents, last])
     rest = f" ({more} more {'mistake' if more == 1 else 'mistakes'})" if more else ""

@@ -36,10 +36,11 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     if begun is not None:
         watcher.say(f"started again by torchrun (restart {ranks.restarts()})")
         return resume(begun, where, watcher)
-    job = prepare(preset, where, watcher)
-    environment = machine.environment(job.device, job.precision, where.data_dir)
-    run = ranks.on_first(lambda: RunDir.create(where.runs_dir, job.preset, job.config, environment))
-    return _fit(job, run, watcher)
+    with devices.deterministic(preset.config.train.deterministic):
+        job = prepare(preset, where, watcher)
+        environment = machine.environment(job.device, job.precision, where.data_dir)
+        run = ranks.on_first(lambda: RunDir.create(where.runs_dir, job.preset, job.config, environment))
+        return _fit(job, run, watcher)
 
 
 def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
@@ -47,13 +48,14 @@ def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
     done, config, name, began_in, saved = ranks.on_first(lambda: _where_it_is(run))
     if done is not None:
         return done
-    job = prepare(Preset(name, config), where, watcher, state=saved)
-    if job.config.train.precision == "auto" and began_in != job.precision:
-        raise UsageError(
-            f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
-            "resume it on the kind of machine that it was begun on"
-        )
-    return _fit(job, run, watcher)
+    with devices.deterministic(config.train.deterministic):
+        job = prepare(Preset(name, config), where, watcher, state=saved)
+        if job.config.train.precision == "auto" and began_in != job.precision:
+            raise UsageError(
+                f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
+                "resume it on the kind of machine that it was begun on"
+            )
+        return _fit(job, run, watcher)
 
 
 def _where_it_is(run: RunDir) -> tuple[dict[str, Any] | None, Config, str, object, checkpoint.Saved | None]:

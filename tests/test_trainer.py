@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 
 from cifar100cli import checkpoint, devices, jobs, runs, steps, synthetic, trainer, workflows
 from cifar100cli.checkpoint import TrainState
@@ -288,6 +288,26 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
         epoch(2, watch)
     assert watch.steps == len(job.loaders.train)
     torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("policy", ["none", "crop_flip", "one_of"])
+def test_deterministic_mode(tmp_path: Path, policy: str) -> None:
+    """PyTorch itself refuses what has no deterministic kernel; on a CPU this changes no bit."""
+    seen: list[bool] = []
+
+    class Watch(Silent):
+        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+            seen.append(torch.are_deterministic_algorithms_enabled())
+
+    ends = []
+    for wanted in (True, False):
+        preset = make_preset(train={"deterministic": wanted, "epochs": 2}, augment={"policy": policy})
+        result = workflows.train(preset, where(tmp_path), Watch())
+        ends.append((Path(result["run_dir"]) / runs.MODEL).read_bytes())
+    assert seen == [True] * (len(seen) // 2) + [False] * (len(seen) // 2)
+    assert not torch.are_deterministic_algorithms_enabled()
+    weights = [load(end) for end in ends]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_a_glance_is_what_the_epoch_says_in_the_end(tmp_path: Path) -> None:
