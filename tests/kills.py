@@ -71,6 +71,8 @@ def started(arguments: Sequence[str], folder: Path, fatal: int | None = None) ->
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.chdir(folder)
+        for name in ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR"):
+            os.environ.pop(name, None)
         os.environ["CIFAR100_CACHE_DIR"] = str(folder.parent / "cache")
         if fatal is not None:
             sys.addaudithook(_killer(folder / "runs", fatal))
