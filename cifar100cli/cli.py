@@ -786,22 +786,22 @@ def report(
         out = _check_output("--out", out)
     chosen = "json" if json else out_format or report_text.format_of(out)
     found = reports.collect([expand(folder) for folder in folders or [runs_dir]])
-    if chosen == "html":
-        from cifar100cli import page
-
-        text = page.render(found, expand(data_dir) if data_dir is not None else None)
-    elif chosen == "table" and out is None:
-        text = ""
+    if chosen == "table" and out is None:
         report_text.show_table(found)
     else:
-        text = report_text.render(found, chosen)
-    if out is not None:
-        from cifar100cli.runs import write_text
+        if chosen == "html":
+            from cifar100cli import page
 
-        write_text(out, text)
-        console.log(f"the report is in {out}")
-    else:
-        sys.stdout.write(text)
+            text = page.render(found, expand(data_dir) if data_dir is not None else None)
+        else:
+            text = report_text.render(found, chosen)
+        if out is None:
+            sys.stdout.write(text)
+        else:
+            from cifar100cli.runs import write_text
+
+            write_text(out, text)
+            console.log(f"the report is in {out}")
     if check is not None:
         _check_tolerance(found, check)
 

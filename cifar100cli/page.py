@@ -2,7 +2,7 @@
 
 import base64
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
@@ -32,8 +32,6 @@ MISTAKES, PAIRS, EXAMPLES = 16, 9, 4
 CELL = 5  # pixels of a class in the large confusion matrix
 
 COLOURS = {"train": 0, "val": 1, "test": 2}
-
-Advance = Callable[[int], None]
 
 
 def render(report: Report, data_dir: Path | None = None) -> str:
@@ -130,7 +128,7 @@ def _comparison(dataset: str, rows: Sequence[Row]) -> dict[str, Any] | None:
     losses = [name.replace("top1", "loss") for _, name in shown]
     found = [
         (
-            "Accuracy on the images that the epoch is chosen on.",
+            "Accuracy, on the images that the legend names.",
             charts.curves(
                 [Line(row.curves[name], number, number) for number, (row, name) in enumerate(shown)],
                 f"{title}: accuracy by epoch of {len(shown)} settings",
@@ -172,11 +170,14 @@ def _chart_row(row: Row) -> dict[str, Any]:
             name = f"{split}_{figure}"
             if name not in row.curves:
                 continue
-            marks = [row.best_epochs[:1]] if name == judged(row) and row.n == 1 else [[]]
-            lines.append(Line(row.curves[name], colour, best=marks[0]))
-            for metrics, best in zip(seeds, row.best_epochs, strict=False) if row.n > 1 else ():
-                own = [best] if name == judged(row) else []
-                lines.append(Line([line[name] for line in metrics], colour, faint=True, best=own))
+            chosen = row.best_epochs if name == judged(row) else []
+            if row.n == 1:
+                lines.append(Line(row.curves[name], colour, best=chosen))
+                continue
+            lines.append(Line(row.curves[name], colour))
+            for number, metrics in enumerate(seeds):
+                best = chosen[number : number + 1]
+                lines.append(Line([line[name] for line in metrics], colour, faint=True, best=best))
         caption = f"{words.capitalize()} by epoch" + (" (thin: single seeds)." if row.n > 1 else ".")
         if figure == "top1" and judged(row):
             caption += " A circle marks the epoch that was chosen."

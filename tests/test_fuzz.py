@@ -12,3 +12,24 @@ def test_some_hundred_inputs_for_each_reader() -> None:
     finished = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
     assert finished.stdout.count("300 inputs") == 6
+
+
+SWALLOWS = """
+import contextlib, os, sys
+from tests import fuzz
+
+def read(content, folder):
+    with contextlib.suppress(Exception):
+        os.system("true")
+
+sys.addaudithook(fuzz.watch)
+fuzz.torment("swallowing", fuzz.Reader([b"x"], read), 1, 0)
+"""
+
+
+def test_the_watch_sees_what_a_reader_hides() -> None:
+    root = Path(__file__).parents[1]
+    finished = subprocess.run([sys.executable, "-c", SWALLOWS], capture_output=True, text=True, cwd=root, check=False)
+    assert finished.returncode == 1
+    assert "swallowing: input 0 of seed 0 tried" in finished.stderr
+    assert "os.system" in finished.stderr

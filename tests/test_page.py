@@ -239,6 +239,34 @@ def test_lines_hold_their_numbers() -> None:
     assert (points[1:, 0] > points[:-1, 0]).all()
 
 
+def luminance(colour: tuple[float, ...]) -> float:
+    """WCAG 2.2's relative luminance of sRGB."""
+    parts = [part / 255 for part in colour]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
+def test_contrast(theme: int) -> None:
+    """WCAG AA: 4.5 for text, also on a confusion matrix' darkest cell, and 3 for lines."""
+    style = (Path(page.__file__).parent / page.TEMPLATE).read_text(encoding="utf-8")
+    block = re.findall(r":root \{(.*?)\}", style, re.DOTALL)[theme]
+    colours = {name: tuple(bytes.fromhex(code)) for name, code in re.findall(r"--([\w-]+): #(\w{6})", block)}
+
+    def contrast(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+        low, high = sorted((luminance(one), luminance(other)))
+        return (high + 0.05) / (low + 0.05)
+
+    for text in ("ink", "dim", "accent", "good", "bad"):
+        assert min(contrast(colours[text], colours[ground]) for ground in ("paper", "panel")) >= 4.5
+    assert "calc(50% * var(--share))" in style
+    cell = tuple((a + b) / 2 for a, b in zip(colours["accent"], colours["panel"], strict=True))
+    assert contrast(colours["ink"], cell) >= 4.5
+    series = [colour for name, colour in colours.items() if name.startswith("series-")]
+    assert len(series) == charts.SERIES
+    assert min(contrast(colour, colours["paper"]) for colour in series) >= 3
+
+
 # ---------------------------------------------------------------------------------------------- in a browser
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
