@@ -121,9 +121,10 @@ class Sides:
         self.steps = steps
         self.job: Job = prepare(preset, where, _Quiet(watcher), dataset=self.dataset)
         job = self.job
-        cast = devices.autocast(job.device, job.precision)
         optimizer = create_optimizer(job.config.optimizer, job.groups)
-        self.training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, cast)
+        self.training = trainer.prepare_steps(
+            job.model, job.task, job.loaders.train, optimizer, job.config, job.precision
+        )
         resident = replace(self.training, loader=OneBatch(job.loaders.train))
         self.loop_steps: Steps = create_steps(self.training, job.manner)
         self.bare_steps: Steps = create_steps(resident, job.manner)
@@ -233,7 +234,7 @@ class PeakProduct:
 
     def __init__(self, device: torch.device, precision: str) -> None:
         side = 8192 if device.type == "cuda" else 2048
-        dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+        dtype = devices.DTYPES[precision]
         self.left, self.right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
         self.flops, self.device = 2.0 * side**3, device
 

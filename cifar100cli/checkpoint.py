@@ -10,13 +10,14 @@ import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cifar100cli.averaging import Average
 from cifar100cli.card import KEY, Card, parse_card
 from cifar100cli.config import Config, parse_config
 from cifar100cli.errors import DataError, UsageError
@@ -70,7 +71,11 @@ def load_model(path: Path) -> Checkpoint:
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy the weights of a file into a model of the very same shape, or raise `DataError` naming what differs."""
-    expected = model.state_dict()
+    _refuse_misfits(model.state_dict(), tensors, path)
+    model.load_state_dict(dict(tensors))
+
+
+def _refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
     for problem, names in (
         ("lacks", [name for name in expected if name not in tensors]),
         ("has besides what the model has", [name for name in tensors if name not in expected]),
@@ -85,7 +90,6 @@ def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) ->
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise DataError(f"{path}: {broken[0]} holds numbers that are not finite")
-    model.load_state_dict(dict(tensors))
 
 
 @dataclass(frozen=True)
@@ -106,25 +110,57 @@ class TrainState:
     best_top1: float = -1.0
 
 
-def save_state(path: Path, state: TrainState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+class Trained(Protocol):
+    """All that training moves."""
+
+    @property
+    def model(self) -> nn.Module:
+        """The network."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What moves its weights."""
+
+    @property
+    def average(self) -> Average:
+        """Their average."""
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler:
+        """The scale of the loss in fp16."""
+
+
+def save_state(path: Path, state: TrainState, trained: Trained) -> None:
     """Write all that the next epoch needs, whole or not at all."""
-    tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    for index, values in optimizer.state_dict()["state"].items():
+    tensors = {f"model.{name}": tensor for name, tensor in trained.model.state_dict().items()}
+    tensors |= {f"average.{name}": tensor for name, tensor in trained.average.tensors.items()}
+    for index, values in trained.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": v for name, v in values.items() if isinstance(v, Tensor)}
-    _save(path, tensors, {"format": STATE_FORMAT, **asdict(state)})
+    scaling = {"scaler": trained.scaler.state_dict()} if trained.scaler.is_enabled() else {}
+    _save(path, tensors, {"format": STATE_FORMAT, **asdict(state), **scaling})
 
 
 def restore_model(saved: Saved, model: nn.Module) -> None:
     """Put the model alone back to where `save_state` found it."""
-    weights = {n.removeprefix("model."): t for n, t in saved.tensors.items() if n.startswith("model.")}
-    load_weights(model, weights, saved.path)
+    load_weights(model, _of(saved, "model."), saved.path)
 
 
-def restore(saved: Saved, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Put model and optimizer back to where `save_state` found them."""
+def _of(saved: Saved, prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
+
+
+def restore(saved: Saved, trained: Trained) -> TrainState:
+    """Put everything back to where `save_state` found it."""
     path, tensors, about = saved.path, saved.tensors, saved.about
-    restore_model(saved, model)
+    optimizer, average, scaler = trained.optimizer, trained.average, trained.scaler
+    restore_model(saved, trained.model)
+    averages = _of(saved, "average.")
+    _refuse_misfits(average.tensors, averages, path)
+    for name, tensor in average.tensors.items():
+        tensor.copy_(averages[name])
     try:
+        if scaler.is_enabled():
+            scaler.load_state_dict({name: type(v)(about["scaler"][name]) for name, v in scaler.state_dict().items()})
         state = TrainState(int(about["epoch"]), int(about["best_epoch"]), float(about["best_top1"]))
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         kept: dict[int, dict[str, Tensor]] = {}

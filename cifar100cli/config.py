@@ -146,7 +146,10 @@ class Train(Section):
     """How long, in which precision, and which epoch's weights are kept."""
 
     epochs: Integer = Field(200, ge=1, le=100_000)
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of matrix products; fp16 scales the loss by itself, so that gradients do not vanish"
+    )
+    ema: Number = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, kept in their place")
     select: Literal["best_test", "best_val", "last"] = "last"
     watch_test: bool = Field(False, description="measure the test set in every epoch, and choose nothing by it")
     compile: Literal["auto", "off", "graph", "inductor"] = Field(

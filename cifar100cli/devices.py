@@ -14,6 +14,9 @@ from cifar100cli.errors import UsageError
 
 Cast = Callable[[], AbstractContextManager[object]]  # a context for a forward pass
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of `train.precision`
+TENSOR_CORES = (7, 0)  # the compute capability from which on CUDA devices have some for fp16
+
 
 def select_device(name: str) -> torch.device:
     """`auto` is CUDA, then Apple's MPS, then the CPU. Raises `UsageError` for a device that is not here."""
@@ -51,11 +54,16 @@ def _device_of_rank(name: str) -> torch.device:
 
 
 def resolve_precision(name: str, device: torch.device) -> str:
-    """`auto` is bf16 where the hardware multiplies it (CUDA, or a CPU with AVX512-BF16 or AMX), else fp32."""
+    """`auto` is bf16 where the hardware multiplies it (CUDA, or a CPU with AVX512-BF16 or AMX), else fp32.
+
+    A CUDA device that has tensor cores, but none for bf16, such as a T4, takes fp16.
+    """
     if name != "auto":
         return name
     if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+        if torch.cuda.is_bf16_supported(including_emulation=False):
+            return "bf16"
+        return "fp16" if torch.cuda.get_device_capability(device) >= TENSOR_CORES else "fp32"
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
@@ -66,7 +74,7 @@ def autocast(device: torch.device, precision: str) -> Cast:
     """A context for the forward pass: matrix products in `precision`, weights and sums in float32."""
     if precision == "fp32":
         return contextlib.nullcontext
-    return lambda: torch.autocast(device.type, torch.bfloat16)
+    return lambda: torch.autocast(device.type, DTYPES[precision])
 
 
 @contextlib.contextmanager

@@ -87,6 +87,8 @@ def prepare(
         raise UsageError(
             f"data.batch_size = {config.data.batch_size} leaves some of {ranks.count()} ranks without images"
         )
+    if precision == "fp16" and device.type == "cpu":
+        watcher.say("train.precision = fp16 is very slow on a CPU, whose convolutions are made for fp32 and bf16")
     dataset = dataset or datasets.load(config.data.dataset, where.data_dir)
     training, held_out = training_splits(dataset, config)
     preprocessing = preprocessing_for(config.data.normalize, config.data.image_size, training, config.model.backbone)

@@ -33,7 +33,7 @@ def create_optimizer(config: Optimizer, groups: Sequence[Group]) -> torch.optim.
 
     parameters = [{"params": group.parameters, "scale": group.scale, "lr": rate(group.scale)} for group in groups]
     if config.name == "sgd":
-        return torch.optim.SGD(
+        sgd = torch.optim.SGD(
             parameters,
             lr=config.lr,
             momentum=config.momentum,
@@ -41,6 +41,11 @@ def create_optimizer(config: Optimizer, groups: Sequence[Group]) -> torch.optim.
             weight_decay=config.weight_decay,
             fused=True,
         )
+        if config.momentum:
+            # torch makes it without a value in the first step, and fills it only if that is not left out, as in fp16.
+            for parameter in (parameter for group in groups for parameter in group.parameters):
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
     return kind(
         parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=on_cuda

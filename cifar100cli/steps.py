@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cifar100cli.averaging import Average
 from cifar100cli.devices import Cast
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import Batch, DeviceLoader, Plan
@@ -19,7 +20,11 @@ WARM_UP = 3  # steps that are taken one operation at a time before one is captur
 
 @dataclass(frozen=True)
 class Training:
-    """What a step is made of. `network` is the model, or the model with what its gradients need on several ranks."""
+    """What a step is made of. `network` is the model, or the model with what its gradients need on several ranks.
+
+    In fp16, `scaler` multiplies the loss, so that small gradients do not become 0, and leaves steps out whose gradients
+    are not finite. In other precisions it does nothing.
+    """
 
     model: nn.Module
     network: nn.Module
@@ -28,6 +33,8 @@ class Training:
     optimizer: torch.optim.Optimizer
     grad_clip: float
     cast: Cast
+    average: Average
+    scaler: torch.amp.GradScaler
 
     def step(self, plan: Plan, rows: slice | Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """One step; the loss, times its `weight` among all ranks, and the right predictions, both on the device."""
@@ -46,13 +53,15 @@ class Training:
     def backward(self, loss: Tensor) -> None:
         """Compute the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
 
     def move(self) -> None:
         """Clip the gradients and move the weights."""
         if self.grad_clip:
+            self.scaler.unscale_(self.optimizer)
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
 
 
 @dataclass(frozen=True)
@@ -71,17 +80,26 @@ class Steps:
         loader = training.loader
         self.training = training
         self.plan = Plan(torch.empty(0), ())
+        self.taken = 0  # steps of the run before this epoch
         self.losses = torch.zeros(len(loader), device=loader.device)
         self.correct = torch.zeros(len(loader), dtype=torch.int64, device=loader.device)
         self._copies: _Copies | None = None
 
     def begin(self, epoch: int) -> None:
         """Lay out an epoch."""
-        self.plan = self.training.loader.plan(epoch)
+        self.taken = (epoch - 1) * len(self.training.loader)
         self._copies = None
+        self._lay_out(self.training.loader.plan(epoch))
+
+    def _lay_out(self, plan: Plan) -> None:
+        self.plan = plan
 
     def take(self, index: int) -> None:
         """Take a step, and note its loss and its right predictions without looking at them."""
+        self._issue(index)
+        self.training.average.update(self.taken + index)
+
+    def _issue(self, index: int) -> None:
         loader = self.training.loader
         self.losses[index], self.correct[index] = self.training.step(
             self.plan, loader.shares[index], loader.weights[index]
@@ -151,28 +169,25 @@ class CapturedSteps(Steps):
         self.graph: torch.cuda.CUDAGraph | None = None
         self.left = WARM_UP
 
-    def begin(self, epoch: int) -> None:
-        """Lay out an epoch, in the memory that the graph knows."""
-        self._copies = None
+    def _lay_out(self, plan: Plan) -> None:
+        """In the memory that the graph knows."""
         if not self.plan.drawn:
-            super().begin(epoch)
+            self.plan = plan
             return
-        plan = self.training.loader.plan(epoch)
         self.plan.positions.copy_(plan.positions)
         for ours, new in zip(self.plan.drawn, plan.drawn, strict=True):
             ours.copy_(new)
 
-    def take(self, index: int) -> None:
-        """Take a step, and note its loss and its right predictions without looking at them."""
+    def _issue(self, index: int) -> None:
         start, end = self.training.loader.bounds[index]
         if end - start != self.size:
-            super().take(index)
+            super()._issue(index)
             return
         if self.left:
             self.left -= 1
             self.stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.stream):
-                super().take(index)
+                super()._issue(index)
             torch.cuda.current_stream().wait_stream(self.stream)
             return
         self.first_row.fill_(start)

@@ -11,16 +11,19 @@ import torch
 from torch import nn
 
 from cifar100cli import batch_norm, checkpoint, metrics, ranks
+from cifar100cli.averaging import Average
 from cifar100cli.card import Card
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import SPLIT_OF, Config
-from cifar100cli.devices import Cast, autocast, peak_memory
+from cifar100cli.devices import autocast, peak_memory
 from cifar100cli.errors import DataError, DivergedError
 from cifar100cli.loader import DeviceLoader, derived_seed
 from cifar100cli.optim import Group, create_optimizer, learning_rate, set_learning_rate
 from cifar100cli.runs import MODEL, STATE, RunDir
 from cifar100cli.steps import Glance, Manner, Steps, Training, create_steps
 from cifar100cli.tasks import Task
+
+TOLERATED_OVERFLOWS = 0.5  # of an epoch's steps, in fp16
 
 
 class Observer(Protocol):
@@ -69,15 +72,14 @@ def fit(
     order, so that a run that is killed anywhere goes on from the last epoch that it finished, and ends with
     the same bits. Raises `DivergedError` when loss or weights stop being finite.
     """
-    device = loaders.train.device
-    cast = autocast(device, precision)
+    cast = autocast(loaders.train.device, precision)
     optimizer = create_optimizer(config.optimizer, groups)
+    training = prepare_steps(model, task, loaders.train, optimizer, config, precision)
     state = TrainState()
     saved = ranks.on_first(lambda: _saved_state(run))
     if saved is not None:
-        state = checkpoint.restore(saved, model, optimizer)
+        state = checkpoint.restore(saved, training)
     ranks.on_first(lambda: run.forget_after(state.epoch))
-    training = prepare_steps(model, task, loaders.train, optimizer, config, cast)
     steps = create_steps(training, manner)
     observer.begin(config, run.path, state.epoch + 1, len(loaders.train))
 
@@ -86,10 +88,11 @@ def fit(
         trained = train_epoch(steps, config, epoch, observer)
         train_seconds = time.perf_counter() - started
         row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(("test_loss", "test_top1", "test_top5"))
-        for split, loader in loaders.evaluation.items():
-            scores = metrics.score(*metrics.predict(model, loader, cast))
-            row |= {f"{split}_loss": scores.loss, f"{split}_top1": scores.top1, f"{split}_top5": scores.top5}
-        _refuse_infinite(row, model, run, state)
+        with training.average.in_use():
+            for split, loader in loaders.evaluation.items():
+                scores = metrics.score(*metrics.predict(model, loader, cast))
+                row |= {f"{split}_loss": scores.loss, f"{split}_top1": scores.top1, f"{split}_top5": scores.top5}
+            _refuse_infinite(row, model)
 
         state.epoch = epoch
         chosen_on = SPLIT_OF[config.train.select]
@@ -97,21 +100,24 @@ def fit(
             state.best_epoch, state.best_top1 = epoch, row[f"{chosen_on}_top1"] if chosen_on else -1.0
         row["seconds"] = round(time.perf_counter() - started, 3)
         row["images_per_second"] = round(loaders.train.count / train_seconds, 1)
-        row["peak_memory_bytes"] = peak_memory(device)
-        ranks.on_first(lambda: _save(run, row, state, model, optimizer, card))  # noqa: B023 - called at once
+        row["peak_memory_bytes"] = peak_memory(loaders.train.device)
+        ranks.on_first(lambda: _save(run, row, state, training, card))  # noqa: B023 - called at once
         observer.epoch(row, TrainState(**asdict(state)))
     return state
 
 
 def prepare_steps(
-    model: nn.Module, task: Task, loader: DeviceLoader, optimizer: torch.optim.Optimizer, config: Config, cast: Cast
+    model: nn.Module, task: Task, loader: DeviceLoader, optimizer: torch.optim.Optimizer, config: Config, precision: str
 ) -> Training:
     """All that steps are made of, on one device or on many."""
+    cast = autocast(loader.device, precision)
     together = config.train.sync_batch_norm
     network = ranks.parallel(model, loader.device, buffers=not together)
     if ranks.count() > 1 and together and loader.device.type != "cuda":
         cast = batch_norm.synchronised_on_host(cast)
-    return Training(model, network, task, loader, optimizer, config.optimizer.grad_clip, cast)
+    average = Average(model, config.train.ema)
+    scaler = torch.amp.GradScaler(loader.device.type, enabled=precision == "fp16")
+    return Training(model, network, task, loader, optimizer, config.optimizer.grad_clip, cast, average, scaler)
 
 
 def train_epoch(steps: Steps, config: Config, epoch: int, observer: Observer) -> dict[str, float]:
@@ -121,30 +127,34 @@ def train_epoch(steps: Steps, config: Config, epoch: int, observer: Observer) ->
     # Drop-out and the like, without a past, and on every rank its own.
     torch.manual_seed(derived_seed(config.seed, epoch, *([ranks.rank()] if ranks.rank() else [])))
     steps.begin(epoch)
-    rate = math.nan
     count = len(loader)
+
+    def rate(index: int) -> float:
+        step = (epoch - 1) * count + index
+        return learning_rate(config.optimizer.lr, config.schedule, step, count, config.train.epochs)
+
     for index in range(count):
-        rate = learning_rate(
-            config.optimizer.lr, config.schedule, (epoch - 1) * count + index, count, config.train.epochs
-        )
-        set_learning_rate(training.optimizer, rate)
+        set_learning_rate(training.optimizer, rate(index))
         steps.take(index)
         observer.step(index + 1, steps.glance)
 
     images = torch.tensor(sum(share.stop - share.start for share in loader.shares), device=loader.device)
     ranks.sum_up(steps.losses, steps.correct, images)
     step_losses = steps.losses.cpu().double() / ranks.count()
-    bad = (~torch.isfinite(step_losses)).nonzero()
-    if len(bad):
+    finite = torch.isfinite(step_losses)
+    # A step that overflows in fp16 moves nothing. Where it is not the exception, training does not go anywhere.
+    bearable = TOLERATED_OVERFLOWS * count if training.scaler.is_enabled() else 0
+    if (~finite).sum() > bearable:
+        bad = int((~finite).nonzero()[0])
         raise DivergedError(
-            f"the loss was {step_losses[bad[0]].item()} in epoch {epoch}, step {bad[0].item() + 1} of {count}, "
-            f"at learning rate {rate:g}"
+            f"the loss was {step_losses[bad].item()} in epoch {epoch}, step {bad + 1} of {count}, "
+            f"at learning rate {rate(bad):g}"
         )
-    sizes = torch.tensor(loader.batch_sizes(), dtype=torch.float64)
+    sizes = torch.tensor(loader.batch_sizes(), dtype=torch.float64) * finite
     return {
-        "lr": rate,
+        "lr": rate(count - 1),
         "images": int(images.item()),
-        "train_loss": ((step_losses * sizes).sum() / sizes.sum()).item(),
+        "train_loss": (step_losses.nan_to_num(0, 0, 0) * sizes).sum().item() / sizes.sum().item(),
         "train_top1": steps.correct.sum().item() / loader.count,
     }
 
@@ -162,18 +172,18 @@ def _save(
     run: RunDir,
     row: Mapping[str, Any],
     state: TrainState,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    training: Training,
     card: Card,
 ) -> None:
     """Bring an epoch to the disk."""
     run.append_metrics(row)
     if state.best_epoch == state.epoch:
-        checkpoint.save_model(run.path / MODEL, model, card.model_copy(update={"epoch": state.epoch}))
-    checkpoint.save_state(run.path / STATE, state, model, optimizer)
+        with training.average.in_use():
+            checkpoint.save_model(run.path / MODEL, training.model, card.model_copy(update={"epoch": state.epoch}))
+    checkpoint.save_state(run.path / STATE, state, training)
 
 
-def _refuse_infinite(row: Mapping[str, Any], model: nn.Module, run: RunDir, state: TrainState) -> None:
+def _refuse_infinite(row: Mapping[str, Any], model: nn.Module) -> None:
     """An epoch's last step can spoil the weights after its loss was taken."""
     for name, value in row.items():
         if name.endswith("_loss") and value is not None and not math.isfinite(value):

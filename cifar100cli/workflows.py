@@ -194,9 +194,7 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     job = prepare(preset, where, watcher, dry=True)
     optimizer = create_optimizer(job.config.optimizer, job.groups)
     loader = job.loaders.train
-    training = trainer.prepare_steps(
-        job.model, job.task, loader, optimizer, job.config, devices.autocast(job.device, job.precision)
-    )
+    training = trainer.prepare_steps(job.model, job.task, loader, optimizer, job.config, job.precision)
     job.model.train()
     plan = loader.plan(1)
     loss, _ = training.step(plan, loader.shares[0], loader.weights[0])

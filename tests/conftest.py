@@ -4,17 +4,18 @@ import contextlib
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cifar100cli import cli, runs, synthetic
 from cifar100cli.augment import Policy
+from cifar100cli.averaging import Average
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Config, Preset
 from cifar100cli.jobs import Where
@@ -83,6 +84,16 @@ def make_preset(**sections: dict[str, Any]) -> Preset:
     for name, keys in sections.items():
         content[name] = {**content.get(name, {}), **keys}
     return Preset("mine", Config.model_validate(content))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What training moves, without an average and without fp16."""
+
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    average: Average = field(default_factory=lambda: Average(nn.Identity(), 0))
+    scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
 
 
 def where(tmp_path: Path) -> Where:

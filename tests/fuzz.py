@@ -34,6 +34,7 @@ from PIL import Image
 
 from cifar100cli import card, checkpoint, config, console, images, page, report, report_text, runs, unpack, unpickle
 from cifar100cli.errors import CifarError
+from tests.conftest import Trained
 
 MEMORY = 4 << 30
 SECONDS = 20
@@ -176,7 +177,7 @@ def trained(folder: Path) -> Path:
     )
     checkpoint.save_model(run.path / runs.MODEL, model, about)
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.save_state(run.path / runs.STATE, checkpoint.TrainState(1, 1, 0.5), model, optimizer)
+    checkpoint.save_state(run.path / runs.STATE, checkpoint.TrainState(1, 1, 0.5), Trained(model, optimizer))
     row = {"train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0, "val_top1": 0.4, "seconds": 1, "images_per_second": 9}
     for epoch in range(1, 4):
         run.append_metrics({"epoch": epoch, **row})

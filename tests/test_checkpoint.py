@@ -9,12 +9,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cifar100cli import checkpoint, runs
+from cifar100cli.averaging import Average
 from cifar100cli.card import KEY, Card
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Config
 from cifar100cli.errors import DataError
 from cifar100cli.models import create_model
 from cifar100cli.optim import create_optimizer, everything
+from tests.conftest import Trained
 
 CONFIG = Config.model_validate({"model": {"backbone": "test_resnet"}})
 
@@ -36,6 +38,10 @@ def make_card(**changes: object) -> Card:
 def make_model(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return create_model(CONFIG, classes=3).to(memory_format=torch.channels_last)
+
+
+def trained(model: nn.Module) -> Trained:
+    return Trained(model, create_optimizer(CONFIG.optimizer, everything(model)))
 
 
 @pytest.fixture
@@ -133,12 +139,13 @@ def test_training_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None
     model = make_model()
     optimizer = create_optimizer(config, everything(model))
     steps(model, optimizer, range(3))
-    checkpoint.save_state(tmp_path / "state", TrainState(3, 2, 0.5), model, optimizer)
+    checkpoint.save_state(tmp_path / "state", TrainState(3, 2, 0.5), Trained(model, optimizer))
     steps(model, optimizer, range(3, 6))
 
     other = make_model(seed=1)
     optimizer = create_optimizer(config, everything(other))
-    assert checkpoint.restore(checkpoint.read_state(tmp_path / "state"), other, optimizer) == TrainState(3, 2, 0.5)
+    found = checkpoint.restore(checkpoint.read_state(tmp_path / "state"), Trained(other, optimizer))
+    assert found == TrainState(3, 2, 0.5)
     steps(other, optimizer, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
@@ -150,16 +157,13 @@ def test_a_state_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for number, words in ((1, "older cifar100.*train anew"), (3, "newer cifar100")):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "STATE_FORMAT", number)
-            checkpoint.save_state(tmp_path / "state", TrainState(), model, optimizer)
+            checkpoint.save_state(tmp_path / "state", TrainState(), Trained(model, optimizer))
         with pytest.raises(DataError, match=words):
             checkpoint.read_state(tmp_path / "state")
 
 
 def test_a_state_is_no_model_and_a_model_no_state(saved: Path, tmp_path: Path) -> None:
-    model = make_model()
-    checkpoint.save_state(
-        tmp_path / "state", TrainState(), model, create_optimizer(CONFIG.optimizer, everything(model))
-    )
+    checkpoint.save_state(tmp_path / "state", TrainState(), trained(make_model()))
     with pytest.raises(DataError, match=r"is a training state.*the model is .*model\.safetensors"):
         checkpoint.load_model(tmp_path / "state")
     with pytest.raises(DataError, match="holds a model"):
@@ -167,15 +171,21 @@ def test_a_state_is_no_model_and_a_model_no_state(saved: Path, tmp_path: Path) -
 
 
 def test_a_state_of_another_model(tmp_path: Path) -> None:
-    model = make_model()
-    checkpoint.save_state(
-        tmp_path / "state", TrainState(), model, create_optimizer(CONFIG.optimizer, everything(model))
-    )
-    other = create_model(CONFIG, classes=4)
+    checkpoint.save_state(tmp_path / "state", TrainState(), trained(make_model()))
+    other = trained(create_model(CONFIG, classes=4))
     with pytest.raises(DataError, match="does not fit"):
-        checkpoint.restore(
-            checkpoint.read_state(tmp_path / "state"), other, create_optimizer(CONFIG.optimizer, everything(other))
-        )
+        checkpoint.restore(checkpoint.read_state(tmp_path / "state"), other)
+
+
+def test_a_state_without_the_average_or_the_scale_that_the_run_has(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = create_optimizer(CONFIG.optimizer, everything(model))
+    checkpoint.save_state(tmp_path / "state", TrainState(), Trained(model, optimizer))
+    saved = checkpoint.read_state(tmp_path / "state")
+    with pytest.raises(DataError, match=r"does not fit the model: it lacks conv1\."):
+        checkpoint.restore(saved, Trained(model, optimizer, average=Average(model, 0.9)))
+    with pytest.raises(DataError, match="not a training state of this run"):
+        checkpoint.restore(saved, Trained(model, optimizer, scaler=torch.amp.GradScaler("cpu")))
 
 
 def test_files_hold_no_pickle(saved: Path) -> None:

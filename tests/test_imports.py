@@ -24,7 +24,7 @@ LEVELS = (
         "images",
         "analysis",
     },
-    {"one_of", "albumentations_backend", "batch_norm", "charts"},
+    {"one_of", "albumentations_backend", "averaging", "batch_norm", "charts"},
     {"console", "unpack", "runs", "datasets", "models", "optim"},
     {"download", "loader", "options"},
     {"tasks", "metrics", "checkpoint", "computed"},

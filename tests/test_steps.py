@@ -11,10 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar100cli import jobs, one_of, steps, trainer
 from cifar100cli.config import Preset
-from cifar100cli.devices import autocast
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import DeviceLoader, Plan
-from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.optim import create_optimizer, everything, set_learning_rate
 from cifar100cli.steps import CapturedSteps, Manner, Steps, Training
 from tests.conftest import Silent, make_preset, where
 
@@ -24,8 +23,7 @@ pytestmark = pytest.mark.usefixtures("small_synthetic")
 def training_of(preset: Preset, tmp_path: Path) -> Training:
     job = jobs.prepare(preset, where(tmp_path), Silent())
     optimizer = create_optimizer(job.config.optimizer, job.groups)
-    cast = autocast(job.device, job.precision)
-    return trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, cast)
+    return trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
 
 
 def epochs(taken: Steps, preset: Preset, count: int) -> list[dict[str, float]]:
@@ -82,6 +80,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "one of five": {"augment": {"policy": "one_of"}},
     "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface", "label_smoothing": 0.1}},
     "larger, normalised": {"data": {"image_size": 48, "normalize": "dataset"}},
+    "averaged": {"train": {"ema": 0.9}},
 }
 
 
@@ -127,6 +126,19 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path: Path, monkeypatch: pyt
         for index in range(1, 7):
             set_learning_rate(taken.training.optimizer, 0.001)
             taken.take(index)
+
+
+def test_nothing_waits_in_fp16(tmp_path: Path) -> None:
+    """With a network that a CPU can train in fp16."""
+    training = training_of(make_preset(optimizer={"name": "sgd"}), tmp_path)
+    network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 100))
+    optimizer = create_optimizer(make_preset().config.optimizer, everything(network))
+    config = make_preset(train={"precision": "fp16", "ema": 0.9}).config
+    taken = Steps(trainer.prepare_steps(network, training.task, training.loader, optimizer, config, "fp16"))
+    taken.begin(1)
+    taken.take(0)
+    with NoWaiting():  # type: ignore[no-untyped-call]
+        taken.take(1)
 
 
 def test_the_check_for_waiting_works() -> None:
@@ -213,8 +225,7 @@ def test_a_captured_run_on_cuda_is_the_eager_one(tmp_path: Path, recipe: str) ->
     def curve(manner: str) -> list[float]:
         job = jobs.prepare(preset, jobs.Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
         optimizer = create_optimizer(job.config.optimizer, job.groups)
-        cast = autocast(job.device, job.precision)
-        training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, cast)
+        training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
         return [row["train_loss"] for row in epochs(steps.create_steps(training, Manner(manner, "")), preset, 2)]
 
     assert curve("graph") == pytest.approx(curve("off"), rel=1e-4)

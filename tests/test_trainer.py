@@ -1,7 +1,11 @@
 """The loop: against a plain loop of torch, stopped and resumed to the bit, and honest about the test set."""
 
+import copy
 import json
+import math
+import re
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,9 @@ from cifar100cli.config import Preset
 from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
 from cifar100cli.jobs import Where
 from cifar100cli.loader import Batch, DeviceLoader
-from cifar100cli.optim import create_optimizer
-from cifar100cli.steps import Glance
+from cifar100cli.optim import create_optimizer, everything
+from cifar100cli.steps import Glance, Training
+from cifar100cli.tasks import StepOutput
 from tests.conftest import Silent, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
@@ -73,6 +78,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "held out": {"data": {"val_fraction": 0.25, "normalize": "dataset"}, "train": {"select": "best_val"}},
     "best on test": {"train": {"select": "best_test"}},
     "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface"}, "train": {"precision": "bf16"}},
+    "averaged": {"train": {"ema": 0.9, "select": "best_test"}},
 }
 
 
@@ -233,6 +239,164 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatc
     assert all(torch.isfinite(tensor).all() for tensor in load_file(run.path / runs.MODEL).values())
 
 
+def test_the_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
+    """Against an average in float64 over the weights after every step, batch statistics included."""
+    weights: list[dict[str, torch.Tensor]] = []
+    made: list[jobs.Job] = []
+
+    class Collect(Silent):
+        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+            weights.append({name: t.double().clone() for name, t in made[0].model.state_dict().items()})
+
+    job = jobs.prepare(make_preset(train={"ema": 0.7}), where(tmp_path), Silent())
+    made.append(job)
+    average = {name: t.double().clone() for name, t in job.model.state_dict().items()}
+    run = runs.RunDir.create(tmp_path / "runs", "mine", job.config, {})
+    trainer.fit(
+        *(job.model, job.task, job.loaders, job.config, run, job.card),
+        groups=job.groups,
+        precision=job.precision,
+        manner=job.manner,
+        observer=Collect(),
+    )
+    assert len(weights) == 21
+    for step, after in enumerate(weights):
+        decay = min(0.7, (1 + step) / (10 + step))
+        average = {name: decay * average[name] + (1 - decay) * after[name] for name in average}
+    kept, live = load_file(run.path / runs.MODEL), job.model.state_dict()
+    for name, tensor in kept.items():
+        if tensor.is_floating_point():
+            torch.testing.assert_close(tensor.double(), average[name], rtol=1e-4, atol=1e-6)
+        else:
+            assert torch.equal(tensor, live[name])
+        assert torch.equal(live[name].double(), weights[-1][name]), "training goes on with the weights themselves"
+    assert any(not torch.equal(kept[name], live[name]) for name in kept)
+
+
+def test_the_figures_are_the_averages(tmp_path: Path) -> None:
+    """What `evaluate` measures of the kept weights is what the epoch said."""
+    preset = make_preset(train={"ema": 0.9, "select": "best_test", "epochs": 2})
+    result = workflows.train(preset, where(tmp_path), Silent())
+    measured = workflows.evaluate(only_run(tmp_path).path, where(tmp_path))
+    row = only_run(tmp_path).metrics()[result["best"]["epoch"] - 1]
+    assert (measured["top1"], measured["loss"]) == (row["test_top1"], pytest.approx(row["test_loss"], rel=1e-6))
+
+
+def dense(preset: Preset, tmp_path: Path) -> Training:
+    """Steps of a network without convolutions, which a CPU is very slow at in fp16."""
+    job = jobs.prepare(preset, where(tmp_path), Silent())
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(3072, 64), torch.nn.GELU(), torch.nn.Linear(64, 100)
+    )
+    optimizer = create_optimizer(job.config.optimizer, everything(model))
+    return trainer.prepare_steps(model, job.task, job.loaders.train, optimizer, job.config, job.precision)
+
+
+FP16: dict[str, Any] = {"train": {"precision": "fp16", "ema": 0.9}, "optimizer": {"name": "sgd", "lr": 0.01}}
+
+
+def test_fp16_equals_a_plain_loop_with_a_scaler(tmp_path: Path, small_synthetic: synthetic.Drawn) -> None:
+    """From a scale at which the first gradients overflow: the steps that torch leaves out, ours leaves out too."""
+    preset = make_preset(**FP16)
+    training = dense(preset, tmp_path)
+    model = copy.deepcopy(training.model)
+    training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0**24})
+    taken = steps.Steps(training)
+    rows = [trainer.train_epoch(taken, preset.config, epoch, Silent()) for epoch in (1, 2)]
+
+    images, labels = (torch.from_numpy(array) for array in small_synthetic.train)
+    plain = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**24)
+    curve, skipped = [], 0
+    for epoch in (1, 2):
+        order = np.random.default_rng([0, epoch]).permutation(400)
+        total = 0.0
+        for start in range(0, 400, 64):
+            chosen = torch.from_numpy(order[start : start + 64])
+            with torch.autocast("cpu", torch.float16):
+                logits = model(images[chosen] / 255)
+            loss = torch.nn.functional.cross_entropy(logits.float(), labels[chosen])
+            plain.zero_grad()
+            scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+            scaler.unscale_(plain)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            before = scaler.get_scale()
+            scaler.step(plain)
+            scaler.update()
+            skipped += scaler.get_scale() < before
+            total += loss.item() * len(chosen)
+        curve.append(total / 400)
+    assert skipped
+    assert training.scaler.state_dict() == scaler.state_dict()
+    assert [row["train_loss"] for row in rows] == pytest.approx(curve, rel=1e-3)
+
+
+def test_fp16_and_the_average_go_on_with_the_same_bits(tmp_path: Path) -> None:
+    """The scale halves at first and doubles every four steps here, so that all of it has to be kept."""
+    preset = make_preset(**FP16)
+
+    def trained(epochs: range, saved: checkpoint.Saved | None = None) -> Training:
+        training = dense(preset, tmp_path)
+        training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0**24, "growth_interval": 4})
+        if saved is not None:
+            checkpoint.restore(saved, training)
+        for epoch in epochs:
+            trainer.train_epoch(steps.Steps(training), preset.config, epoch, Silent())
+        return training
+
+    unbroken = trained(range(1, 5))
+    checkpoint.save_state(tmp_path / "state", TrainState(2), trained(range(1, 3)))
+    broken = trained(range(3, 5), checkpoint.read_state(tmp_path / "state"))
+    assert broken.scaler.state_dict() == unbroken.scaler.state_dict()
+    for ours, theirs in (
+        (broken.model.state_dict(), unbroken.model.state_dict()),
+        (broken.average.tensors, unbroken.average.tensors),
+    ):
+        assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def overflowing(tmp_path: Path, precision: str, steps_of_seven: int) -> None:
+    """An epoch in which the loss of the first steps is infinite."""
+    training = dense(make_preset(train={"precision": precision}), tmp_path)
+    left, usual = steps_of_seven, training.task
+
+    def task(model: torch.nn.Module, batch: Batch) -> StepOutput:
+        nonlocal left
+        output = usual(model, batch)
+        left -= 1
+        return StepOutput(output.loss * (float("inf") if left >= 0 else 1), output.logits)
+
+    taken = steps.Steps(replace(training, task=task))
+    row = trainer.train_epoch(taken, make_preset().config, 1, Silent())
+    assert 3 < row["train_loss"] < 6
+    assert all(torch.isfinite(tensor).all() for tensor in training.model.state_dict().values())
+
+
+def test_an_overflow_in_fp16_is_no_error(tmp_path: Path) -> None:
+    overflowing(tmp_path, "fp16", 3)
+    for precision, count in (("fp16", 4), ("fp32", 1)):
+        with pytest.raises(DivergedError, match="the loss was inf in epoch 1, step 1 of 7"):
+            overflowing(tmp_path, precision, count)
+
+
+def test_a_divergence_names_the_rate_of_its_step(tmp_path: Path) -> None:
+    """Under a schedule the rate of the epoch's last step is another."""
+    preset = make_preset(
+        optimizer={"name": "sgd", "lr": 100, "grad_clip": 0},
+        schedule={"name": "cosine", "warmup_epochs": 1},
+        train={"epochs": 50},
+    )
+    with pytest.raises(DivergedError) as failure:
+        workflows.train(preset, where(tmp_path), Silent())
+    found = re.search(r"epoch (\d+), step (\d+) of 7, at learning rate ([\d.]+)", str(failure.value))
+    assert found is not None
+    epoch, step = int(found[1]), int(found[2])
+    step += 7 * (epoch - 1)
+    expected = 100 * step / 7 if step <= 7 else 50 * (1 + math.cos(math.pi * (step - 8) / 343))
+    assert float(found[3]) == pytest.approx(expected, rel=1e-4)
+
+
 def test_resuming_in_another_precision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     preset = make_preset(train={"precision": "auto"})
@@ -255,6 +419,18 @@ def test_auto_precision_asks_the_processor(
     assert devices.resolve_precision("fp32", torch.device("cpu")) == "fp32"
 
 
+@pytest.mark.parametrize(
+    ("bf16", "capability", "expected"), [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "fp32")]
+)
+def test_auto_precision_asks_the_gpu(
+    monkeypatch: pytest.MonkeyPatch, bf16: bool, capability: tuple[int, int], expected: str
+) -> None:
+    """An A100, a T4, and a GTX 1080."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert devices.resolve_precision("auto", torch.device("cuda", 0)) == expected
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_here() -> None:
     with pytest.raises(UsageError, match="no CUDA device"):
@@ -267,8 +443,7 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     preset = make_preset(augment={"policy": "crop_flip"}, data={"normalize": "dataset"})
     job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
     optimizer = create_optimizer(job.config.optimizer, job.groups)
-    cast = devices.autocast(job.device, job.precision)
-    training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, cast)
+    training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
     taken = steps.create_steps(training, job.manner)
 
     class Watch(Silent):
