@@ -205,6 +205,15 @@ def read_state(path: Path) -> Saved:
     return saved
 
 
+def finished_epochs(path: Path) -> int:
+    """How many epochs of a run a training state has in it; 0 where there is none that could be gone on from."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return int(json.loads((file.metadata() or {})[KEY])["epoch"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+        return 0
+
+
 def _is_state(about: Mapping[str, Any]) -> bool:
     """Whether a file of ours holds a training state, or else a model."""
     return "best_epoch" in about

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cifar100cli import __version__, console, options, ranks, show, trackers
+from cifar100cli import __version__, console, interrupts, options, ranks, show, trackers
 from cifar100cli.errors import CifarError, DataError, RunInterrupted, Terminated, ToleranceError, UsageError
 from cifar100cli.options import expand
 
@@ -57,10 +57,24 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command line and leave with the exit code of the contract."""
-    signal.signal(signal.SIGTERM, _terminate)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a script's background jobs start with it ignored
     console.use_safe_streams()
     console.set_verbosity(console.NORMAL)
+    grace = interrupts.GRACE if ranks.launch() else 0.0
+    with interrupts.orderly(console.last_word, grace=grace):
+        try:
+            code = _run()
+            if ranks.count() > 1:
+                for number in interrupts.SIGNALS:  # torchrun sends them to ranks that are on their way out
+                    signal.signal(number, signal.SIG_IGN)
+            if not code:
+                ranks.leave()
+        except KeyboardInterrupt as stop:
+            code = _report_stop(stop)
+    sys.exit(code)
+
+
+def _run() -> int:
+    """Run the command; what went wrong is told in one line, and its exit code returned."""
     try:
         if ranks.rank() > 0:
             console.mute()
@@ -69,9 +83,7 @@ def main() -> NoReturn:
         if code == 130:  # Typer's word for Ctrl-C while it was still parsing
             console.error("interrupted")
     except _Stopped as stopped:
-        code = _report_stop(stopped.cause)
-    except KeyboardInterrupt as stop:
-        code = _report_stop(stop)
+        raise stopped.cause from None
     except CifarError as error:
         # What is wrong with the command or the files is the same for all ranks of a machine.
         if ranks.local_rank() == 0 or not isinstance(error, UsageError | DataError):
@@ -93,11 +105,7 @@ def main() -> NoReturn:
     except (RuntimeError, MemoryError) as error:
         console.error(_torchs_message(error))
         code = 1
-    if ranks.count() > 1:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it to ranks that are on their way out
-    if not code:
-        ranks.leave()
-    sys.exit(code or 0)
+    return code or 0
 
 
 def _torchs_message(error: RuntimeError | MemoryError) -> str:
@@ -111,14 +119,15 @@ def _torchs_message(error: RuntimeError | MemoryError) -> str:
     raise error
 
 
-def _terminate(*_: object) -> NoReturn:
-    raise Terminated("terminated")
-
-
 def _report_stop(stop: KeyboardInterrupt) -> int:
     if ranks.rank() > 0:  # rank 0 tells it
         return getattr(stop, "exit_code", 130)
     if isinstance(stop, RunInterrupted):
+        if stop.run_dir is None:
+            console.error(
+                "interrupted before the run began: the same command begins it, and finds what was kept for it"
+            )
+            return stop.exit_code
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
         console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {shlex.quote(str(stop.run_dir))}")
         return stop.exit_code
@@ -213,8 +222,8 @@ def _check_device(name: str) -> str:
 def _where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None = None) -> "Where":
     """Folders and device for a workflow. Importing it brings torch in, which takes a moment."""
     _check_device(device)
-    with console.waiting("starting PyTorch ..."):
-        from cifar100cli import machine
+    with console.waiting("starting PyTorch ..."), interrupts.at_once():
+        from cifar100cli import machine, workflows  # noqa: F401 - workflows for the command, where all is imported
         from cifar100cli.jobs import Where
     where = Where(_data_dir(data_dir, run), expand(runs_dir), _cache_dir(), device)
     console.detail(f"data folder {where.data_dir.absolute()}, runs folder {where.runs_dir.absolute()}")

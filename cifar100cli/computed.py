@@ -147,7 +147,14 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, disk
             "CIFAR100_CACHE_DIR, or use --no-cache"
         )
     handle, name = tempfile.mkstemp(prefix="table-", dir=disk)
-    os.close(handle)
+    try:
+        if hasattr(os, "posix_fallocate"):
+            os.posix_fallocate(handle, 0, size)  # a mapping that finds the disk full ends the process without a word
+    except OSError:
+        Path(name).unlink()
+        raise
+    finally:
+        os.close(handle)
     mapped = torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
     Path(name).unlink()  # the mapping holds it, and a killed process leaves nothing behind
     return mapped

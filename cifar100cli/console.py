@@ -107,6 +107,14 @@ def error(text: str) -> None:
         _styled(f"error: {printable(' '.join(text.split()))}", "bold red", sys.stderr)
 
 
+def last_word(text: str) -> None:
+    """A line on stderr, written past Python's streams, before a process leaves in the middle of whatever it does."""
+    if not _muted:
+        cursor = "\r\x1b[?25h\x1b[0J" if on_terminal() else ""  # progress may have hidden it
+        with contextlib.suppress(OSError):
+            os.write(2, f"{cursor}error: {text}\n".encode())
+
+
 def detail(text: str) -> None:
     """A line for `-v`."""
     if _verbosity >= VERBOSE:

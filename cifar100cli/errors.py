@@ -21,6 +21,10 @@ class DataError(CifarError):
     exit_code = 3
 
 
+class FolderError(CifarError):
+    """A run's folder cannot be written to, or another process has it: with several ranks, the same for all of them."""
+
+
 class DivergedError(CifarError):
     """The loss stopped being finite."""
 
@@ -34,9 +38,9 @@ class ToleranceError(CifarError):
 
 
 class RunInterrupted(KeyboardInterrupt):
-    """Training was stopped by a signal; what was finished is saved."""
+    """Training was stopped by a signal; what was finished is saved. Without a folder the run had not begun."""
 
-    def __init__(self, run_dir: Path, finished: int, epochs: int, cause: KeyboardInterrupt) -> None:
+    def __init__(self, run_dir: Path | None, finished: int, epochs: int, cause: KeyboardInterrupt) -> None:
         super().__init__(f"stopped after {finished} of {epochs} epochs")
         self.run_dir, self.finished, self.epochs = run_dir, finished, epochs
         self.exit_code = cause.exit_code if isinstance(cause, Terminated) else 130

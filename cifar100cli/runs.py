@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from cifar100cli.config import Config, read_config
-from cifar100cli.errors import CifarError, DataError, UsageError
+from cifar100cli.errors import DataError, FolderError, UsageError
 
 FORMAT = 1  # of a run folder; a newer one is refused
 
@@ -56,17 +57,28 @@ def replacing(path: Path) -> Iterator[Path]:
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
-    os.close(handle)
     temporary = Path(name)
     try:
+        os.close(handle)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         temporary.chmod(0o666 & ~_umask())  # mkstemp made it private
         temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
+    except OSError as error:
+        _remove_quietly(temporary)
+        if error.errno and (error.filename is None or str(error.filename) == name):
+            raise OSError(error.errno, error.strerror, str(path)) from None  # the name that the user knows
         raise
+    except BaseException:
+        _remove_quietly(temporary)
+        raise
+
+
+def _remove_quietly(path: Path) -> None:
+    """Remove a file where that is possible; what went wrong before is the thing to tell."""
+    with contextlib.suppress(OSError):
+        path.unlink()
 
 
 def _umask() -> int:
@@ -136,10 +148,18 @@ class RunDir:
                 (parent / name).mkdir()
             except FileExistsError:  # another run began within this second
                 continue
+            except OSError as error:
+                raise _unwritable(root, error.strerror) from None
             break
         run = cls(parent / name)
-        write_json(run.path / ENVIRONMENT, {"format": FORMAT, "preset": preset, **environment})
-        write_text(run.path / CONFIG, config.to_yaml())
+        try:
+            write_json(run.path / ENVIRONMENT, {"format": FORMAT, "preset": preset, **environment})
+            write_text(run.path / CONFIG, config.to_yaml())
+        except BaseException as error:
+            shutil.rmtree(run.path, ignore_errors=True)  # made by us a moment ago, and of no use to anyone
+            if isinstance(error, OSError):
+                raise _unwritable(root, error.strerror) from None
+            raise
         return run
 
     @classmethod
@@ -217,12 +237,18 @@ class RunDir:
             lines.append(row)
         return lines
 
-    def append_metrics(self, row: Mapping[str, object]) -> None:
-        """Add one epoch's line and bring it to the disk."""
-        with (self.path / METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+    def append_metrics(self, row: Mapping[str, Any]) -> None:
+        """Add one epoch's line and bring it to the disk. Raises `DataError` when earlier lines have gone."""
+        path = self.path / METRICS
+        if len(self.metrics()) != row["epoch"] - 1:
+            raise DataError(f"{path}: lines are missing or broken before epoch {row['epoch']}")
+        try:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(path)) from None
         self._write_table()
 
     def forget_after(self, epoch: int) -> None:
@@ -243,22 +269,27 @@ class RunDir:
         write_text(self.path / TABLE, buffer.getvalue())
 
     @contextlib.contextmanager
-    def exclusively(self) -> Iterator[None]:
-        """Hold the run against other processes; raise `CifarError` when one has it already."""
+    def exclusively(self, patience: float = 1.0) -> Iterator[None]:
+        """Hold the run against other processes; raise `FolderError` when one has it already.
+
+        Who only asks whether it is in use holds it for an instant too, which is waited for, at most for `patience`
+        seconds. The lock's file is removed by whoever holds it; filelock sees when the file that it has locked is
+        no longer the one of that name, and begins anew.
+        """
         from filelock import FileLock, Timeout
 
         lock = FileLock(self.path / LOCK)
         try:
-            lock.acquire(timeout=0)
+            lock.acquire(timeout=patience, poll_interval=0.02)
         except Timeout:
-            raise CifarError(f"{self.path}: another process is training this run right now") from None
+            raise FolderError(f"{self.path}: another process is training this run right now") from None
         try:
             for pattern in (".*.tmp", ".tmp*"):  # half-written by a process that was killed: ours, and safetensors'
                 for left in self.path.glob(pattern):
                     left.unlink(missing_ok=True)
             yield
         finally:
-            (self.path / LOCK).unlink(missing_ok=True)
+            _remove_quietly(self.path / LOCK)
             lock.release()
 
     @property
@@ -267,14 +298,14 @@ class RunDir:
         if not (self.path / LOCK).exists():
             return False
         try:
-            with self.exclusively():
+            with self.exclusively(patience=0):
                 return False
-        except CifarError:
+        except FolderError:
             return True
 
 
 def check_writable(root: Path) -> None:
-    """Raise `CifarError` when runs cannot be made under `root`; asked before the long preparations, changes nothing."""
+    """Raise `FolderError` when runs cannot be made under `root`; asked before the long preparations, changes nothing."""
     existing = root.absolute()
     while not existing.exists():
         existing = existing.parent
@@ -284,8 +315,8 @@ def check_writable(root: Path) -> None:
         raise _unwritable(root, f"{existing} must not be written to")
 
 
-def _unwritable(root: Path, reason: str | None) -> CifarError:
-    return CifarError(f"runs cannot be written to {root}: {reason}; --out or CIFAR100_RUNS_DIR names another place")
+def _unwritable(root: Path, reason: str | None) -> FolderError:
+    return FolderError(f"runs cannot be written to {root}: {reason}; --out or CIFAR100_RUNS_DIR names another place")
 
 
 def find_runs(root: Path) -> list[Path]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,12 +17,13 @@ from cifar100cli.card import Card
 from cifar100cli.checkpoint import Checkpoint, TrainState
 from cifar100cli.config import SPLIT_OF, Config, Preset, differences
 from cifar100cli.datasets import Dataset, Split
-from cifar100cli.errors import CifarError, DataError, DivergedError, RunInterrupted, UsageError
+from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
 from cifar100cli.jobs import Job, Watcher, Where, evaluation_loader, prepare, training_splits
 from cifar100cli.models import count_parameters
 from cifar100cli.optim import create_optimizer
-from cifar100cli.runs import MODEL, PREDICTIONS, STATE, RunDir, begun_by, replacing
+from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, STATE, RunDir, begun_by, replacing
 
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
 
 # ------------------------------------------------------------------------------------------------ training
@@ -36,11 +38,15 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     if begun is not None:
         watcher.say(f"started again by torchrun (restart {ranks.restarts()})")
         return resume(begun, where, watcher)
-    with devices.deterministic(preset.config.train.deterministic):
-        job = prepare(preset, where, watcher)
-        environment = machine.environment(job.device, job.precision, where.data_dir)
-        run = ranks.on_first(lambda: RunDir.create(where.runs_dir, job.preset, job.config, environment))
-        return _fit(job, run, watcher)
+    run = None
+    try:
+        with devices.deterministic(preset.config.train.deterministic):
+            job = prepare(preset, where, watcher)
+            environment = machine.environment(job.device, job.precision, where.data_dir)
+            run = ranks.on_first(lambda: RunDir.create(where.runs_dir, job.preset, job.config, environment))
+            return _fit(job, run, watcher)
+    except KeyboardInterrupt as stop:
+        raise _interrupted(run, preset.config, stop) from None
 
 
 def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
@@ -48,14 +54,23 @@ def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
     done, config, name, began_in, saved = ranks.on_first(lambda: _where_it_is(run))
     if done is not None:
         return done
-    with devices.deterministic(config.train.deterministic):
-        job = prepare(Preset(name, config), where, watcher, state=saved)
-        if job.config.train.precision == "auto" and began_in != job.precision:
-            raise UsageError(
-                f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
-                "resume it on the kind of machine that it was begun on"
-            )
-        return _fit(job, run, watcher)
+    try:
+        with devices.deterministic(config.train.deterministic):
+            job = prepare(Preset(name, config), where, watcher, state=saved)
+            if job.config.train.precision == "auto" and began_in != job.precision:
+                raise UsageError(
+                    f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
+                    "resume it on the kind of machine that it was begun on"
+                )
+            return _fit(job, run, watcher)
+    except KeyboardInterrupt as stop:
+        raise _interrupted(run, config, stop) from None
+
+
+def _interrupted(run: RunDir | None, config: Config, stop: KeyboardInterrupt) -> RunInterrupted:
+    """A signal's exception, with what is saved by now: an epoch counts once its training state is whole."""
+    finished = checkpoint.finished_epochs(run.path / STATE) if run is not None else 0
+    return RunInterrupted(run.path if run is not None else None, finished, config.train.epochs, stop)
 
 
 def _where_it_is(run: RunDir) -> tuple[dict[str, Any] | None, Config, str, object, checkpoint.Saved | None]:
@@ -78,25 +93,22 @@ def refuse_other_settings(run: RunDir, asked: Config, own: Config) -> None:
 
 
 def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
-    try:
-        with _alone(run), _in_words(job, run):
-            state = trainer.fit(
-                job.model,
-                job.task,
-                job.loaders,
-                job.config,
-                run,
-                job.card,
-                groups=job.groups,
-                precision=job.precision,
-                manner=job.manner,
-                observer=watcher,
-            )
-            result = _result(job, run, state)
-            ranks.on_first(lambda: run.write_result(result))  # the last file: from now on the run is complete
-            watcher.finish(result)
-    except KeyboardInterrupt as stop:
-        raise RunInterrupted(run.path, len(run.metrics()), job.config.train.epochs, stop) from None
+    with _in_words(job, run), _alone(run):
+        state = trainer.fit(
+            job.model,
+            job.task,
+            job.loaders,
+            job.config,
+            run,
+            job.card,
+            groups=job.groups,
+            precision=job.precision,
+            manner=job.manner,
+            observer=watcher,
+        )
+        result = _result(job, run, state)
+        ranks.on_first(lambda: run.write_result(result))  # the last file: from now on the run is complete
+        watcher.finish(result)
     return result
 
 
@@ -125,15 +137,20 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
             ) from None
         if ranks.is_lost(error):
             raise CifarError(
-                f"another rank stopped, and so does this one; {len(run.metrics())} of {job.config.train.epochs} epochs "
-                f"are done and saved; torchrun --max-restarts goes on by itself; by hand, {go_on}"
+                f"another rank stopped, and so does this one; {checkpoint.finished_epochs(run.path / STATE)} of "
+                f"{job.config.train.epochs} epochs are done and saved; torchrun --max-restarts goes on by itself; "
+                f"by hand, {go_on}"
             ) from None
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise CifarError(
-            f"{where}{error.strerror or error}; finished epochs are saved; once there is room again, {go_on}"
-        ) from None
+        if not (run.path / CONFIG).is_file():
+            saved = f"the run's folder {run.path} is gone, and so is the run: begin it anew"
+        else:
+            mended = "there is room again" if error.errno in NO_ROOM else "that is mended"
+            finished = checkpoint.finished_epochs(run.path / STATE)
+            saved = f"{finished} of {job.config.train.epochs} epochs are done and saved; once {mended}, {go_on}"
+        raise FolderError(f"{where}{error.strerror or error}; {saved}") from None
 
 
 def _last_good(run: RunDir) -> str:

@@ -10,7 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 # From the bottom up; a file may import what stands in a line above its own.
 LEVELS = (
     {"__init__", "errors"},
-    {"ranks", "card"},
+    {"ranks", "card", "interrupts"},
     {
         "config",
         "unpickle",
