@@ -17,7 +17,15 @@ import typer
 from typer.core import TyperGroup
 
 from cifar100cli import __version__, console, interrupts, options, ranks, show, trackers
-from cifar100cli.errors import CifarError, DataError, RunInterrupted, Terminated, ToleranceError, UsageError
+from cifar100cli.errors import (
+    CifarError,
+    DataError,
+    FolderError,
+    RunInterrupted,
+    Terminated,
+    ToleranceError,
+    UsageError,
+)
 from cifar100cli.options import expand
 
 if TYPE_CHECKING:
@@ -86,7 +94,7 @@ def _run() -> int:
         raise stopped.cause from None
     except CifarError as error:
         # What is wrong with the command or the files is the same for all ranks of a machine.
-        if ranks.local_rank() == 0 or not isinstance(error, UsageError | DataError):
+        if ranks.local_rank() == 0 or not isinstance(error, UsageError | DataError | FolderError):
             console.error(f"rank {ranks.rank()}: {error}" if ranks.rank() else str(error))
         code = error.exit_code
     except ClickUsageError as error:
@@ -124,9 +132,7 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
         return getattr(stop, "exit_code", 130)
     if isinstance(stop, RunInterrupted):
         if stop.run_dir is None:
-            console.error(
-                "interrupted before the run began: the same command begins it, and finds what was kept for it"
-            )
+            console.error("interrupted before the run began: the same command begins it, with what was kept for it")
             return stop.exit_code
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
         console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {shlex.quote(str(stop.run_dir))}")

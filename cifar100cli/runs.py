@@ -305,7 +305,7 @@ class RunDir:
 
 
 def check_writable(root: Path) -> None:
-    """Raise `FolderError` when runs cannot be made under `root`; asked before the long preparations, changes nothing."""
+    """Raise `FolderError` when runs cannot be made there; asked before the long preparations, changes nothing."""
     existing = root.absolute()
     while not existing.exists():
         existing = existing.parent
