@@ -126,7 +126,8 @@ def _write(path: Path, part: Tensor) -> str | None:
         with replacing(path) as temporary:
             save_file({"part": part.cpu().contiguous()}, temporary)
     except (OSError, SafetensorError) as error:
-        return f"cannot be written to ({' '.join(str(error).split())[:80]})"
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        return f"cannot be written to ({' '.join(reason.split())[:80]})"
     return None
 
 

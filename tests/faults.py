@@ -11,12 +11,16 @@ earlier files must be whole; and once the disk is well again, the run must go on
 """
 
 import argparse
+import contextlib
 import errno
 import json
 import os
+import random
 import shutil
+import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -95,7 +99,7 @@ def inject(folder: Path, kind: str | None, at: int) -> None:
         save_file(tensors, path, *rest)
 
     sys.addaudithook(hook)
-    os.fsync = failing_fsync
+    os.fsync = failing_fsync  # type: ignore[assignment]
     for module in (checkpoint, computed):
         module.save_file = failing_save  # type: ignore[attr-defined]
 
@@ -281,16 +285,84 @@ def sweep(
         say(f"{name}: {kind} at every {every}. of {operations} operations")
 
 
+# ------------------------------------------------------------------------------------- a real file system
+
+
+def really(count: int, root: Path, chance: random.Random, tally: Tally, say: Callable[[str], None]) -> None:
+    """Train on a small file system that another file fills at a random moment, or that is mounted read-only then."""
+    tiny = ("--backbone", "test_resnet", "--no-pretrained", *SHORT)
+    scene = trained(["train", *SMALL, *tiny], root)
+    seconds = 1.0
+    for number in range(count):
+        folder = Path(tempfile.mkdtemp(prefix="mounted-", dir=root))
+        runs = folder / "runs"
+        runs.mkdir()
+        if not mounted(runs, "size=3m"):
+            say("skipped: nothing can be mounted here")
+            return
+        try:
+            began = time.monotonic()
+            child = started(scene.command, folder)
+            time.sleep(chance.uniform(0, seconds))
+            kind = ("really full", "really read-only")[number % 2]
+            if kind == "really full":
+                ballast = fill(runs, leave=chance.choice((0, 5_000, 100_000, 400_000)))
+            else:
+                while not mounted(runs, "remount,ro"):  # a file is being written
+                    time.sleep(0.001)
+            code = ended(child)
+            if code == 0:
+                seconds = time.monotonic() - began
+            text = (folder / "log").read_text()
+            assert code in (0, 1), text
+            assert "Traceback" not in text, text
+            assert text.count("error: ") == code, text
+            tally.injected[kind] += 1
+            tally.failed += code
+            if kind == "really full":
+                assert not list(runs.glob("*/*/.*")), "left over"
+                ballast.unlink()
+            else:
+                assert mounted(runs, "remount,rw")
+            scene.after(folder, code)
+            say(f"{kind}: exit code {code}; {last_words(folder) if code else 'it had ended'}")
+        finally:
+            subprocess.run(["umount", str(runs)], check=True)
+    tally.scenes += 1
+
+
+def mounted(folder: Path, options: str) -> bool:
+    """Mount a file system in memory, or mount it anew with other options."""
+    if shutil.which("mount") is None:
+        return False
+    command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
+
+
+def fill(folder: Path, leave: int) -> Path:
+    """A file that takes all the room of a file system but `leave` bytes."""
+    ballast = folder / "ballast"
+    with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+        left = shutil.disk_usage(folder).free - leave
+        if left > 0:
+            os.posix_fallocate(file.fileno(), 0, left)
+    return ballast
+
+
 def main() -> None:
     """Sweep all scenes, or one."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--scene", action="append", help="only this one")
+    parser.add_argument("--mounted", type=int, default=20, help="runs on a small file system of their own")
+    parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     kills.load()
     tally = Tally()
     with tempfile.TemporaryDirectory() as root:
+        if options.mounted:
+            really(options.mounted, Path(root), random.Random(options.seed), tally, print)
         for name, scene in scenes(Path(root)):
             if not options.scene or name in options.scene:
                 sweep(name, scene, Path(root), options.every, tally, print, options.first)
