@@ -37,14 +37,15 @@ def orderly(say: Callable[[str], None], *, grace: float = 0.0) -> Iterator[None]
             raise Terminated("terminated") if number == signal.SIGTERM else KeyboardInterrupt
 
     def again(unraisable: Any) -> None:
-        """Python drops what is raised while an object is being finalised: raise it once more."""
+        """Python drops what is raised while an object is being finalised: send the signal again, in a moment."""
         nonlocal stopped
         if not issubclass(unraisable.exc_type, KeyboardInterrupt):
             hook(unraisable)
             return
         stopped = False
         heard.forgive()
-        signal.raise_signal(signal.SIGTERM if unraisable.exc_type is Terminated else signal.SIGINT)
+        number = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
+        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
 
     heard = _Listener(say, grace)
     hook, sys.unraisablehook = sys.unraisablehook, again

@@ -141,6 +141,8 @@ def trained(command: Sequence[str], root: Path) -> Scene:
             again = ["train", "--resume", "last"] if begun else list(command)
         if not list(folder.glob("runs/*/*/result.json")):
             assert ended(started(again, folder)) == 0, (folder / "log").read_text()[-2000:]
+        elif (lock := only_run(folder) / ".lock").exists():  # a disk that lets nothing be removed keeps it
+            lock.unlink()
         check(folder, whole)
 
     return Scene(command, "runs", lambda folder: None, after, (*KINDS,))
@@ -297,7 +299,7 @@ def really(count: int, root: Path, chance: random.Random, tally: Tally, say: Cal
         folder = Path(tempfile.mkdtemp(prefix="mounted-", dir=root))
         runs = folder / "runs"
         runs.mkdir()
-        if not mounted(runs, "size=3m"):
+        if not mounted(runs, "size=16m"):
             say("skipped: nothing can be mounted here")
             return
         try:
@@ -306,26 +308,27 @@ def really(count: int, root: Path, chance: random.Random, tally: Tally, say: Cal
             time.sleep(chance.uniform(0, seconds))
             kind = ("really full", "really read-only")[number % 2]
             if kind == "really full":
-                ballast = fill(runs, leave=chance.choice((0, 5_000, 100_000, 400_000)))
+                ballast = fill(runs, leave=chance.choice((0, 5_000, 300_000, 2_000_000)))
             else:
                 while not mounted(runs, "remount,ro"):  # a file is being written
                     time.sleep(0.001)
             code = ended(child)
             if code == 0:
-                seconds = time.monotonic() - began
+                seconds = 0.8 * (time.monotonic() - began)
             text = (folder / "log").read_text()
             assert code in (0, 1), text
             assert "Traceback" not in text, text
             assert text.count("error: ") == code, text
-            tally.injected[kind] += 1
+            tally.injected[kind] += code
             tally.failed += code
+            line = last_words(folder)
             if kind == "really full":
                 assert not list(runs.glob("*/*/.*")), "left over"
                 ballast.unlink()
             else:
                 assert mounted(runs, "remount,rw")
             scene.after(folder, code)
-            say(f"{kind}: exit code {code}; {last_words(folder) if code else 'it had ended'}")
+            say(f"{kind}: {line if code else 'too late'}")
         finally:
             subprocess.run(["umount", str(runs)], check=True)
     tally.scenes += 1

@@ -264,16 +264,15 @@ def disturb(
                     time.sleep(chance.uniform(0, 0.02))
                     os.kill(child, number)
             elif how.ranks > 1:
-                _kill_a_rank(folder, chance)
+                tally.kills += _kill_a_rank(folder, chance)
             else:
                 os.kill(child, signal.SIGKILL)
         code = ended(child)
         for left in folder.glob("rank*"):
             left.unlink()
         if code == 0:
-            tally.kills += how.ranks > 1 and disturbing and not how.signals  # the agent went on by itself
             return
-        tally.kills += 1
+        tally.kills += how.ranks == 1 or how.signals or fatal is not None
         tally.before_files += fatal is not None
         begun = [path for path in folder.glob("runs/*/*") if (path / "config.yaml").exists()]
         # Whoever is killed before the run can be gone on with begins anew, as a user would.
@@ -293,13 +292,15 @@ def disturb(
     raise AssertionError("does not end")
 
 
-def _kill_a_rank(folder: Path, chance: random.Random) -> None:
-    """SIGKILL for one of the ranks, if they have begun."""
+def _kill_a_rank(folder: Path, chance: random.Random) -> bool:
+    """SIGKILL for one of the ranks; whether it was there."""
     deadline = time.monotonic() + 30
     while not (begun := sorted(folder.glob("rank*"))) and time.monotonic() < deadline:
         time.sleep(0.05)
     with contextlib.suppress(ProcessLookupError, ValueError):  # has ended, or is about to write its number
         os.kill(int(chance.choice(begun).read_text()), signal.SIGKILL)
+        return True
+    return False
 
 
 def _stopped_well(folder: Path, code: int, begun: bool, *, twice: bool) -> list[str] | None:

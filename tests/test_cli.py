@@ -506,8 +506,8 @@ def test_a_full_disk(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(run_cli("train", "--resume", run, "--json").out)["test"] == expected
 
 
-def start(tmp_path: Path, *arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "cifar100cli", "train", *arguments]
+def start(tmp_path: Path, *arguments: str, program: tuple[str, ...] = ("-m", "cifar100cli")) -> subprocess.Popen[str]:
+    command = [sys.executable, *program, "train", *arguments]
     return subprocess.Popen(
         command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
@@ -530,7 +530,8 @@ def test_a_signal_in_the_middle_of_an_epoch(tmp_path: Path, number: int, code: i
     run = re.search(r"cifar100 train --resume (\S+)$", last)
     assert run is not None, err
     folder = tmp_path / run[1]
-    finished = len((folder / "metrics.jsonl").read_text().splitlines())
+    finished = checkpoint.finished_epochs(folder / "state.safetensors")
+    assert finished >= 1
     assert f"{finished} of 1000 epochs are done and saved" in last
     assert not list(folder.glob(".*")), "no temporary file is left"
 
@@ -577,6 +578,77 @@ main()
     finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == 130
     assert finished.stderr.splitlines() == ["error: interrupted"]
+
+
+LONG_CALL = """
+import sys
+import torch
+from cifar100cli import trainer
+from cifar100cli.__main__ import main
+
+def one_long_call(*_):
+    print("calling", file=sys.stderr, flush=True)
+    torch.linalg.svd(torch.rand(6000, 6000, dtype=torch.float64))
+    print("called", file=sys.stderr, flush=True)
+
+trainer.train_epoch = one_long_call
+main()
+"""
+
+
+def test_the_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
+    """Also in the middle of a call into a library, where Python cannot do anything about the first one."""
+    process = start(tmp_path, *TINY, program=("-c", LONG_CALL))
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line == "calling\n":
+            break
+    for pause in (0.2, 0.2):
+        time.sleep(pause)
+        os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (130, "")
+    assert err.splitlines() == ["error: interrupted again, and left at once; finished epochs are saved"]
+    (run,) = (path.parent for path in tmp_path.glob("runs/*/*/config.yaml"))
+    with RunDir.open(run).exclusively():  # nobody holds it, and it can be gone on with
+        assert not list(run.glob(".*.tmp"))
+
+
+def test_ctrl_c_while_an_object_is_finalised(tmp_path: Path) -> None:
+    """Python drops an exception that is raised there."""
+    script = """
+import os, signal, time
+from cifar100cli import console, interrupts
+
+class Finalised:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)
+
+with interrupts.orderly(console.last_word):
+    try:
+        Finalised()
+        time.sleep(5)
+        print("not interrupted")
+    except KeyboardInterrupt:
+        print("interrupted")
+"""
+    finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (finished.stdout, finished.stderr) == ("interrupted\n", "")
+
+
+def test_a_signal_while_pytorch_is_imported(tmp_path: Path) -> None:
+    process = start(tmp_path, *TINY, program=("-X", "importtime", "-m", "cifar100cli"))
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.split()[-1].startswith("torch."):
+            break
+    os.kill(process.pid, signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (143, "")
+    told = [line for line in err.splitlines() if not line.startswith("import time:")]
+    assert told == ["error: interrupted"]
+    assert not (tmp_path / "runs").exists()
 
 
 def test_a_terminal_is_not_steered_by_names(run_cli: Cli) -> None:

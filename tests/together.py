@@ -71,11 +71,10 @@ def one_cache(command: Sequence[str], whole: Path, root: Path, count: int) -> No
         assert model == (only_run(whole) / "model.safetensors").read_bytes()
 
 
-def meet(rounds: int, root: Path, say: Callable[[str], None]) -> None:
+def meet(rounds: int, names: Sequence[str], root: Path, say: Callable[[str], None]) -> None:
     """All of it, so often."""
     kills.load()
     plain = ["train", *SMALL, *TINY]
-    names = ("distill, cached logits", "finetune, cached features")
     cached = kills.commands(root, names)
     whole = {name: kills.reference(command, root)[0] for name, command in {**cached, "plain": plain}.items()}
     for number in range(rounds):
@@ -90,9 +89,11 @@ def main() -> None:
     """As many rounds as are asked for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--recipe", action="append", help="with a cache; default: two of tests.kills")
     options = parser.parse_args()
+    names = options.recipe or ("distill, cached logits", "finetune, cached features")
     with tempfile.TemporaryDirectory() as root:
-        meet(options.rounds, Path(root), print)
+        meet(options.rounds, names, Path(root), print)
 
 
 if __name__ == "__main__":
