@@ -57,6 +57,13 @@ RECIPES: dict[str, tuple[str, ...]] = {
         *("train", "--set", "train.precision=bf16", "--augment", "crop_flip", "--loss", "arcface"),
         *("--set", "model.head=cosine", *COSINE),
     ),
+    "train, fp32, flip, averaged weights": (
+        *("train", "--set", "train.precision=fp32", "--augment", "flip", "--set", "train.ema=0.9"),
+    ),
+    "train, bf16, crop_flip, averaged weights, SGD, cosine": (
+        *("train", "--set", "train.precision=bf16", "--augment", "crop_flip", "--set", "train.ema=0.99"),
+        *("--optimizer", "sgd", "--lr", "0.05", *COSINE),
+    ),
     "distill, cached logits": ("distill", "--preset", "quickstart", "--teacher", "TEACHER", "--augment", "flip"),
     "distill, the teacher in every step, bf16, crop_flip": (
         *("distill", "--preset", "quickstart", "--teacher", "TEACHER", "--augment", "crop_flip"),
