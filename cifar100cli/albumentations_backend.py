@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cifar100cli.augment import Drawn
+from cifar100cli.augment import Drawn, Epoch
 from cifar100cli.errors import UsageError
 
 VERSION = "2.0.8"  # releases differ in what they draw by default
@@ -40,9 +40,9 @@ class AlbumentationsOneOf:
 
     draws = 1
 
-    def draw(self, count: int, height: int, width: int, generator: torch.Generator) -> Drawn:
+    def draw(self, epoch: Epoch) -> Drawn:
         """(N, 2) int64, on the host: the seeds of each image's own choice and parameters."""
-        seeds = torch.randint(2**63 - 1, (count, 2), generator=generator, device=generator.device)
+        seeds = torch.randint(2**63 - 1, (epoch.count, 2), generator=epoch.generator, device=epoch.device)
         return (seeds.cpu(),)
 
     def apply(self, images: Tensor, *drawn: Tensor) -> Tensor:

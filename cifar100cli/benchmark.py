@@ -134,7 +134,7 @@ class Sides:
         self.epoch = 0
         self.observer = _Quiet(watcher)
         self.plain_loop: PlainLoop | None = None
-        if config.distillation is None:
+        if config.distillation is None and not (config.augment.mixup or config.augment.cutmix):
             self.plain_loop = self._plain(preset, where)
 
     def _plain(self, preset: Preset, where: Where) -> PlainLoop:
@@ -144,9 +144,7 @@ class Sides:
         keys["train"] |= {"precision": "fp32", "compile": "off"}
         config = Config.model_validate(keys)
         job = prepare(Preset(preset.name, config), where, self.observer, dataset=self.dataset)
-        return PlainLoop(
-            job.model, job.task, job.loaders.train, config.augment.policy, config.optimizer, list(job.groups)
-        )
+        return PlainLoop(job.model, job.task, job.loaders.train, config.augment, config.optimizer, list(job.groups))
 
     def _wait(self) -> None:
         if self.job.device.type != "cpu":

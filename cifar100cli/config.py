@@ -69,7 +69,42 @@ class Augment(Section):
     policy: Literal["none", "flip", "crop_flip", "one_of"] = Field(
         "none", description="one_of: shift-scale-rotate, dropout, colours, or a mirror image, as in the tutorial"
     )
+    flip: Literal["random", "alternating", "none"] = Field(
+        "random", description="of flip and crop_flip; alternating: an image is mirrored in every other epoch"
+    )
+    crop_padding: Integer = Field(4, ge=0, le=16, description="of crop_flip: pixels on each side")
+    padding_mode: Literal["black", "reflect"] = Field("black", description="of crop_flip: what is on these pixels")
     backend: Literal["batched", "albumentations"] = Field("batched", description="of one_of: ours, or the reference")
+    auto: Literal["none", "randaugment", "trivialaugment"] = Field("none", description="drawn operations, after policy")
+    randaugment_ops: Integer = Field(2, ge=1, le=8, description="of randaugment: operations, one after the other")
+    randaugment_magnitude: Integer = Field(9, ge=0, le=30, description="of randaugment: strength of each")
+    cutout: Integer = Field(0, ge=0, le=64, description="side in pixels of a square that is covered")
+    erasing: Number = Field(0.0, ge=0, le=1, description="probability that a rectangle is covered")
+    mixup: Number = Field(0.0, ge=0, le=100, description="alpha: mix each image with another; 0 does not")
+    cutmix: Number = Field(0.0, ge=0, le=100, description="alpha: put a part of another image into each; 0 does not")
+
+    def unbounded(self) -> str:
+        """The keys under which no two views of an image are the same, in words; empty where it has few versions."""
+        blocks = ("auto", "cutout", "erasing", "mixup", "cutmix")
+        keys = [key for key in blocks if getattr(self, key) not in (0, "none")]
+        if self.policy == "one_of" or (self.policy == "crop_flip" and self.crop_padding):
+            keys.insert(0, "policy")
+        return " and ".join(f"augment.{key} = {getattr(self, key)}" for key in keys)
+
+    def idle(self) -> str | None:
+        """What is set and has no part in this policy, in words."""
+        for key, policies in (
+            ("flip", ("flip", "crop_flip")),
+            ("crop_padding", ("crop_flip",)),
+            ("padding_mode", ("crop_flip",)),
+            ("backend", ("one_of",)),
+        ):
+            if getattr(self, key) != type(self).model_fields[key].default and self.policy not in policies:
+                meant = " or ".join(policies)
+                return f"augment.{key} = {getattr(self, key)} is for augment.policy = {meant}, not {self.policy}"
+        if self.policy == "flip" and self.flip == "none":
+            return "augment.flip = none leaves nothing of augment.policy = flip; use augment.policy = none"
+        return None
 
 
 class Model(Section):
@@ -181,15 +216,15 @@ class Config(Section):
             raise ValueError(f"loss.name = {self.loss.name} works on cosines: set model.head to cosine as well")
         if self.model.weights is not None and not self.model.pretrained:
             raise ValueError("model.weights names weights to start from: set model.pretrained to true, or leave it out")
-        if self.augment.backend != "batched" and self.augment.policy != "one_of":
-            raise ValueError(
-                f"augment.backend = {self.augment.backend} is for augment.policy = one_of, not {self.augment.policy}"
-            )
+        idle = self.augment.idle()
+        if idle is not None:
+            raise ValueError(idle)
         if self.finetune is not None and self.finetune.cache == "on":
-            if self.augment.policy not in ("none", "flip"):
+            unbounded = self.augment.unbounded()
+            if unbounded:
                 raise ValueError(
-                    f"finetune.cache = on needs few versions of an image: augment.policy = {self.augment.policy} "
-                    "makes no two views the same; use none or flip, or leave the cache out"
+                    f"finetune.cache = on needs few versions of an image: {unbounded} makes no two views the same; "
+                    "use augment.policy none or flip and no more, or leave the cache out"
                 )
             if self.finetune.bn == "adapt":
                 raise ValueError("finetune.cache = on keeps features, and finetune.bn = adapt changes them; choose one")

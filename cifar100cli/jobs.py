@@ -10,19 +10,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar100cli import batch_norm, checkpoint, computed, datasets, devices, ranks, steps, teachers
-from cifar100cli.albumentations_backend import AlbumentationsOneOf
-from cifar100cli.augment import POLICIES, Policy, Views
+from cifar100cli.augment import Views
 from cifar100cli.card import Card
 from cifar100cli.checkpoint import Checkpoint, Saved
 from cifar100cli.computed import Speaker
-from cifar100cli.config import Augment, Config, Distillation, Finetune, Preset
+from cifar100cli.config import Config, Distillation, Finetune, Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.flops import forward_flops
 from cifar100cli.loader import DeviceLoader, Features, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone, classifiers, create_model
-from cifar100cli.one_of import one_of
 from cifar100cli.optim import Group, everything
+from cifar100cli.policies import create_policy
 from cifar100cli.stages import Parted, Stage, StageRow, freeze, learning, stage_rows, stages_of
 from cifar100cli.steps import Manner
 from cifar100cli.tasks import DistillationTask, Task, Teacher, create_task
@@ -111,7 +110,7 @@ def prepare(
         device,
         preprocessing,
         shuffle=True,
-        policy=_policy(config.augment),
+        policy=create_policy(config.augment, preprocessing.mean),
         seed=config.seed,
         rank=ranks.rank(),
         ranks=ranks.count(),
@@ -168,12 +167,6 @@ def prepare(
     )
 
 
-def _policy(config: Augment) -> Policy:
-    if config.policy == "one_of":
-        return AlbumentationsOneOf() if config.backend == "albumentations" else one_of
-    return POLICIES[config.policy]
-
-
 # ------------------------------------------------------------------------------------------------ teachers
 
 
@@ -219,9 +212,9 @@ def _teacher(
         return teachers.CachedTeacher(logits.to(device))
     seconds = online.seconds(next(iter(loader.epoch(1)))) * len(loader)
     watcher.say(
-        f"the teacher runs in every step, because no two views are the same under {config.augment.policy}: it adds "
-        f"about {seconds:.1f} s an epoch here, {seconds * config.train.epochs / 3600:.1f} h in all; "
-        "with --augment none or flip it would look at each image once or twice"
+        f"the teacher runs in every step, because no two views are the same under {config.augment.unbounded()}: "
+        f"it adds about {seconds:.1f} s an epoch here, {seconds * config.train.epochs / 3600:.1f} h in all; "
+        "with --augment none or flip and no more it would look at each image once or twice"
     )
     return online
 
@@ -254,7 +247,7 @@ def _finetune(
     sample = loaders.train.preprocessing(loaders.train.images[:2])
     obstacle = None
     if not isinstance(loaders.train.policy, Views):
-        obstacle = f"no two views are the same under {config.augment.policy}"
+        obstacle = f"no two views are the same under {config.augment.unbounded()}"
     elif finetune.bn == "adapt":
         obstacle = "the frozen stages' batch statistics move (--bn adapt)"
     elif config.distillation is not None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar100cli.augment import POLICIES, Drawn, Policy, Views
+from cifar100cli.augment import Drawn, Epoch, Policy, Views, none, on_device
 from cifar100cli.datasets import Split
+from cifar100cli.mixing import Mixed
 from cifar100cli.models import backbone_normalization
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 1
@@ -69,12 +70,20 @@ def preprocessing_for(normalize: str, image_size: int, train: Split, backbone: s
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """What images were mixed with: the others' labels (N,) int64, and the images' own weights (N,) float32."""
+
+    labels: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Inputs (N, 3, S, S) float32, channels last, and labels (N,) int64, on the device.
 
     With them what they were made of: the augmented images (N, 3, H, W) uint8, their positions in the split
     (N,) int64, and under a policy of few versions the version of each (N,) int64. Where features were computed
-    before, these are the inputs, and there are no images.
+    before, these are the inputs, and there are no images. `labels` are those of mixed images that they themselves have.
     """
 
     inputs: Tensor
@@ -82,6 +91,17 @@ class Batch:
     images: Tensor | None
     positions: Tensor
     views: Tensor | None
+    mixture: Mixture | None = None
+
+    @property
+    def leading_labels(self) -> Tensor:
+        """(N,) int64: of mixed images the label with the larger weight, which training accuracy is counted by.
+
+        So does torchvision's reference training; timm counts none.
+        """
+        if self.mixture is None:
+            return self.labels
+        return torch.where(self.mixture.weights >= 0.5, self.labels, self.mixture.labels)
 
 
 @dataclass(frozen=True)
@@ -126,7 +146,7 @@ class DeviceLoader:
         preprocessing: Preprocessing,
         *,
         shuffle: bool = False,
-        policy: Policy = POLICIES["none"],
+        policy: Policy = none,
         seed: int = 0,
         rank: int = 0,
         ranks: int = 1,
@@ -167,16 +187,16 @@ class DeviceLoader:
 
     def plan(self, epoch: int) -> Plan:
         """Order and augmentation of all images in epoch `epoch`, counted from 1; on the device."""
+        host = np.random.default_rng([self.seed, epoch])
         positions = torch.arange(self.count, device=self.device)
         if self.shuffle:
-            permutation = np.random.default_rng([self.seed, epoch]).permutation(self.count)
-            positions = torch.from_numpy(permutation)
-            if self.device.type == "cuda":  # from pinned memory the copy makes nobody wait
-                positions = positions.pin_memory()
-            positions = positions.to(self.device, non_blocking=True)
-        generator = torch.Generator(self.device).manual_seed(derived_seed(self.seed, epoch))
+            positions = on_device(host.permutation(self.count), self.device)
+        # Epochs count from 1: no epoch's generator begins as the lasting one does.
+        generator, lasting = (
+            torch.Generator(self.device).manual_seed(derived_seed(self.seed, number)) for number in (epoch, 0)
+        )
         height, width = self.images.shape[-2:]
-        return Plan(positions, self.policy.draw(self.count, height, width, generator))
+        return Plan(positions, self.policy.draw(Epoch(positions, height, width, epoch, generator, lasting, host)))
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """This rank's batches of epoch `number`, counted from 1."""
@@ -195,7 +215,10 @@ class DeviceLoader:
             return Batch(self.features(views, positions), labels, None, positions, views)
         # Five times as fast on a CPU as indexing.
         images = self.policy.apply(self.images.index_select(0, positions), *drawn)
-        return Batch(self.preprocessing(images), labels, images, positions, views)
+        mixture = None
+        if isinstance(self.policy, Mixed):
+            mixture = Mixture(labels.roll(1), self.policy.weights(drawn))
+        return Batch(self.preprocessing(images), labels, images, positions, views, mixture)
 
 
 def derived_seed(*parts: int) -> int:

@@ -2,7 +2,8 @@
 
 Margin losses take cosines (N, classes) float32 between embeddings and class vectors, labels (N,) int64, and return
 the mean cross-entropy of the scaled cosines after the margin was taken off the true class. Cosines of exactly
-1 and -1, and beyond by rounding, give finite losses and finite gradients.
+1 and -1, and beyond by rounding, give finite losses and finite gradients. What has a `reduction` gives the losses of
+the images, (N,), with "none".
 """
 
 import math
@@ -23,6 +24,7 @@ def arcface(
     margin: float,
     straight_through: bool = False,
     label_smoothing: float = 0.0,
+    reduction: str = "mean",
 ) -> Tensor:
     """Additive angular margin: cos(angle + margin) in place of cos(angle) for the true class.
 
@@ -39,14 +41,23 @@ def arcface(
     if straight_through:
         moved = target + (moved - target).detach()
     logits = scale * cosines.scatter(1, labels[:, None], moved)
-    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction=reduction)
 
 
-def cosface(cosines: Tensor, labels: Tensor, *, scale: float, margin: float, label_smoothing: float = 0.0) -> Tensor:
+def cosface(
+    cosines: Tensor,
+    labels: Tensor,
+    *,
+    scale: float,
+    margin: float,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
     """Additive cosine margin: cos(angle) - margin for the true class. Wang et al., arXiv 1801.09414."""
     cosines = cosines.float()
-    reduction = margin * F.one_hot(labels, cosines.shape[1])
-    return F.cross_entropy(scale * (cosines - reduction), labels, label_smoothing=label_smoothing)
+    margins = margin * F.one_hot(labels, cosines.shape[1])
+    logits = scale * (cosines - margins)
+    return F.cross_entropy(logits, labels, label_smoothing=label_smoothing, reduction=reduction)
 
 
 def distillation(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -68,6 +79,7 @@ def decoupled_distillation(
     *,
     target_weight: float,
     nontarget_weight: float,
+    reduction: str = "mean",
 ) -> Tensor:
     """T^2 (target_weight TCKD + nontarget_weight NCKD), mean over images.
 
@@ -85,8 +97,12 @@ def decoupled_distillation(
         return F.log_softmax(both, dim=1), F.log_softmax(others, dim=1)
 
     (our_target, our_rest), (their_target, their_rest) = parted(ours), parted(theirs)
-    target = F.kl_div(our_target, their_target, reduction="batchmean", log_target=True)
-    rest = F.kl_div(our_rest, their_rest, reduction="batchmean", log_target=True)
+    target, rest = (
+        F.kl_div(one, other, reduction="none", log_target=True).sum(1)
+        if reduction == "none"
+        else F.kl_div(one, other, reduction="batchmean", log_target=True)
+        for one, other in ((our_target, their_target), (our_rest, their_rest))
+    )
     return (target_weight * target + nontarget_weight * rest) * temperature**2
 
 

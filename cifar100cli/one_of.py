@@ -7,13 +7,12 @@ library itself. Images are uint8 (N, 3, H, W), red first. For each transform one
 shapes follow from that of the images.
 """
 
-import functools
 import itertools
 
 import torch
 from torch import Tensor
 
-from cifar100cli.augment import Drawn, Transform, drawn_by
+from cifar100cli.augment import Drawn, Epoch, Transform, apply_chosen, constant, draw_nothing, drawn_by, inside
 
 SHIFT_LIMIT, SCALE_LIMIT, ANGLE_LIMIT = 0.0625, 0.1, 45.0  # of the side; from 1; degrees
 LEAST_SIDE, MOST_SIDE = 0.1, 0.2  # of a hole, in sides of the image
@@ -21,25 +20,14 @@ FACTOR_LIMIT, HUE_LIMIT = 0.2, 0.5  # from 1; of the circle of hues
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)  # the steps of the jitter, as its order names them
 
 
-@functools.lru_cache(maxsize=64)
-def _constant(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(values,) float32 on the device; kept, because a copy from the host would make the host wait in every batch.
-
-    For the same reason a CUDA graph can capture this module only once it has run.
-    """
-    return torch.tensor(values, dtype=torch.float32, device=device)
-
-
-def draw_shift_scale_rotate(
-    count: int, height: int, width: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor]:
+def draw_shift_scale_rotate(epoch: Epoch) -> tuple[Tensor, Tensor, Tensor]:
     """Shifts (N, 2) in whole pixels, scales (N, 2), both x before y, and angles (N,) in degrees; float32.
 
     The two directions are scaled independently. Shifts are cut to whole pixels towards 0: at 32 pixels half of
     them are 0, and the others 1 to either side.
     """
-    uniform = torch.rand(count, 5, generator=generator, device=generator.device) * 2 - 1
-    limits = _constant((SHIFT_LIMIT * width, SHIFT_LIMIT * height), generator.device)
+    uniform = torch.rand(epoch.count, 5, generator=epoch.generator, device=epoch.device) * 2 - 1
+    limits = constant((SHIFT_LIMIT * epoch.width, SHIFT_LIMIT * epoch.height), epoch.device)
     return (uniform[:, :2] * limits).trunc_(), uniform[:, 2:4] * SCALE_LIMIT + 1, uniform[:, 4] * ANGLE_LIMIT
 
 
@@ -54,11 +42,11 @@ def inverse_matrices(shifts: Tensor, scales: Tensor, angles: Tensor, height: int
     radians = torch.deg2rad(angles)
     cosines, sines = radians.cos(), radians.sin()
     turned_back = torch.stack([cosines, -sines, sines, cosines], 1).view(-1, 2, 2) / scales[:, :, None]
-    middle = _constant(((width - 1) / 2, (height - 1) / 2), angles.device)
+    middle = constant(((width - 1) / 2, (height - 1) / 2), angles.device)
     # The middle, shifted, comes from the middle. Products are summed here and in `warp` without the matrix
     # multiplication, which a GPU may be set to do in reduced precision.
-    constant = middle - (turned_back * (middle + shifts)[:, None]).sum(2)
-    return torch.cat([turned_back, constant[:, :, None]], 2)
+    offset = middle - (turned_back * (middle + shifts)[:, None]).sum(2)
+    return torch.cat([turned_back, offset[:, :, None]], 2)
 
 
 def warp(images: Tensor, matrices: Tensor) -> Tensor:
@@ -70,11 +58,11 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     height, width = images.shape[-2:]
     columns = torch.arange(width, dtype=torch.float32, device=images.device)[:, None]
     rows = torch.arange(height, dtype=torch.float32, device=images.device)[:, None, None]
-    of_column, of_row, constant = matrices[:, None, None].unbind(-1)
-    points = constant.addcmul(of_column, columns).addcmul(of_row, rows)  # (N, H, W, 2)
+    of_column, of_row, offset = matrices[:, None, None].unbind(-1)
+    points = offset.addcmul(of_column, columns).addcmul(of_row, rows)  # (N, H, W, 2)
     # grid_sample counts from -1 at the outer edge of the first pixel to 1 at that of the last.
-    to_grid = _constant((2 / width, 2 / height), images.device)
-    edge = _constant((1 / width - 1, 1 / height - 1), images.device)
+    to_grid = constant((2 / width, 2 / height), images.device)
+    edge = constant((1 / width - 1, 1 / height - 1), images.device)
     grid = torch.addcmul(edge, points, to_grid, out=points)
     warped = torch.nn.functional.grid_sample(
         images.float(), grid, mode="bilinear", padding_mode="zeros", align_corners=False
@@ -82,14 +70,14 @@ def warp(images: Tensor, matrices: Tensor) -> Tensor:
     return warped.round_().to(torch.uint8)
 
 
-def draw_holes(count: int, height: int, width: int, generator: torch.Generator) -> tuple[Tensor]:
-    """Boxes (N, 2, 4) int64: left, top, right and bottom, of which the latter two are just outside the hole.
+def draw_holes(epoch: Epoch) -> tuple[Tensor]:
+    """Boxes (N, 2, 4) int64, as `inside` takes them.
 
     One hole or two, equally often: half of the second boxes are empty.
     """
-    uniform = torch.rand(count, 2, 5, generator=generator, device=generator.device)
-    size = _constant((width, height), generator.device)
-    chances = _constant((1.0, 0.5), generator.device)[:, None]
+    uniform = torch.rand(epoch.count, 2, 5, generator=epoch.generator, device=epoch.device)
+    size = constant((epoch.width, epoch.height), epoch.device)
+    chances = constant((1.0, 0.5), epoch.device)[:, None]
     sides = (size * (uniform[:, :, :2] * (MOST_SIDE - LEAST_SIDE) + LEAST_SIDE)).floor_()
     sides = sides * (uniform[:, :, 4:] < chances)
     corners = (uniform[:, :, 2:4] * (size + 1 - sides)).floor_()
@@ -98,19 +86,12 @@ def draw_holes(count: int, height: int, width: int, generator: torch.Generator) 
 
 def cut_holes(images: Tensor, boxes: Tensor) -> Tensor:
     """The images, black inside of any of their boxes (N, boxes, 4), which are as `draw_holes` gives them."""
-    height, width = images.shape[-2:]
-    columns, rows = torch.arange(width, device=images.device), torch.arange(height, device=images.device)
-    left, top, right, bottom = boxes[..., None].unbind(2)
-    in_columns, in_rows = (columns >= left) & (columns < right), (rows >= top) & (rows < bottom)
-    inside = (in_rows[..., :, None] & in_columns[..., None, :]).any(1, keepdim=True)
-    return images.masked_fill(inside, 0)
+    return images.masked_fill(inside(boxes, *images.shape[-2:]), 0)
 
 
-def draw_jitter(
-    count: int, height: int, width: int, generator: torch.Generator
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def draw_jitter(epoch: Epoch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Factors of brightness, contrast and saturation, turns of the hue, (N,) each, and orders (N, 4) int64."""
-    uniform = torch.rand(count, 8, generator=generator, device=generator.device)
+    uniform = torch.rand(epoch.count, 8, generator=epoch.generator, device=epoch.device)
     brightness, contrast, saturation, hue = (uniform[:, :4] * 2 - 1).unbind(1)
     factors = [deviation * FACTOR_LIMIT + 1 for deviation in (brightness, contrast, saturation)]
     return factors[0], factors[1], factors[2], hue * HUE_LIMIT, uniform[:, 4:].argsort(1)
@@ -182,7 +163,7 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
     hue = (sixths * _reciprocal(30, span)).add_(0.5).floor_()
     # A channel is at its lowest in the third of the circle that is opposite to it, around the steps 90 for red,
     # 150 for green and 30 for blue, at its highest in its own third, and goes evenly in between.
-    opposite = _constant((90, 150, 30), pixels.device)[:, None, None]
+    opposite = constant((90, 150, 30), pixels.device)[:, None, None]
     distance = hue + ((180 * turns).floor_()[:, None, None, None] - opposite)
     distance = distance.sub_((distance * (1 / 180)).round_(), alpha=180).abs_()
     lowered = distance.neg_().add_(60).clamp_(0, 30).mul_(saturation).div_(30 * 255)
@@ -194,11 +175,6 @@ def turn_hue(pixels: Tensor, turns: Tensor) -> Tensor:
 def _reciprocal(numerator: int, denominator: Tensor) -> Tensor:
     """numerator / denominator to the nearest 2^-12; some number where the denominator is 0."""
     return (numerator * 2**12 / denominator.clamp(min=1)).round_().mul_(2**-12)
-
-
-def draw_nothing(count: int, height: int, width: int, generator: torch.Generator) -> tuple[()]:
-    """Mirror images have no parameters."""
-    return ()
 
 
 def mirror_left_right(images: Tensor) -> Tensor:
@@ -220,36 +196,15 @@ TRANSFORMS = (
 )
 
 
-def draw(count: int, height: int, width: int, generator: torch.Generator) -> Drawn:
+def draw(epoch: Epoch) -> Drawn:
     """Which of TRANSFORMS each image gets, (N,) int64, all equally likely, and every image's parameters for each."""
-    chosen = torch.randint(0, len(TRANSFORMS), (count,), generator=generator, device=generator.device)
-    parameters = (transform.draw(count, height, width, generator) for transform in TRANSFORMS)
-    return chosen, *itertools.chain.from_iterable(parameters)
+    chosen = torch.randint(0, len(TRANSFORMS), (epoch.count,), generator=epoch.generator, device=epoch.device)
+    return chosen, *itertools.chain.from_iterable(transform.draw(epoch) for transform in TRANSFORMS)
 
 
-def apply_in_parts(images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
-    """Each image changed by its transform alone. The sizes of the parts are random, which a GPU would wait for."""
-    places, parts = [], []
-    for index, (transform, own) in enumerate(zip(TRANSFORMS, drawn_by(TRANSFORMS, parameters), strict=True)):
-        part = (chosen == index).nonzero()[:, 0]
-        places.append(part)
-        parts.append(transform.apply(images.index_select(0, part), *(values.index_select(0, part) for values in own)))
-    # One gather of whole images takes a fifth of the time of a scatter for each part.
-    return torch.cat(parts).index_select(0, torch.cat(places).argsort())
-
-
-def apply_to_all(images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
-    """The same images as `apply_in_parts`: every transform of all of them, of which each keeps its own."""
-    result = images
-    for index, (transform, own) in enumerate(zip(TRANSFORMS, drawn_by(TRANSFORMS, parameters), strict=True)):
-        changed = transform.apply(images, *own)
-        result = torch.where((chosen == index)[:, None, None, None], changed, result)
-    return result
-
-
-def apply(images: Tensor, *drawn: Tensor) -> Tensor:
+def apply(images: Tensor, chosen: Tensor, *parameters: Tensor) -> Tensor:
     """Each image (N, 3, H, W) uint8 changed by the one of TRANSFORMS that was drawn for it."""
-    return (apply_in_parts if images.device.type == "cpu" else apply_to_all)(images, *drawn)
+    return apply_chosen(TRANSFORMS, images, chosen, drawn_by(TRANSFORMS, parameters))
 
 
 one_of = Transform(1 + sum(transform.draws for transform in TRANSFORMS), draw, apply)

@@ -61,7 +61,7 @@ Weights = Annotated[
 ]
 ImageSize = Annotated[str | None, _text("N", "Side in pixels.")]
 BatchSize = Annotated[str | None, _text("N", "Images in a training step.")]
-AugmentPolicy = Annotated[str | None, _text("POLICY", "none, flip, crop_flip or one_of.")]
+AugmentPolicy = Annotated[str | None, _text("POLICY", "none, flip, crop_flip or one_of; augment.* adds more.")]
 LossName = Annotated[str | None, _text("NAME", "cross_entropy, arcface or cosface.")]
 LabelSmoothing = Annotated[str | None, _text("X", "From 0 to below 1.")]
 OptimizerName = Annotated[str | None, _text("NAME", "adamw, adam or sgd.")]

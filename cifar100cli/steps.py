@@ -43,7 +43,7 @@ class Training:
         loss = output.loss if weight == 1 else output.loss * weight
         self.backward(loss)
         self.move()
-        return loss.detach(), (output.logits.detach().argmax(1) == batch.labels).sum()
+        return loss.detach(), (output.logits.detach().argmax(1) == batch.leading_labels).sum()
 
     def forward(self, batch: Batch) -> StepOutput:
         """Run the network and compute the loss."""

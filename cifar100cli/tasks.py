@@ -28,6 +28,18 @@ class Task(Protocol):
         """Run the model on a batch and compute the loss."""
 
 
+def of_labels(loss: Callable[..., Tensor], batch: Batch) -> Tensor:
+    """The mean over a batch of a loss of labels; for a mixed image, that of both its labels in their shares.
+
+    For cross-entropy, with smoothed labels too, this is the cross-entropy with the shares for probabilities.
+    """
+    if batch.mixture is None:
+        return loss(batch.labels)
+    weights = batch.mixture.weights
+    own, others = (loss(labels, reduction="none") for labels in (batch.labels, batch.mixture.labels))
+    return (weights * own + (1 - weights) * others).mean()
+
+
 @dataclass(frozen=True)
 class ClassificationTask:
     """Cross-entropy, with smoothed labels if asked (Szegedy et al., arXiv 1512.00567)."""
@@ -36,7 +48,8 @@ class ClassificationTask:
 
     def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
         logits = model(batch.inputs).float()
-        return StepOutput(F.cross_entropy(logits, batch.labels, label_smoothing=self.label_smoothing), logits)
+        loss = partial(F.cross_entropy, logits, label_smoothing=self.label_smoothing)
+        return StepOutput(of_labels(loss, batch), logits)
 
 
 @dataclass(frozen=True)
@@ -48,7 +61,7 @@ class MarginTask:
 
     def __call__(self, model: nn.Module, batch: Batch) -> StepOutput:
         logits = model(batch.inputs).float()
-        return StepOutput(self.loss(logits / self.scale, batch.labels, scale=self.scale), logits)
+        return StepOutput(of_labels(partial(self.loss, logits / self.scale, scale=self.scale), batch), logits)
 
 
 Teacher = Callable[[Batch], Tensor]  # logits (N, classes) float32 for the images of a batch
@@ -71,14 +84,15 @@ class DistillationTask:
         if config.standardize:
             student, teacher = standardized(student), standardized(teacher)
         if config.form == "decoupled":
-            soft = decoupled_distillation(
+            decoupled = partial(
+                decoupled_distillation,
                 student,
                 teacher,
-                batch.labels,
-                config.temperature,
+                temperature=config.temperature,
                 target_weight=config.target_weight,
                 nontarget_weight=config.nontarget_weight,
             )
+            soft = of_labels(decoupled, batch)
         else:
             soft = distillation(student, teacher, config.temperature)
         return StepOutput((1 - config.alpha) * output.loss + config.alpha * soft, output.logits)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar100cli import cli, runs, synthetic
-from cifar100cli.augment import Policy
+from cifar100cli.augment import Epoch, Policy
 from cifar100cli.averaging import Average
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Config, Preset
@@ -27,6 +27,18 @@ TINY = (
     *("--dataset", "synthetic", "--backbone", "test_resnet", "--batch-size", "64"),
     *("--set", "train.precision=fp32", "--device", "cpu"),
 )
+
+# All that augments, at once.
+EVERYTHING: dict[str, Any] = {
+    "policy": "crop_flip",
+    "flip": "alternating",
+    "padding_mode": "reflect",
+    "auto": "trivialaugment",
+    "cutout": 8,
+    "erasing": 0.25,
+    "mixup": 0.2,
+    "cutmix": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -105,10 +117,18 @@ def only_run(tmp_path: Path) -> RunDir:
     return RunDir.open(path)
 
 
+def epoch_of(count: int, height: int = 32, width: int = 32, generator: torch.Generator | None = None) -> Epoch:
+    """An epoch of so many images in their order, to draw for; without a generator, from 0."""
+    generator = generator or torch.Generator().manual_seed(0)
+    lasting = torch.Generator().manual_seed(generator.initial_seed())
+    host = np.random.default_rng(generator.initial_seed())
+    return Epoch(torch.arange(count), height, width, 1, generator, lasting, host)
+
+
 def varied(policy: Policy, images: Tensor, generator: torch.Generator) -> Tensor:
     """The images as a policy changes them."""
     count, _, height, width = images.shape
-    return policy.apply(images, *policy.draw(count, height, width, generator))
+    return policy.apply(images, *policy.draw(epoch_of(count, height, width, generator)))
 
 
 class Silent:

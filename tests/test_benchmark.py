@@ -4,15 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
 from torch import nn
 
-from cifar100cli import benchmark, flops
+from cifar100cli import benchmark, erasing, flops, plain
 from cifar100cli.benchmark import Sides
-from cifar100cli.config import Preset
-from tests.conftest import Cli, Silent, make_preset, where
+from cifar100cli.config import Augment, Preset
+from tests.conftest import Cli, Silent, epoch_of, make_preset, where
 
 
 def sides_of(tmp_path: Path, **sections: dict[str, Any]) -> Sides:
@@ -43,15 +44,46 @@ def test_the_plain_way_is_the_same_training(
     assert losses[1] < losses[0]
 
 
-@pytest.mark.parametrize("policy", ["flip", "crop_flip", "one_of"])
-def test_the_plain_way_augments(tmp_path: Path, policy: str) -> None:
-    sides = sides_of(tmp_path, augment={"policy": policy})
+@pytest.mark.parametrize(
+    "augment",
+    [
+        {"policy": "flip", "flip": "alternating"},
+        {"policy": "crop_flip"},
+        {"policy": "crop_flip", "flip": "none", "padding_mode": "reflect", "crop_padding": 16},
+        {"policy": "one_of"},
+        {"auto": "randaugment"},
+        {"auto": "trivialaugment", "policy": "flip"},
+        {"cutout": 9},
+        {"erasing": 0.5},
+    ],
+)
+def test_the_plain_way_augments(tmp_path: Path, augment: dict[str, Any]) -> None:
+    sides = sides_of(tmp_path, augment=augment)
     assert sides.plain_loop is not None
     images = sides.plain_loop.batches.dataset
     once, again = (torch.stack([images[index][0] for index in range(64)]) for _ in range(2))
     assert once.shape == (64, 3, 32, 32)
     assert 0 <= once.min() <= once.max() <= 1
     assert not torch.equal(once, again)
+
+
+def test_the_plain_way_covers_what_ours_does() -> None:
+    """A white image, with a square of the mean colour whose centre is on any pixel."""
+    color = (124, 116, 104)
+    (change,) = plain.changes(Augment(cutout=9), color)
+    found = np.stack([change(np.full((32, 32, 3), 255, np.uint8)) for _ in range(3000)])
+    assert ((found == 255).all(3) | (found == color).all(3)).all()
+    ours = erasing.cutout(9, color)
+    white = torch.full((3000, 3, 32, 32), 255, dtype=torch.uint8)
+    other = ours.apply(white, *ours.draw(epoch_of(3000))).permute(0, 2, 3, 1).numpy()
+    shares = [(some == color).all(3).mean(0) for some in (found, other)]
+    assert np.abs(shares[0] - shares[1]).max() < 5 * (2 * 0.08 / 3000) ** 0.5
+
+
+def test_mixing_has_no_plain_way(tmp_path: Path) -> None:
+    preset = make_preset(augment={"cutmix": 1.0, "mixup": 0.2})
+    result = benchmark.bench(preset, where(tmp_path), Silent(), steps=1, repeats=1)
+    assert set(result["images_per_second"]) == {"loop", "bare", "evaluation", "bare_evaluation"}
 
 
 def test_the_plain_network_is_timms_in_its_usual_layout(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from cifar100cli.config import Distillation, Preset
 from cifar100cli.errors import DataError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch
 from cifar100cli.tasks import ClassificationTask, DistillationTask, MarginTask
-from tests.conftest import TINY, Cli, Silent, StopAfter, make_preset, only_run, where
+from tests.conftest import EVERYTHING, TINY, Cli, Silent, StopAfter, make_preset, only_run, where
 
 Array = NDArray[np.float64]
 
@@ -167,17 +167,23 @@ def student(teacher: Path, **sections: dict[str, Any]) -> Preset:
     return make_preset(distillation={"teacher": str(teacher)}, **sections)
 
 
-@pytest.mark.parametrize("policy", ["none", "flip"])
-def test_the_cached_teacher_says_what_the_online_one_says(tmp_path: Path, teacher_run: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    "augment",
+    [{"policy": "none"}, {"policy": "flip"}, {"policy": "flip", "flip": "alternating"}],
+    ids=["none", "flip", "alternating"],
+)
+def test_the_cached_teacher_says_what_the_online_one_says(
+    tmp_path: Path, teacher_run: Path, augment: dict[str, Any]
+) -> None:
     watcher = Silent()
-    preset = student(teacher_run, augment={"policy": policy})
+    preset = student(teacher_run, augment=augment)
     job = jobs.prepare(preset, where(tmp_path), watcher)
     online = jobs.prepare(preset, where(tmp_path), Silent(), dry=True)
     assert isinstance(job.task, DistillationTask)
     assert isinstance(online.task, DistillationTask)
     assert isinstance(job.task.teacher, teachers.CachedTeacher)
     assert isinstance(online.task.teacher, teachers.OnlineTeacher)
-    assert sum(watcher.counted) == 400 * (2 if policy == "flip" else 1)
+    assert sum(watcher.counted) == 400 * (2 if augment["policy"] == "flip" else 1)
 
     saved = checkpoint.load_model(teacher_run)
     model = saved.model.eval()
@@ -241,20 +247,35 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, t
     assert sum("cannot be written to" in text for text in watcher.said) == 1
 
 
-def test_unbounded_views_run_the_teacher_in_every_step_and_say_so(tmp_path: Path, teacher_run: Path) -> None:
+@pytest.mark.parametrize(
+    ("augment", "words"),
+    [
+        ({"policy": "crop_flip"}, "under augment.policy = crop_flip:"),
+        ({"policy": "flip", "cutmix": 1.0}, "under augment.cutmix = 1.0:"),
+        ({"auto": "randaugment", "cutout": 8}, "under augment.auto = randaugment and augment.cutout = 8:"),
+    ],
+)
+def test_unbounded_views_run_the_teacher_in_every_step_and_say_so(
+    tmp_path: Path, teacher_run: Path, augment: dict[str, Any], words: str
+) -> None:
     watcher = Silent()
-    job = jobs.prepare(student(teacher_run, augment={"policy": "crop_flip"}), where(tmp_path), watcher)
+    job = jobs.prepare(student(teacher_run, augment=augment), where(tmp_path), watcher)
     assert isinstance(job.task, DistillationTask)
     assert isinstance(job.task.teacher, teachers.OnlineTeacher)
     (line,) = watcher.said
     assert "runs in every step" in line
+    assert words in line
     assert "s an epoch here" in line
     assert not (tmp_path / "cache").exists()
 
 
-@pytest.mark.parametrize("policy", ["flip", "crop_flip"])
-def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, teacher_run: Path, policy: str) -> None:
-    preset = student(teacher_run, augment={"policy": policy})
+@pytest.mark.parametrize(
+    "augment", [{"policy": "flip"}, {"policy": "crop_flip"}, EVERYTHING], ids=["flip", "crop_flip", "everything"]
+)
+def test_stopped_and_resumed_ends_with_the_same_bits(
+    tmp_path: Path, teacher_run: Path, augment: dict[str, Any]
+) -> None:
+    preset = student(teacher_run, augment=augment)
     workflows.train(preset, where(tmp_path / "unbroken"), Silent())
     with pytest.raises(RunInterrupted):
         workflows.train(preset, where(tmp_path / "broken"), StopAfter(9))

@@ -157,6 +157,7 @@ def test_free_memory_is_a_sensible_number() -> None:
     ("sections", "words"),
     [
         ({"augment": {"policy": "crop_flip"}, "finetune": {"cache": "on"}}, "makes no two views the same"),
+        ({"augment": {"policy": "flip", "cutout": 8}, "finetune": {"cache": "on"}}, "augment.cutout = 8 makes no two"),
         ({"finetune": {"cache": "on", "bn": "adapt"}}, "choose one"),
     ],
 )

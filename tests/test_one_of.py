@@ -18,10 +18,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from cifar100cli import albumentations_backend, one_of, synthetic
+from cifar100cli import albumentations_backend, augment, one_of, synthetic
 from cifar100cli.albumentations_backend import AlbumentationsOneOf
 from cifar100cli.errors import UsageError
-from tests.conftest import varied
+from tests.conftest import epoch_of, varied
 
 Array = NDArray[np.float64]
 SHAPES = [(32, 32), (24, 40)]
@@ -100,7 +100,7 @@ def test_each_transform_is_applied_to_a_fifth(backend: str, reference: Albumenta
 
 
 def test_each_transform_is_drawn_equally_often() -> None:
-    chosen, *_ = one_of.draw(20_000, 32, 32, generator())
+    chosen, *_ = one_of.draw(epoch_of(20_000))
     counts = torch.bincount(chosen).tolist()
     assert len(counts) == len(one_of.TRANSFORMS) == 5
     assert all(within_five_deviations(count, 20_000, 1 / 5) for count in counts), counts
@@ -150,7 +150,7 @@ def assert_unrelated(columns: Array) -> None:
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_parameters_of_shift_scale_rotate(height: int, width: int, library: list[Any]) -> None:
     ours = torch.cat(
-        [drawn.view(DRAWS, -1) for drawn in one_of.draw_shift_scale_rotate(DRAWS, height, width, generator())], 1
+        [drawn.view(DRAWS, -1) for drawn in one_of.draw_shift_scale_rotate(epoch_of(DRAWS, height, width))], 1
     )
     theirs = np.stack([library_shift_scale_rotate(library[0], height, width)[0] for _ in range(DRAWS)])
     shift_x, shift_y = ({32: 1.0, 24: 1.0, 40: 2.0}[side] for side in (width, height))
@@ -163,7 +163,7 @@ def test_parameters_of_shift_scale_rotate(height: int, width: int, library: list
 
 @pytest.mark.parametrize(("height", "width"), SHAPES)
 def test_parameters_of_holes(height: int, width: int, library: list[Any]) -> None:
-    ours = one_of.draw_holes(DRAWS, height, width, generator())[0].double().numpy()
+    ours = one_of.draw_holes(epoch_of(DRAWS, height, width))[0].double().numpy()
     theirs = np.stack([library_holes(library[1], height, width) for _ in range(DRAWS)]).astype(np.float64)
     sides = [boxes[..., 2:] - boxes[..., :2] for boxes in (ours, theirs)]
     single = [(size == 0).all(2)[:, 1] for size in sides]
@@ -185,7 +185,7 @@ def test_parameters_of_holes(height: int, width: int, library: list[Any]) -> Non
 
 
 def test_parameters_of_jitter(library: list[Any]) -> None:
-    *ours, orders = one_of.draw_jitter(DRAWS, 32, 32, generator())
+    *ours, orders = one_of.draw_jitter(epoch_of(DRAWS))
     drawn = [library[2].get_params() for _ in range(DRAWS)]
     theirs = np.array([[one[name] for name in ("brightness", "contrast", "saturation", "hue")] for one in drawn])
     columns = torch.stack(ours, 1).double().numpy()
@@ -287,7 +287,7 @@ def test_jitter_is_the_librarys(images: Tensor, library: list[Any]) -> None:
 
 
 def test_jitter_that_does_nothing(images: Tensor) -> None:
-    one, orders = torch.ones(len(images)), one_of.draw_jitter(len(images), 32, 32, generator())[-1]
+    one, orders = torch.ones(len(images)), one_of.draw_jitter(epoch_of(len(images)))[-1]
     assert torch.equal(one_of.jitter(images, one, one, one, 0 * one, orders), images)
 
 
@@ -297,6 +297,15 @@ def test_mirror_images_are_the_librarys(images: Tensor, library: list[Any]) -> N
 
 
 # The whole.
+
+
+def both_ways(images: Tensor, chosen: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+    """In parts, and all at once."""
+    drawn = augment.drawn_by(one_of.TRANSFORMS, parameters)
+    in_parts, to_all = (
+        way(one_of.TRANSFORMS, images, chosen, drawn) for way in (augment.apply_in_parts, augment.apply_to_all)
+    )
+    return in_parts, to_all
 
 
 @pytest.fixture(params=["batched", "albumentations"])
@@ -323,8 +332,8 @@ def test_takes_any_size(shape: tuple[int, int, int, int], policy: Any) -> None:
     changed = varied(policy, some, generator())
     assert (changed.shape, changed.dtype) == (some.shape, torch.uint8)
     count, _, height, width = shape
-    drawn = one_of.draw(count, height, width, generator())
-    assert torch.equal(one_of.apply_to_all(some, *drawn), one_of.apply_in_parts(some, *drawn))
+    drawn = one_of.draw(epoch_of(count, height, width))
+    assert torch.equal(*both_ways(some, *drawn))
 
 
 def test_takes_any_layout(policy: Any, images: Tensor) -> None:
@@ -337,9 +346,8 @@ def test_takes_any_layout(policy: Any, images: Tensor) -> None:
 
 def test_in_parts_and_all_at_once_are_the_same(images: Tensor) -> None:
     for seed in range(3):
-        drawn = one_of.draw(len(images), 32, 32, generator(seed))
-        expected = one_of.apply_in_parts(images, *drawn)
-        assert torch.equal(one_of.apply_to_all(images, *drawn), expected)
+        expected, at_once = both_ways(images, *one_of.draw(epoch_of(len(images), generator=generator(seed))))
+        assert torch.equal(at_once, expected)
         assert torch.equal(varied(one_of.one_of, images, generator(seed)), expected)
 
 

@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar100cli import jobs, one_of, steps, trainer
+from cifar100cli import augment, jobs, steps, trainer
 from cifar100cli.config import Preset
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import DeviceLoader, Plan
 from cifar100cli.optim import create_optimizer, everything, set_learning_rate
 from cifar100cli.steps import CapturedSteps, Manner, Steps, Training
-from tests.conftest import Silent, make_preset, where
+from tests.conftest import EVERYTHING, Silent, make_preset, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
@@ -78,6 +78,12 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": {"name": "cosine", "warmup_epochs": 1},
     },
     "one of five": {"augment": {"policy": "one_of"}},
+    "all augmentation": {"augment": EVERYTHING, "data": {"normalize": "dataset"}},
+    "two operations, alternating, arcface, mixed": {
+        "augment": {"policy": "flip", "flip": "alternating", "auto": "randaugment", "mixup": 1.0},
+        "model": {"head": "cosine"},
+        "loss": {"name": "arcface"},
+    },
     "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface", "label_smoothing": 0.1}},
     "larger, normalised": {"data": {"image_size": 48, "normalize": "dataset"}},
     "averaged": {"train": {"ema": 0.9}},
@@ -117,7 +123,7 @@ class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_nothing_in_a_step_waits_for_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recipe: str) -> None:
-    monkeypatch.setattr(one_of, "apply_in_parts", one_of.apply_to_all)  # the former is for CPUs
+    monkeypatch.setattr(augment, "apply_in_parts", augment.apply_to_all)  # the former is for CPUs
     preset = make_preset(**RECIPES[recipe])
     taken = Steps(training_of(preset, tmp_path))
     taken.begin(1)

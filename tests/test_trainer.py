@@ -24,7 +24,7 @@ from cifar100cli.loader import Batch, DeviceLoader
 from cifar100cli.optim import create_optimizer, everything
 from cifar100cli.steps import Glance, Training
 from cifar100cli.tasks import StepOutput
-from tests.conftest import Silent, StopAfter, make_preset, only_run, where
+from tests.conftest import EVERYTHING, Silent, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
@@ -75,6 +75,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "schedule": {"name": "cosine", "warmup_epochs": 1},
         "augment": {"policy": "crop_flip"},
     },
+    "all augmentation": {"augment": EVERYTHING, "data": {"normalize": "dataset"}, "loss": {"label_smoothing": 0.1}},
     "held out": {"data": {"val_fraction": 0.25, "normalize": "dataset"}, "train": {"select": "best_val"}},
     "best on test": {"train": {"select": "best_test"}},
     "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface"}, "train": {"precision": "bf16"}},
@@ -440,7 +441,7 @@ def test_a_device_that_is_not_here() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
-    preset = make_preset(augment={"policy": "crop_flip"}, data={"normalize": "dataset"})
+    preset = make_preset(augment=EVERYTHING, data={"normalize": "dataset"})
     job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
     optimizer = create_optimizer(job.config.optimizer, job.groups)
     training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
@@ -465,8 +466,12 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("policy", ["none", "crop_flip", "one_of"])
-def test_deterministic_mode(tmp_path: Path, policy: str) -> None:
+@pytest.mark.parametrize(
+    "augment",
+    [{"policy": "none"}, {"policy": "crop_flip"}, {"policy": "one_of"}, EVERYTHING],
+    ids=["none", "crop_flip", "one_of", "everything"],
+)
+def test_deterministic_mode(tmp_path: Path, augment: dict[str, Any]) -> None:
     """PyTorch itself refuses what has no deterministic kernel; on a CPU this changes no bit."""
     seen: list[bool] = []
 
@@ -476,7 +481,7 @@ def test_deterministic_mode(tmp_path: Path, policy: str) -> None:
 
     ends = []
     for wanted in (True, False):
-        preset = make_preset(train={"deterministic": wanted, "epochs": 2}, augment={"policy": policy})
+        preset = make_preset(train={"deterministic": wanted, "epochs": 2}, augment=augment)
         result = workflows.train(preset, where(tmp_path), Watch())
         ends.append((Path(result["run_dir"]) / runs.MODEL).read_bytes())
     assert seen == [True] * (len(seen) // 2) + [False] * (len(seen) // 2)
