@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cifar100cli import cli, runs, synthetic
@@ -129,6 +130,13 @@ def varied(policy: Policy, images: Tensor, generator: torch.Generator) -> Tensor
     """The images as a policy changes them."""
     count, _, height, width = images.shape
     return policy.apply(images, *policy.draw(epoch_of(count, height, width, generator)))
+
+
+def distance_of_distributions(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
+    """Kolmogorov and Smirnov's: the largest gap between the two shares of values up to a point."""
+    points = np.concatenate([ours, theirs])
+    shares = [np.searchsorted(np.sort(values), points, side="right") / len(values) for values in (ours, theirs)]
+    return float(np.abs(shares[0] - shares[1]).max())
 
 
 class Silent:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from cifar100cli import erasing
-from tests.conftest import epoch_of
+from tests.conftest import distance_of_distributions, epoch_of
 
 Array = NDArray[np.float64]
 COLOR = (124, 116, 104)
@@ -51,13 +51,6 @@ def test_squares_have_their_centre_on_any_pixel(side: int) -> None:
             assert abs(count - draws * share) < 5 * math.sqrt(draws * share * (1 - share)) + 1
     together = np.corrcoef(boxes[:, 0].numpy(), boxes[:, 1].numpy())[0, 1] if side < 64 else 0
     assert abs(together) < 5 / math.sqrt(draws)
-
-
-def distance_of_distributions(ours: Array, theirs: Array) -> float:
-    """Kolmogorov and Smirnov's: the largest gap between the two shares of values up to a point."""
-    points = np.concatenate([ours, theirs])
-    shares = [np.searchsorted(np.sort(values), points, side="right") / len(values) for values in (ours, theirs)]
-    return float(np.abs(shares[0] - shares[1]).max())
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40), (12, 64)])

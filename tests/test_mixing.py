@@ -21,7 +21,7 @@ from cifar100cli.loader import Batch, DeviceLoader, Mixture, Preprocessing
 from cifar100cli.mixing import Mixed
 from cifar100cli.policies import create_policy
 from cifar100cli.tasks import DistillationTask, create_task
-from tests.conftest import epoch_of
+from tests.conftest import distance_of_distributions, epoch_of
 
 CPU = torch.device("cpu")
 CLASSES = 7
@@ -100,13 +100,6 @@ def drawn(mixup: float, cutmix: float, count: int = 4000) -> tuple[NDArray[Any],
     assert weights.dtype == np.float32
     assert boxes.shape == (count, 1, 4)
     return weights, boxes[:, 0]
-
-
-def distance_of_distributions(ours: NDArray[Any], theirs: NDArray[Any]) -> float:
-    """Kolmogorov and Smirnov's: the largest gap between the two shares of values up to a point."""
-    points = np.concatenate([ours, theirs])
-    shares = [np.searchsorted(np.sort(values), points, side="right") / len(values) for values in (ours, theirs)]
-    return float(np.abs(shares[0] - shares[1]).max())
 
 
 LIMIT = 2.7 * math.sqrt(2 / 4000)  # exceeded once in a million times if the distributions are the same

@@ -21,7 +21,7 @@ from torch import Tensor
 from cifar100cli import albumentations_backend, augment, one_of, synthetic
 from cifar100cli.albumentations_backend import AlbumentationsOneOf
 from cifar100cli.errors import UsageError
-from tests.conftest import epoch_of, varied
+from tests.conftest import distance_of_distributions, epoch_of, varied
 
 Array = NDArray[np.float64]
 SHAPES = [(32, 32), (24, 40)]
@@ -121,13 +121,6 @@ def library_holes(transform: Any, height: int, width: int) -> NDArray[np.int64]:
     """(2, 4), the second box empty where the library cuts one hole."""
     holes = transform.get_params_dependent_on_data({"shape": (height, width, 3)}, {})["holes"]
     return np.concatenate([holes, np.zeros((2 - len(holes), 4), np.int64)])
-
-
-def distance_of_distributions(ours: Array, theirs: Array) -> float:
-    """Kolmogorov and Smirnov's: the largest gap between the two shares of values up to a point."""
-    points = np.concatenate([ours, theirs])
-    shares = [np.searchsorted(np.sort(values), points, side="right") / len(values) for values in (ours, theirs)]
-    return float(np.abs(shares[0] - shares[1]).max())
 
 
 def assert_same_distribution(ours: Array, theirs: Array, least: list[float], most: list[float]) -> None:
