@@ -26,7 +26,7 @@ def command(precision: str, backbone: str, fraction: float, epochs: int) -> list
     """A training run on real images, with augmentation and a schedule."""
     settings = (
         *(f"train.precision={precision}", f"data.fraction={fraction}", "data.normalize=dataset"),
-        *("schedule.name=cosine", "schedule.warmup_epochs=1", "model.stem=cifar"),
+        *("schedule.name=cosine", "schedule.warmup_epochs=1", "train.select=last"),
     )
     return [
         *("train", "--preset", "resnet18-baseline", "--backbone", backbone, "--augment", "crop_flip"),
