@@ -1,14 +1,19 @@
 """What a model's file says about the model: enough to use it without the folder that it came from. No torch here."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
+from cifar100cli.bounded import parse_json
 from cifar100cli.errors import DataError
 
 KEY = "cifar100"  # of the metadata of our own safetensors files
+
+LARGEST_HEADER = 16 << 20  # bytes; a network of a thousand tensors takes a hundred thousand
+LARGEST_CARD = 1 << 20
+MOST_CLASSES = 1000
 
 Deviation = Annotated[FiniteFloat, Field(gt=0)]
 
@@ -21,8 +26,8 @@ class Card(BaseModel):
     format: int
     preset: str
     dataset: Literal["cifar100", "cifar10", "synthetic"]
-    classes: tuple[str, ...] = Field(min_length=2)
-    superclasses: tuple[str, ...] = ()
+    classes: tuple[str, ...] = Field(min_length=2, max_length=MOST_CLASSES)
+    superclasses: tuple[str, ...] = Field((), max_length=MOST_CLASSES)
     superclass_of: tuple[int, ...] = ()
     image_size: int = Field(ge=16, le=1024)
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
@@ -50,6 +55,28 @@ def parse_card(about: object, path: Path) -> Card:
         raise DataError(f"{path}: its description is not right at {place!r}") from None
 
 
+def parse_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any]:
+    """What one of our own files says of itself. Raises `KeyError` for another's file, `ValueError` for nonsense."""
+    text = (metadata or {})[KEY]
+    about = parse_json(text) if len(text) <= LARGEST_CARD else None
+    if not isinstance(about, dict):
+        raise ValueError("its description is no JSON object of a sensible size")
+    return about
+
+
+def check_header(path: Path) -> None:
+    """Refuse a safetensors file whose header alone would fill the memory. Raises `DataError`."""
+    if not path.is_file():
+        raise DataError(f"{path}: there is no such file")
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    if length > LARGEST_HEADER:
+        raise DataError(f"{path}: corrupt, or no safetensors file (its header claims {length:,} bytes)")
+
+
 def read_card(path: Path) -> Card:
     """The card of a model's file; its weights are left where they are.
 
@@ -57,11 +84,10 @@ def read_card(path: Path) -> Card:
     """
     from safetensors import SafetensorError, safe_open
 
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+    check_header(path)
     try:
         with safe_open(path, framework="np") as file:
-            about = json.loads((file.metadata() or {})[KEY])
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+            about = parse_metadata(file.metadata())
+    except (SafetensorError, OSError, ValueError, KeyError):
         raise DataError(f"{path}: not a model's file of ours") from None
     return parse_card(about, path)

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cifar100cli.averaging import Average
-from cifar100cli.card import KEY, Card, parse_card
+from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
 from cifar100cli.config import Config, parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
@@ -79,17 +79,26 @@ def _refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor
     for problem, names in (
         ("lacks", [name for name in expected if name not in tensors]),
         ("has besides what the model has", [name for name in tensors if name not in expected]),
+        ("has another shape for", [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape]),
         (
-            "has another shape for",
-            [n for n in expected if n in tensors and expected[n].shape != tensors[n].shape],
+            "has another kind of number for",
+            [n for n in tensors if n in expected and not _alike(tensors[n], expected[n])],
         ),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise DataError(f"{path}: does not fit the model: it {problem} {', '.join(names[:3])}{more}")
+            raise DataError(
+                f"{path}: does not fit the model: it {problem} {', '.join(n[:60] for n in names[:3])}{more}"
+            )
     broken = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise DataError(f"{path}: {broken[0]} holds numbers that are not finite")
+
+
+def _alike(tensor: Tensor, expected: Tensor) -> bool:
+    """Whether both hold floating-point numbers, of whatever common width, or else the same kind."""
+    floating = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return tensor.dtype in floating if expected.dtype in floating else tensor.dtype == expected.dtype
 
 
 @dataclass(frozen=True)
@@ -209,8 +218,8 @@ def finished_epochs(path: Path) -> int:
     """How many epochs of a run a training state has in it; 0 where there is none that could be gone on from."""
     try:
         with safe_open(path, framework="pt") as file:
-            return int(json.loads((file.metadata() or {})[KEY])["epoch"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RecursionError):
+            return int(parse_metadata(file.metadata())["epoch"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
         return 0
 
 
@@ -221,14 +230,13 @@ def _is_state(about: Mapping[str, Any]) -> bool:
 
 def read(path: Path) -> Saved:
     """Read a file of ours. Raises `DataError` for one that is missing, broken, foreign or newer than this version."""
-    if not path.is_file():
-        raise DataError(f"{path}: there is no such file")
+    check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             if KEY not in metadata:
                 raise DataError(f"{path}: not written by cifar100: it does not say which model it holds")
-            about = json.loads(metadata[KEY])
+            about = parse_metadata(metadata)
             found = about["format"]
             if not isinstance(found, int) or found < 1:
                 raise DataError(f"{path}: its format number is not right")
@@ -236,7 +244,7 @@ def read(path: Path) -> Saved:
             if found > newest:
                 raise DataError(f"{path}: written by a newer cifar100 (format {found}; this one reads up to {newest})")
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: corrupt, or no safetensors file ({' '.join(str(error).split())[:120]})") from None

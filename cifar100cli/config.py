@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from cifar100cli.bounded import read_file
 from cifar100cli.errors import UsageError
 
 DEFAULT_PRESET = "quickstart"
@@ -323,11 +324,16 @@ def _parse_yaml(text: str, where: str, loader: Any = _Loader) -> object:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise UsageError(f"{where}: not valid YAML: {error.problem or error.context}{line}") from None
-    except (yaml.YAMLError, ValueError, OverflowError) as error:
-        raise UsageError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UsageError(f"{where}: not valid YAML: {_short(error.problem or error.context)}{line}") from None
+    except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
+        # PyYAML's own readers of tagged values (`!!timestamp x`, `!!bool x`) have errors of every kind.
+        raise UsageError(f"{where}: not valid YAML: {_short(error)}") from None
     except RecursionError:
         raise UsageError(f"{where}: not a preset: nested too deeply") from None
+
+
+def _short(text: object) -> str:
+    return " ".join(str(text).split())[:150]
 
 
 def parse_value(text: str, key: str) -> object:
@@ -416,8 +422,7 @@ def parse_config(keys: object, where: str) -> Config:
 
 def read_config(path: Path) -> Config:
     """The `config.yaml` of a run folder."""
-    with path.open("rb") as file:
-        text = file.read(LARGEST_PRESET).decode("utf-8", errors="replace")
+    text = read_file(path, LARGEST_PRESET).decode("utf-8", errors="replace")
     return parse_config(_parse_yaml(text, str(path)), str(path))
 
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar100cli import synthetic
+from cifar100cli.bounded import read_file
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.unpickle import PickleError, as_text, read_pickle
 
@@ -128,9 +129,7 @@ def _refuse(path: Path, reason: str) -> NoReturn:
 
 def _read_file(path: Path) -> dict[str, Any]:
     try:
-        if path.stat().st_size > LARGEST_FILE:
-            _refuse(path, f"larger than {LARGEST_FILE // 2**20} MiB")
-        content = read_pickle(path.read_bytes())
+        content = read_pickle(read_file(path, LARGEST_FILE))
     except FileNotFoundError:
         _refuse(path, "there is no such file")
     except PickleError as error:

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,12 +18,15 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from cifar100cli.bounded import parse_json, read_file
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.fetch import GZIP_MAGIC, Log, Part, Progress, fetch, refuse_unusable
 from cifar100cli.unpack import unpack
 
 OFFICIAL = "official"
 """Stands for the digest of the official archive."""
+
+LARGEST_MANIFEST = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -173,6 +177,8 @@ def install(
 
 def _stamp(path: Path) -> list[int]:
     status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+        raise FileNotFoundError(path)
     return [status.st_size, status.st_mtime_ns]
 
 
@@ -184,7 +190,7 @@ def _md5(path: Path) -> str:
 def _read_manifest(archive: Archive, folder: Path) -> tuple[dict[str, list[int]], dict[str, str], str | None]:
     """Size and modification time of each file, its md5, and the archive's sha256; empty if unreadable."""
     try:
-        manifest = json.loads((folder / f".{archive.dataset}.json").read_text(encoding="utf-8"))
+        manifest = parse_json(read_file(folder / f".{archive.dataset}.json", LARGEST_MANIFEST))
         files = manifest["files"]
         stamps = {name: [files[name]["size"], files[name]["mtime_ns"]] for name in archive.files}
         return stamps, {name: str(files[name]["md5"]) for name in archive.files}, manifest["archive_sha256"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar100cli.bounded import walk
 from cifar100cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -56,7 +57,8 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for source in sources:
         if source.is_dir():
-            inside = sorted(path for path in source.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+            below = sorted(folder / name for folder, names in walk(source, hidden=True) for name in names)
+            inside = [path for path in below if path.suffix.lower() in ENDINGS and path.is_file()]
             if not inside:
                 endings = " ".join(sorted(ENDINGS))
                 raise DataError(f"{source}: there is no image in this folder (known endings: {endings})")

@@ -13,8 +13,10 @@ from numpy.typing import NDArray
 
 from cifar100cli import __version__, analysis, charts, console, datasets
 from cifar100cli.analysis import Confusion, Predictions
+from cifar100cli.bounded import read_file
 from cifar100cli.card import Card, read_card
 from cifar100cli.charts import Line
+from cifar100cli.config import LARGEST_PRESET
 from cifar100cli.console import PROTOCOLS
 from cifar100cli.datasets import Split
 from cifar100cli.errors import CifarError, DataError
@@ -264,7 +266,7 @@ def _detail(row: Row, path: str, anchor: str, pictures: _Pictures) -> dict[str, 
         "seed": result["seed"],
         "figures": figures,
         "changes": _changes(row),
-        "config": escape((run.path / CONFIG).read_text(encoding="utf-8", errors="replace")),
+        "config": escape(read_file(run.path / CONFIG, LARGEST_PRESET).decode("utf-8", errors="replace")),
         "environment": list(_flat(run.environment())),
         "view": view,
         "missing": missing,

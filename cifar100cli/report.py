@@ -105,6 +105,7 @@ class _Complete:
     config: Config
     result: dict[str, Any]
     hardware: str
+    metrics: list[dict[str, Any]]
 
 
 def collect(folders: Sequence[Path]) -> Report:
@@ -149,8 +150,10 @@ def _read(path: Path) -> _Complete | Unusable:
         raise DataError(f"{path}: its accuracy is no fraction")
     device = run.recorded("device_name") or result["device"]
     ranks = result.get("ranks", 1)
+    if not isinstance(ranks, int) or not 1 <= ranks < 1e6:
+        raise DataError(f"{path}: its number of ranks is not right")
     hardware = f"{f'{ranks} x ' if ranks != 1 else ''}{device}, {result['precision']}"
-    return _Complete(path, run.preset, config, result, hardware)
+    return _Complete(path, run.preset, config, result, hardware, run.metrics())
 
 
 def _shipped(name: str) -> Config | None:
@@ -192,7 +195,7 @@ def _row(group: list[_Complete]) -> Row:
         runs=[str(run.path) for run in group],
         unfreeze=config.finetune.unfreeze if config.finetune else None,
         fraction=config.data.fraction,
-        curves=_curves([RunDir(run.path).metrics() for run in group]),
+        curves=_curves([run.metrics for run in group]),
     )
 
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
+from cifar100cli.bounded import parse_json, read_file, walk
 from cifar100cli.config import Config, read_config
 from cifar100cli.errors import DataError, FolderError, UsageError
 
@@ -29,6 +30,9 @@ PREDICTIONS = "predictions.csv"  # of the test images, by the selected weights
 RESULT = "result.json"
 LOCK = ".lock"
 FILES = (CONFIG, ENVIRONMENT, METRICS, TABLE, MODEL, STATE, PREDICTIONS, RESULT)
+
+LARGEST_JSON = 1 << 20  # bytes; ours are a few thousand
+LARGEST_METRICS = 64 << 20  # bytes; 100,000 epochs, the most there can be, take half of it
 
 _NUMBER = (int, float)
 RESULT_SHAPE: Mapping[str, Any] = {
@@ -100,10 +104,12 @@ def write_json(path: Path, content: object) -> None:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError):
+        content = parse_json(read_file(path, LARGEST_JSON).decode("utf-8"))
+    except FileNotFoundError:
         raise DataError(f"{path}: there is no such file") from None
-    except (UnicodeDecodeError, ValueError, RecursionError):
+    except DataError:
+        raise
+    except ValueError:
         raise DataError(f"{path}: not valid JSON") from None
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a JSON object")
@@ -169,6 +175,9 @@ class RunDir:
             raise DataError(f"{path}: there is no such run folder; `cifar100 report` lists the runs")
         if not (path / CONFIG).is_file():
             raise DataError(f"{path}: not a run folder: it has no {CONFIG}")
+        for name in FILES:
+            if (path / name).exists() and not (path / name).is_file():
+                raise DataError(f"{path}: {name} is not a plain file")
         run = cls(path)
         found = run.environment().get("format")
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
@@ -221,18 +230,18 @@ class RunDir:
     def metrics(self) -> list[dict[str, Any]]:
         """The finished epochs, in order. A last line that a crash cut short is left out."""
         try:
-            text = (self.path / METRICS).read_text(encoding="utf-8", errors="replace")
+            text = read_file(self.path / METRICS, LARGEST_METRICS).decode("utf-8", errors="replace")
         except FileNotFoundError:
             return []
-        except IsADirectoryError:
-            raise DataError(f"{self.path / METRICS}: not a file") from None
         lines: list[dict[str, Any]] = []
         for line in text.splitlines():
             try:
-                row = json.loads(line)
-            except (ValueError, RecursionError):
+                row = parse_json(line)
+            except ValueError:
                 break
             if not isinstance(row, dict) or row.get("epoch") != len(lines) + 1 or _misshapen(row, ROW_SHAPE):
+                break
+            if any(isinstance(value, (dict, list)) for value in row.values()):
                 break
             lines.append(row)
         return lines
@@ -278,6 +287,9 @@ class RunDir:
         """
         from filelock import FileLock, Timeout
 
+        for name in (*FILES, LOCK):
+            if (self.path / name).is_symlink():
+                raise DataError(f"{self.path}: {name} is a link; a run writes into its own folder alone")
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=patience, poll_interval=0.02)
@@ -322,12 +334,7 @@ def _unwritable(root: Path, reason: str | None) -> FolderError:
 def find_runs(root: Path) -> list[Path]:
     """Every folder under `root` that looks like a run, whole or broken, in order of path."""
     marks = {CONFIG, METRICS, RESULT, MODEL}
-    found = []
-    for folder, subfolders, files in os.walk(root):
-        subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
-        if marks & set(files):
-            found.append(Path(folder))
-    return sorted(found)
+    return sorted(folder for folder, files in walk(root, hidden=False) if marks & set(files))
 
 
 def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:

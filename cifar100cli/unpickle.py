@@ -3,9 +3,9 @@
 Source of the opcodes: the documentation in Python's own `pickletools`.
 """
 
+import math
 import pickletools
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,8 @@ class _Mark:
 
 
 _MARK = _Mark()
+MOST_OPCODES = 2_000_000  # CIFAR-100's training file has about 400,000
+MOST_ELEMENTS = 1 << 40  # along an axis: larger numbers take long to multiply
 _DTYPES = ("u1", "b1", "i1", "i2", "i4", "i8")
 
 
@@ -62,6 +64,21 @@ class _DType:
     byte_order: str = "|"
 
 
+class _Room:
+    """For the bytes of arrays: as many as the file has, thrice (as text, as bytes, and as an array that is its own).
+
+    A pickle may name the same content any number of times, and each time would be a copy.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.left = 3 * size
+
+    def take(self, content: str | bytes | bytearray) -> None:
+        self.left -= len(content)
+        if self.left < 0:
+            raise PickleError("refused: it copies its content over and over")
+
+
 def read_pickle(data: bytes) -> Any:
     """Interpret a pickle that holds numbers, text, plain containers and NumPy arrays of integers.
 
@@ -73,14 +90,17 @@ def read_pickle(data: bytes) -> Any:
     """
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    room = _Room(len(data))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about escapes in old string literals
-            for opcode, argument, _ in pickletools.genops(data):
+            for count, (opcode, argument, _) in enumerate(pickletools.genops(data)):
+                if count >= MOST_OPCODES:
+                    raise PickleError(f"refused: it has more than {MOST_OPCODES:,} parts")
                 if opcode.name == "STOP":
                     (value,) = stack
                     return _finished(value)
-                _step(opcode.name, argument, stack, memo)
+                _step(opcode.name, argument, stack, memo, room)
     except PickleError:
         raise
     except (ValueError, IndexError, KeyError, TypeError, OverflowError, MemoryError, RecursionError) as error:
@@ -88,7 +108,7 @@ def read_pickle(data: bytes) -> Any:
     raise PickleError("not a readable pickle (it has no end)")
 
 
-def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> None:
+def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any], room: _Room) -> None:
     if name in _PUSH:
         stack.append(_PUSH[name](argument))
     elif name in ("PROTO", "FRAME"):
@@ -107,10 +127,10 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         _top(stack, list).extend(map(_finished, values))
     elif name == "SETITEM":
         value, key = stack.pop(), stack.pop()
-        _top(stack, dict)[key] = _finished(value)
+        _top(stack, dict)[_key(key)] = _finished(value)
     elif name == "SETITEMS":
         values = _above_mark(stack)
-        _top(stack, dict).update(zip(values[::2], map(_finished, values[1::2]), strict=True))
+        _top(stack, dict).update(zip(map(_key, values[::2]), map(_finished, values[1::2]), strict=True))
     elif name == "TUPLE":
         stack.append(tuple(_above_mark(stack)))
     elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
@@ -120,7 +140,7 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         stack.append([_finished(value) for value in _above_mark(stack)])
     elif name == "DICT":
         values = _above_mark(stack)
-        stack.append(dict(zip(values[::2], map(_finished, values[1::2]), strict=True)))
+        stack.append(dict(zip(map(_key, values[::2]), map(_finished, values[1::2]), strict=True)))
     elif name in ("GLOBAL", "STACK_GLOBAL"):
         asked = argument if name == "GLOBAL" else " ".join(map(str, stack[-2:]))
         if name == "STACK_GLOBAL":
@@ -130,10 +150,10 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any]) -> N
         stack.append(_GLOBALS[asked])
     elif name == "REDUCE":
         arguments, function = stack.pop(), stack.pop()
-        stack.append(_construct(function, arguments))
+        stack.append(_construct(function, arguments, room))
     elif name == "BUILD":
         state = stack.pop()
-        stack.append(_build(stack.pop(), state))
+        stack.append(_build(stack.pop(), state, room))
     else:
         raise PickleError(f"refused: the opcode {name}, which could run code")
 
@@ -180,22 +200,23 @@ def _above_mark(stack: list[Any]) -> list[Any]:
     return values
 
 
-def _construct(function: Any, arguments: Any) -> Any:
+def _construct(function: Any, arguments: Any, room: _Room) -> Any:
     if function is _RECONSTRUCT and arguments[0] is _NDARRAY:
         return _Array()
     if function is _DTYPE and as_text(arguments[0]) in _DTYPES:
         return _DType(as_text(arguments[0]))
     if function is _ENCODE and type(arguments[0]) is str and arguments[1] in ("latin1", "latin-1"):
+        room.take(arguments[0])
         return arguments[0].encode("latin-1")
     if function is _BYTES and arguments == ():
         return b""
     if function is _FROM_BUFFER:
         content, dtype, shape, order = arguments
-        return _array(content, dtype, shape, order)
+        return _array(content, dtype, shape, order, room)
     raise PickleError("refused: it calls something with arguments that no array has")
 
 
-def _build(target: Any, state: Any) -> _Array | _DType:
+def _build(target: Any, state: Any, room: _Room) -> _Array | _DType:
     if isinstance(target, _DType):
         version, byte_order = state[0], as_text(state[1])
         if version not in (3, 4) or byte_order not in ("|", "<", ">") or any(part is not None for part in state[2:5]):
@@ -205,29 +226,32 @@ def _build(target: Any, state: Any) -> _Array | _DType:
     if not isinstance(target, _Array) or target.value is not None:
         raise PickleError("refused: it changes something that is no array")
     _, shape, dtype, fortran_order, content = state
-    target.value = _array(content, dtype, shape, "F" if fortran_order else "C")
+    target.value = _array(content, dtype, shape, "F" if fortran_order else "C", room)
     return target
 
 
-def _array(content: Any, dtype: Any, shape: Any, order: Any) -> NDArray[Any]:
+def _array(content: Any, dtype: Any, shape: Any, order: Any, room: _Room) -> NDArray[Any]:
     """The array itself, once its type is known and its shape agrees with the bytes that there are."""
     if not isinstance(dtype, _DType) or not isinstance(shape, tuple) or not all(type(n) is int for n in shape):
         raise PickleError("refused: an array without a plain shape and type")
     if not isinstance(content, (str, bytes, bytearray)) or order not in ("C", "F"):
         raise PickleError("refused: an array whose content is no bytes")
+    if len(shape) > 4 or not all(0 <= n < MOST_ELEMENTS for n in shape):
+        raise PickleError("an array claims the shape of no array")
+    room.take(content)
     # A bytearray, so that the array can be written to and torch shares it without a warning.
     raw = bytearray(content, "latin-1") if isinstance(content, str) else bytearray(content)
     element = np.dtype(f"{dtype.byte_order}{dtype.code}")
-    if min(shape, default=0) < 0 or len(shape) > 4 or _product(shape) * element.itemsize != len(raw):
+    if math.prod(shape) * element.itemsize != len(raw):
         raise PickleError(f"an array claims the shape {shape!r:.60} but has {len(raw):,} bytes")
     return np.frombuffer(raw, dtype=element).reshape(shape, order="F" if order == "F" else "C")
 
 
-def _product(shape: Sequence[int]) -> int:
-    product = 1
-    for size in shape:
-        product *= size
-    return product
+def _key(value: Any) -> str | bytes:
+    """Text alone: what else can be a key can be made to take for ever, or to overflow the stack, when it is hashed."""
+    if not isinstance(value, (str, bytes)):
+        raise PickleError("refused: a dictionary with a key that is no text")
+    return value
 
 
 def _finished(value: Any) -> Any:

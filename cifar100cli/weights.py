@@ -1,9 +1,9 @@
 """Files of pretrained weights: read without running anything that is in them, and fitted to a network by name."""
 
-import json
 import pickle
 import re
 import warnings
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -15,12 +15,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from cifar100cli.card import KEY
+from cifar100cli.card import check_header, parse_metadata
 from cifar100cli.errors import DataError
 
 # Where training scripts put the weights in a file that holds other things too; averaged ones first, as timm does.
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # DataParallel, torch.compile, Lightning, our cosine head
+_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTER = "num_batches_tracked"  # of batch norm; of no use here, and older files lack it
 
 
@@ -31,20 +32,34 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise DataError(f"--weights {path}: there is no such file")
-    with path.open("rb") as file:
-        start = file.read(9)
     try:
+        with path.open("rb") as file:
+            start = file.read(9)
         # Safetensors: eight bytes of length, then a JSON object. Everything else is left to PyTorch to judge.
-        content = load_file(path) if start[8:] == b"{" else _read_pytorch(path)
+        content = _read_safetensors(path) if start[8:] == b"{" else _read_pytorch(path)
     except pickle.UnpicklingError as error:
         reason = str(error).split("Please file an issue")[0].split("WeightsUnpickler error:")[-1]
         _refuse(path, f"refused: it holds more than tensors, or is no PyTorch file ({_short(reason)})")
-    except (SafetensorError, RuntimeError, ValueError, TypeError, KeyError, IndexError, EOFError, AttributeError) as e:
-        _refuse(path, f"corrupt, or neither safetensors nor a PyTorch file ({_short(str(e))})")
+    except DataError:
+        raise
+    except Exception as error:  # PyTorch has its own error for everything that a file may claim
+        words = _short(str(error)) or type(error).__name__
+        _refuse(path, f"corrupt, or neither safetensors nor a PyTorch file ({words})")
     return _tensors(path, content)
 
 
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    check_header(path)
+    return load_file(path)
+
+
 def _read_pytorch(path: Path) -> object:
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            parts = archive.infolist()
+        # PyTorch compresses nothing: a file that unpacks to more than itself was made to fill the memory.
+        if sum(part.file_size for part in parts) > path.stat().st_size:
+            _refuse(path, "claims to hold more than it has")
     with path.open("rb") as file, warnings.catch_warnings():  # of a path, PyTorch would believe the ending
         warnings.simplefilter("ignore")  # about storages of old files
         return torch.load(file, map_location="cpu", weights_only=True)
@@ -67,6 +82,11 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
     strange = [name for name, tensor in content.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
     if strange:
         _refuse(path, f"holds something that is no weight: {_short(str(strange[0]))}")
+    for name, tensor in content.items():
+        plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not plain or tensor.dtype not in (_FLOATING if not name.endswith(_COUNTER) else (torch.int64, *_FLOATING)):
+            kind = str(tensor.dtype).removeprefix("torch.")
+            _refuse(path, f"{_short(name)} is no plain tensor of floating-point numbers, but of {kind}")
     tensors = dict(content)
     for prefix in _WRAPPERS:
         inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -79,10 +99,11 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
 def our_settings(path: Path) -> Mapping[str, str] | None:
     """What a checkpoint of ours says of its network (`backbone`, `stem`), or None for a file of another kind."""
     try:
+        check_header(path)
         with safe_open(path, framework="pt") as file:
-            model = json.loads((file.metadata() or {})[KEY])["config"]["model"]
-        return {name: str(model[name]) for name in ("backbone", "stem")}
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError):
+            model = parse_metadata(file.metadata())["config"]["model"]
+        return {name: _short(str(model[name])) for name in ("backbone", "stem")}
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, DataError):
         return None
 
 
@@ -113,7 +134,7 @@ def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) 
         if n in found and found[n].shape != t.shape
     ]
     problems = [
-        f"{problem} {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+        f"{problem} {', '.join(n[:60] for n in names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
         for problem, names in (("lacks", missing), ("has besides", unexpected), ("has another shape for", misshapen))
         if names
     ]

@@ -10,6 +10,7 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 # From the bottom up; a file may import what stands in a line above its own.
 LEVELS = (
     {"__init__", "errors"},
+    {"bounded"},
     {"ranks", "card", "interrupts"},
     {
         "config",

@@ -1,0 +1,70 @@
+"""Files that nobody vouches for, read within bounds: no pipe holds a reader up, and no file fills the memory."""
+
+import json
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from cifar100cli.errors import DataError
+
+DEEPEST_JSON = 20  # containers within containers
+DEEPEST_FOLDER = 32  # folders within folders
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The content of a plain file of at most `most` bytes.
+
+    Raises `FileNotFoundError` where nothing is, and `DataError` for a folder, a pipe, a socket or a device, for a
+    larger file, and for one that cannot be read.
+    """
+    try:
+        # Without waiting: whoever opens a pipe that nobody writes to would never come back.
+        handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        try:
+            status = os.fstat(handle)
+            if not stat.S_ISREG(status.st_mode):
+                raise DataError(f"{path}: not a plain file")
+            with open(handle, "rb", closefd=False) as file:
+                content = file.read(min(status.st_size, most) + 1)
+        finally:
+            os.close(handle)
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}") from None
+    if len(content) > most:
+        raise DataError(f"{path}: larger than {most // 1024:,} KiB")
+    return content
+
+
+def parse_json(text: str | bytes) -> Any:
+    """JSON that is not nested deeper than whoever walks over it can go. Raises `ValueError`."""
+    try:
+        content = json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    level = [content]
+    for _ in range(DEEPEST_JSON):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, (dict, list))
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+        ]
+        if not level:
+            return content
+    raise ValueError("nested too deeply")
+
+
+def walk(root: Path, *, hidden: bool) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder at and below `root` with the names of its files, in order; links are not entered.
+
+    What lies deeper than DEEPEST_FOLDER is not looked at: `os.walk` calls itself for each level.
+    """
+    for name, subfolders, files in os.walk(root):
+        folder = Path(name)
+        deep = len(folder.parts) - len(root.parts) >= DEEPEST_FOLDER
+        subfolders[:] = [] if deep else sorted(name for name in subfolders if hidden or not name.startswith("."))
+        yield folder, sorted(files)
