@@ -8,21 +8,23 @@ import contextlib
 import email.utils
 import gzip
 import hashlib
+import io
 import random
 import re
+import socket
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.message import Message
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from ssl import SSLCertVerificationError
-from typing import IO
+from typing import IO, Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
-from urllib.request import HTTPRedirectHandler, Request, build_opener
+from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from cifar100cli import __version__
 from cifar100cli.errors import CifarError, DataError, UsageError
@@ -33,11 +35,17 @@ Progress = Callable[[int, int | None], None]
 Log = Callable[[str], None]
 """Called with a line for the user."""
 
+Version = tuple[str | None, str | None, int | None]
+"""What tells one file of a server's from the next at the same address: ETag, Last-Modified, and size in bytes."""
+
 CHUNK = 1 << 18
 GZIP_MAGIC = b"\x1f\x8b"
 MAX_ARCHIVE = 1 << 30
 MAX_BACKOFF = 30.0  # seconds
 MAX_RETRY_AFTER = 60.0  # seconds
+LEAST = 1000  # bytes that have to come within the time-out; fewer are a stall
+PROGRESS = 4096  # bytes that an attempt has to bring, or it counts as failed
+MAX_HEAD = 1 << 20  # bytes of status lines, headers, and redirects with their bodies
 
 _sleep = time.sleep
 
@@ -75,6 +83,7 @@ class Part:
         self.resumed = 0
         self.fetched = 0
         self.last_start = 0
+        self._versions: dict[str, Version] = {}
         self._sha256 = hashlib.sha256()
 
     @property
@@ -91,6 +100,16 @@ class Part:
                 self.size += len(chunk)
                 progress(self.size, total)
 
+    def is_of(self, url: str, version: Version) -> bool:
+        """Whether what an address has now can be the archive whose first bytes are here; what is unknown can."""
+        for other, known in self._versions.items():
+            # Servers name versions in their own ways, but one archive has one size.
+            pairs = list(zip(known, version, strict=True))[0 if other == url else -1 :]
+            if any(before is not None and now is not None and before != now for before, now in pairs):
+                return False
+        self._versions[url] = version
+        return True
+
     def append(self, file: IO[bytes], chunk: bytes) -> None:
         file.write(chunk)
         file.flush()
@@ -100,6 +119,7 @@ class Part:
     def discard(self) -> None:
         self.path.unlink(missing_ok=True)
         self.size = self.resumed = 0
+        self._versions = {}
         self._sha256 = hashlib.sha256()
 
     def unwrap(self) -> bool:
@@ -120,6 +140,65 @@ class Part:
             inner.unlink(missing_ok=True)
         self.read(lambda _done, _total: None, None)
         return True
+
+
+class _Stream(io.RawIOBase):
+    """A connection's bytes, as long as enough and not too many come.
+
+    http.client waits as long as it takes for the end of headers, of interim answers, and of what follows the last
+    chunk, and urllib reads the whole body of a redirect: a server that never ends would hold us for ever.
+    """
+
+    def __init__(self, raw: io.RawIOBase, timeout: float) -> None:
+        self.left = MAX_HEAD
+        self._raw = raw
+        self._timeout = timeout
+        self._since, self._got = time.monotonic(), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        got = self._raw.readinto(buffer)
+        self._got += got or 0
+        self.left -= got or 0
+        if self.left < 0:
+            raise HTTPException("sends far more than was asked for")
+        now = time.monotonic()
+        if now - self._since > self._timeout:
+            if self._got < LEAST:
+                raise TimeoutError
+            self._since, self._got = now, 0
+        return got
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(HTTPResponse):
+    def __init__(self, sock: socket.socket, *arguments: Any, **options: Any) -> None:
+        super().__init__(sock, *arguments, **options)
+        self.stream = _Stream(self.fp.detach(), sock.gettimeout() or 30.0)
+        self.fp = io.BufferedReader(self.stream)
+
+
+class _Connection(HTTPConnection):
+    response_class = _Response
+
+
+class _SecureConnection(HTTPSConnection):
+    response_class = _Response
+
+
+class _Http(HTTPHandler):
+    def http_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_Connection, req)
+
+
+class _Https(HTTPSHandler):
+    def https_open(self, req: Request) -> HTTPResponse:
+        return self.do_open(_SecureConnection, req)
 
 
 class _WebRedirects(HTTPRedirectHandler):
@@ -177,7 +256,7 @@ def fetch(
         url = waiting[0]
         before = part.size
         try:
-            _attempt(url, part, size, timeout, progress)
+            _attempt(url, part, expected, size, timeout, progress)
             if _is_archive(part, expected):
                 return
             reason = f"sha256 is {part.digest}, expected {expected}"
@@ -186,7 +265,7 @@ def fetch(
             raise _SpoiltError(reason, restart=part.last_start > 0)
         except _FailedError as error:
             reasons[url] = str(error)
-            failures = 0 if part.size > before else failures + 1
+            failures = 0 if part.size >= before + PROGRESS else failures + 1
             if failures >= retries:
                 break
             waiting.rotate(-1)
@@ -228,24 +307,27 @@ def _is_archive(part: Part, expected: str | None) -> bool:
     return (part.unwrap() and part.digest == expected) or expected is None
 
 
-def _attempt(url: str, part: Part, size: int | None, timeout: float, progress: Progress) -> None:
+def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeout: float, progress: Progress) -> None:
     """Append what one request yields; returns only when the server has no more to give."""
     part.last_start = part.size
     headers = {"User-Agent": f"cifar100/{__version__}", "Accept-Encoding": "identity"}
     if part.size:
         headers["Range"] = f"bytes={part.size}-"
     try:
-        response = build_opener(_WebRedirects).open(Request(url, headers=headers), timeout=timeout)
+        response = build_opener(_WebRedirects, _Http, _Https).open(Request(url, headers=headers), timeout=timeout)
     except HTTPError as error:
         with error:
             _interpret_error(error, part, size)
         return
     except (OSError, HTTPException) as error:
         raise _network_error(error) from None
+    except (ValueError, OverflowError):  # of urllib, about a redirect to a host or port that cannot be
+        raise _RefusedError("leads to an address that cannot be") from None
     with response:
         encoded = response.headers.get("Content-Encoding", "identity") != "identity"
         # A server that compresses once more sends a little more than the archive itself.
         limit = MAX_ARCHIVE if encoded else size or MAX_ARCHIVE
+        response.stream.left = 2 * limit + MAX_HEAD
         start, total = _extent(response)
         if total is None and not encoded:
             total = size
@@ -253,7 +335,11 @@ def _attempt(url: str, part: Part, size: int | None, timeout: float, progress: P
             raise _FailedError(f"answers from byte {start} on, asked from {part.size}")
         if total is not None and total > limit:
             raise _RefusedError(f"has {total} bytes, more than the {limit} expected", content=True)
+        version = (response.headers.get("ETag"), response.headers.get("Last-Modified"), total)
+        if expected is None and not part.is_of(url, version):  # no digest would tell
+            raise _SpoiltError("has another file than the one that began to come", restart=True)
         excess = part.size - start
+        skipped = hashlib.sha256()
         page = encoded and response.headers.get_content_type() == "text/html"
         chunks = _chunks(response)
         first = next(chunks, b"")
@@ -268,6 +354,10 @@ def _attempt(url: str, part: Part, size: int | None, timeout: float, progress: P
             while chunk:
                 part.fetched += len(chunk)
                 fresh = chunk[excess:]
+                if excess and start == 0:
+                    skipped.update(chunk[:excess])
+                    if len(chunk) >= excess and skipped.hexdigest() != part.digest:
+                        raise _SpoiltError("begins with other bytes than are already here", restart=True)
                 excess = max(0, excess - len(chunk))
                 if part.size + len(fresh) > limit:
                     part.discard()
@@ -300,7 +390,7 @@ def _chunks(response: HTTPResponse) -> Iterator[bytes]:
             yield chunk
             left = None if left is None else left - len(chunk)
             chunk = b"" if left == 0 else response.read1(CHUNK if left is None else min(CHUNK, left))
-    except (OSError, HTTPException) as error:
+    except (OSError, HTTPException, ValueError, OverflowError) as error:  # the last two: impossible sizes of chunks
         raise _network_error(error) from None
 
 

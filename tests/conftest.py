@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cifar100cli import cli, runs, synthetic
+from cifar100cli import cli, fetch, runs, synthetic
 from cifar100cli.augment import Epoch, Policy
 from cifar100cli.averaging import Average
 from cifar100cli.checkpoint import TrainState
@@ -23,6 +23,7 @@ from cifar100cli.jobs import Where
 from cifar100cli.runs import RunDir
 from cifar100cli.stages import StageRow
 from cifar100cli.steps import Glance
+from tests.weather import Server
 
 TINY = (
     *("--dataset", "synthetic", "--backbone", "test_resnet", "--batch-size", "64"),
@@ -86,6 +87,22 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         return Outcome(code, captured.out, captured.err)
 
     return run
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    running = Server()
+    yield running
+    running.close()
+
+
+@pytest.fixture
+def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between attempts, which are noted instead of waited."""
+    noted: list[float] = []
+    monkeypatch.setattr(fetch, "_sleep", noted.append)
+    return noted
 
 
 def make_preset(**sections: dict[str, Any]) -> Preset:

@@ -1,4 +1,4 @@
-"""The download against a server that misbehaves in every way known, and archives that mean harm."""
+"""The download against a server that misbehaves in every way known."""
 
 import contextlib
 import dataclasses
@@ -6,258 +6,64 @@ import email.utils
 import errno
 import gzip
 import hashlib
-import io
 import json
 import os
-import random
 import re
 import signal
 import subprocess
 import sys
-import tarfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import IO, Any
 
 import pytest
 
-from cifar100cli import download, fetch, unpack
-from cifar100cli.download import ARCHIVES, OFFICIAL, Archive, Installed, find_installed
+from cifar100cli import download, fetch
+from cifar100cli.download import ARCHIVES, OFFICIAL, Installed, find_installed
 from cifar100cli.errors import CifarError, DataError, UsageError
-
-FOLDER = "cifar-100-python"
-FILES = {
-    "train": random.Random(1).randbytes(900_000),
-    "test": random.Random(2).randbytes(100_000),
-    "meta": b"the names of the classes",
-}
-
-
-def make_tar(*members: tuple[tarfile.TarInfo, bytes | None], folder: str = FOLDER) -> bytes:
-    """A whole data set, followed by the given members; None leaves out the content that a header promises."""
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.GNU_FORMAT) as tar:
-        directory = tarfile.TarInfo(folder)
-        directory.type = tarfile.DIRTYPE
-        tar.addfile(directory)
-        for name, content in {**FILES, "file.txt~": b"nothing"}.items():
-            tar.addfile(*make_file(f"{folder}/{name}", content))
-        for info, payload in members:
-            if payload is None:
-                buffer.write(info.tobuf(tarfile.GNU_FORMAT))
-            else:
-                tar.addfile(info, io.BytesIO(payload))
-    return buffer.getvalue()
-
-
-def make_file(name: str, content: bytes = b"harm") -> tuple[tarfile.TarInfo, io.BytesIO]:
-    info = tarfile.TarInfo(name)
-    info.size = len(content)
-    return info, io.BytesIO(content)
-
-
-PLAIN = make_tar()
-BODY = gzip.compress(PLAIN, mtime=0)
-HALF = len(BODY) // 2
-OTHER = gzip.compress(make_tar((make_file(f"{FOLDER}/more")[0], b"harm")), mtime=0)
-MD5S = {name: hashlib.md5(content).hexdigest() for name, content in FILES.items()}
-
-
-def sha256_of(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
-
-
-ARCHIVE = dataclasses.replace(ARCHIVES["cifar100"], size=len(BODY), sha256=sha256_of(BODY), files=MD5S)
-PART = f"{ARCHIVE.filename}.part"
-
-
-# A server whose every answer is written by the test
-
-
-class Exchange:
-    """One request, and the means to answer it well or badly."""
-
-    def __init__(self, handler: BaseHTTPRequestHandler, released: threading.Event) -> None:
-        self.handler = handler
-        self.range = handler.headers.get("Range")
-        self.encoding = handler.headers.get("Accept-Encoding")
-        self.agent = handler.headers.get("User-Agent")
-        self.start = int(self.range.removeprefix("bytes=").removesuffix("-")) if self.range else 0
-        self.sent = 0
-        self.released = released
-
-    def answer(self, status: int, headers: dict[str, object], body: bytes = b"") -> None:
-        self.handler.send_response(status)
-        for name, value in headers.items():
-            self.handler.send_header(name, str(value))
-        self.handler.end_headers()
-        self.send(body)
-
-    def send(self, body: bytes) -> None:
-        self.handler.wfile.write(body)
-        self.handler.wfile.flush()
-        self.sent += len(body)
-
-    def answer_range(self, body: bytes, stop: int | None = None, /, **headers: object) -> None:
-        """As it should be, but the connection ends before the byte `stop`."""
-        if self.range and self.start >= len(body):
-            self.answer(416, {"Content-Range": f"bytes */{len(body)}"})
-            return
-        extent = {"Content-Range": f"bytes {self.start}-{len(body) - 1}/{len(body)}"} if self.range else {}
-        length = {"Content-Length": len(body) - self.start}
-        self.answer(206 if self.range else 200, {**extent, **length, **headers}, body[self.start : stop])
-
-
-Behaviour = Callable[[Exchange], None]
-
-
-class Server:
-    """Answers each path by its list of behaviours, one per request; the last one stays."""
-
-    def __init__(self) -> None:
-        self.behaviours: dict[str, list[Behaviour]] = {}
-        self.exchanges: list[Exchange] = []
-        self.released = threading.Event()
-        server = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_GET(self) -> None:
-                exchange = Exchange(self, server.released)
-                server.exchanges.append(exchange)
-                behaviours = server.behaviours[self.path]
-                behaviour = behaviours.pop(0) if len(behaviours) > 1 else behaviours[0]
-                with contextlib.suppress(ConnectionError):
-                    behaviour(exchange)
-
-            def log_message(self, format: str, *args: object) -> None:  # noqa: A002
-                pass
-
-        self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.daemon_threads = False
-        self.thread = threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01})
-        self.thread.start()
-
-    def url(self, path: str, *behaviours: Behaviour) -> str:
-        self.behaviours[path] = list(behaviours)
-        return f"http://127.0.0.1:{self.http.server_port}{path}"
-
-    @property
-    def ranges(self) -> list[str | None]:
-        return [exchange.range for exchange in self.exchanges]
-
-    def close(self) -> None:
-        self.released.set()
-        self.http.shutdown()
-        self.thread.join()
-        self.http.server_close()
-
-
-@pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setenv("no_proxy", "127.0.0.1")
-    running = Server()
-    yield running
-    running.close()
-
-
-@pytest.fixture(autouse=True)
-def waits(monkeypatch: pytest.MonkeyPatch) -> list[float]:
-    """The waits between attempts, which are noted instead of waited."""
-    noted: list[float] = []
-    monkeypatch.setattr(fetch, "_sleep", noted.append)
-    return noted
-
-
-def good(exchange: Exchange) -> None:
-    exchange.answer_range(BODY)
-
-
-def serving(body: bytes, **headers: object) -> Behaviour:
-    return lambda exchange: exchange.answer_range(body, **headers)
-
-
-def dropping(stop: int) -> Behaviour:
-    return lambda exchange: exchange.answer_range(BODY, stop)
-
-
-def whole(exchange: Exchange) -> None:
-    """Knows nothing of ranges."""
-    exchange.answer(200, {"Content-Length": len(BODY)}, BODY)
-
-
-def status(code: int, **headers: object) -> Behaviour:
-    named = {name.replace("_", "-"): value for name, value in headers.items()}
-    return lambda exchange: exchange.answer(code, {**named, "Content-Length": 0})
-
-
-def page(exchange: Exchange) -> None:
-    body = b"<!DOCTYPE html><title>Please log in</title>"
-    exchange.answer(200, {"Content-Type": "text/html", "Content-Length": len(body)}, body)
-
-
-def stalling(exchange: Exchange) -> None:
-    exchange.answer_range(BODY, HALF)
-    exchange.released.wait(20)
-
-
-def halting(exchange: Exchange) -> None:
-    """Sends the second half only when it is released."""
-    exchange.answer(200, {"Content-Length": len(BODY)}, BODY[: HALF - 10])
-    time.sleep(0.05)
-    exchange.send(BODY[HALF - 10 : HALF])
-    exchange.released.wait(20)
-    exchange.send(BODY[HALF:])
-
-
-# Installing
-
-
-@dataclasses.dataclass
-class Listener:
-    lines: list[str] = dataclasses.field(default_factory=list)
-    progress: list[tuple[int, int | None]] = dataclasses.field(default_factory=list)
-    checked: list[Path] = dataclasses.field(default_factory=list)
-
-    def check(self, folder: Path) -> None:
-        self.checked.append(folder)
-        assert (folder / "train").read_bytes() == FILES["train"]
-
-    def note(self, done: int, total: int | None) -> None:
-        self.progress.append((done, total))
-
-
-def install(data_dir: Path, *urls: str, archive: Archive = ARCHIVE, **options: Any) -> Installed:
-    listener = options.pop("listener", None) or Listener()
-    options = {"check": listener.check, "timeout": 5.0, **options}
-    return download.install(archive, data_dir, urls=urls, progress=listener.note, log=listener.lines.append, **options)
-
-
-def assert_complete(data_dir: Path) -> None:
-    """The data set is there, and nothing else is but the lock."""
-    for name, content in FILES.items():
-        assert (data_dir / FOLDER / name).read_bytes() == content
-    assert {path.name for path in data_dir.iterdir()} - {".download-cifar100.lock"} == {FOLDER}
-    assert {path.name for path in (data_dir / FOLDER).iterdir()} == {*FILES, ".cifar100.json"}
-    assert find_installed(ARCHIVE, data_dir) is not None
-
-
-def put_old(data_dir: Path) -> None:
-    (data_dir / FOLDER).mkdir(parents=True)
-    (data_dir / FOLDER / "train").write_bytes(b"old")
-
-
-def assert_old(data_dir: Path) -> None:
-    assert (data_dir / FOLDER / "train").read_bytes() == b"old"
-    assert not [path for path in data_dir.iterdir() if path.name.startswith(".cifar100")]
-
-
-def assert_one_line(error: BaseException) -> str:
-    text = str(error)
-    assert text.isprintable()
-    return text
+from tests.weather import (
+    ARCHIVE,
+    BODY,
+    FILES,
+    FOLDER,
+    HALF,
+    MD5S,
+    OTHER,
+    PART,
+    PLAIN,
+    Behaviour,
+    Exchange,
+    Listener,
+    Server,
+    assert_complete,
+    assert_old,
+    assert_one_line,
+    claiming,
+    dripping,
+    dropping,
+    from_too_far,
+    good,
+    halting,
+    in_broken_chunks,
+    in_chunks,
+    install,
+    nonsense,
+    page,
+    put_old,
+    raw,
+    serving,
+    sha256_of,
+    short_without_length,
+    stalling,
+    status,
+    whole,
+    whole_from_start,
+    without_end,
+    without_length,
+)
+
+pytestmark = pytest.mark.usefixtures("waits")
 
 
 def test_plain(server: Server, tmp_path: Path) -> None:
@@ -306,49 +112,21 @@ def test_resumes_at_the_byte(server: Server, tmp_path: Path, waits: list[float])
     assert_complete(tmp_path)
 
 
-def test_drops_at_every_tenth(server: Server, tmp_path: Path) -> None:
-    stops = [len(BODY) * tenth // 10 for tenth in range(1, 10)]
+def test_drops_at_every_percent(server: Server, tmp_path: Path) -> None:
+    """Nothing is sent twice: the server's bytes are the archive's."""
+    stops = [len(BODY) * percent // 100 for percent in range(1, 100)]
     install(tmp_path, server.url("/a", *map(dropping, stops), good), retries=2)
     assert server.ranges == [None, *(f"bytes={stop}-" for stop in stops)]
+    assert server.sent == len(BODY)
     assert_complete(tmp_path)
 
 
-def whole_from_start(exchange: Exchange) -> None:
-    """Answers a range by 206, but from the first byte on."""
-    extent = f"bytes 0-{len(BODY) - 1}/{len(BODY)}"
-    exchange.answer(206, {"Content-Range": extent, "Content-Length": len(BODY)}, BODY)
-
-
-def from_too_far(exchange: Exchange) -> None:
-    extent = f"bytes {exchange.start + 10}-{len(BODY) - 1}/{len(BODY)}"
-    exchange.answer(206, {"Content-Range": extent}, BODY[exchange.start + 10 :])
-
-
-def in_chunks(exchange: Exchange) -> None:
-    exchange.handler.protocol_version = "HTTP/1.1"
-    exchange.answer(200, {"Transfer-Encoding": "chunked", "Connection": "close"})
-    for start in range(0, len(BODY), 100_000):
-        piece = BODY[start : start + 100_000]
-        exchange.send(b"%x\r\n%s\r\n" % (len(piece), piece))
-    exchange.send(b"0\r\n\r\n")
-
-
-def in_broken_chunks(exchange: Exchange) -> None:
-    exchange.handler.protocol_version = "HTTP/1.1"
-    exchange.answer(200, {"Transfer-Encoding": "chunked", "Connection": "close"})
-    exchange.send(b"%x\r\n%s" % (HALF * 2, BODY[:HALF]))
-
-
-def without_length(exchange: Exchange) -> None:
-    exchange.answer(200, {}, BODY)
-
-
-def short_without_length(exchange: Exchange) -> None:
-    exchange.answer(200, {}, BODY[:HALF])
-
-
-def nonsense(exchange: Exchange) -> None:
-    exchange.handler.wfile.write(b"\x1b[31mwhat?\r\n\r\n")
+def test_a_few_bytes_are_no_progress(server: Server, tmp_path: Path) -> None:
+    """A server that gives a hundred bytes at a time would keep us for weeks."""
+    url = server.url("/a", *(dropping(stop) for stop in range(100, 10_000, 100)))
+    with pytest.raises(CifarError, match="ended after 500 of"):
+        install(tmp_path, url)
+    assert len(server.exchanges) == 5
 
 
 @pytest.mark.parametrize(
@@ -366,8 +144,33 @@ def nonsense(exchange: Exchange) -> None:
         [nonsense, good],
         [dropping(0), good],
         [serving(OTHER[: len(BODY) - 1]), good],
+        [raw(b"HTTP/1.0 200 OK\r\nContent-Length: -5\r\n\r\n", BODY)],
+        [raw(b"HTTP/1.0 200 OK\r\nContent-Length: many\r\n\r\n", BODY)],
+        [raw(b"HTTP/1.0 200 OK\r\nContent-Length: 9999999999999999\r\n\r\n", BODY), good],
+        [raw(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % (len(BODY) + 9), BODY), good],
+        [raw(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % HALF, BODY), good],
+        [raw(b"HTTP/1.0 200 OK\r\nContent-Length: %d\r\n\r\n" % len(BODY), BODY + b"more")],
+        [raw(b"HTTP/1.0 abc\r\n\r\n"), good],
+        [raw(b"HTTP/1.0 204 Nothing\r\n\r\n"), good],
+        [raw(b"HTTP/1.0 200 OK\r\n"), good],
+        [raw(b"HTTP/1.0 200 OK\r\nX: " + b"x" * 100_000), good],
+        [raw(b"HTTP/1.0 200 OK\r\n", again=b"X: x\r\n" * 1000), good],
+        [raw(b"", again=b"HTTP/1.1 100 Continue\r\n\r\n" * 1000), good],
+        [raw(b"HTTP/1.0 302 There\r\nLocation: /\r\n\r\n", again=bytes(100_000)), good],
+        [raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nffffffffffffffffffff\r\n", BODY), good],
+        [raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n-5\r\n", BODY), good],
+        [raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nxyz\r\n", BODY), good],
+        [raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n", again=b"X: x\r\n" * 1000), good],
+        [dropping(HALF), claiming("bytes 5-3/2"), good],
+        [dropping(HALF), claiming(f"bytes {HALF}-{len(BODY) - 1}/{len(BODY) + 9}"), good],
+        [dropping(HALF), claiming(f"bytes {HALF}-{len(BODY) - 1}/{HALF - 9}"), good],
+        [dropping(HALF), claiming(f"bytes -1-{len(BODY)}/{len(BODY)}"), good],
+        [dropping(HALF), claiming("bytes */*"), good],
+        [dropping(HALF), claiming(""), good],
+        [dropping(HALF), claiming(f"bytes {HALF}-{len(BODY) - 1}/*")],
+        [dropping(HALF), status(206), good],
+        [dropping(HALF), status(304), good],
     ],
-    ids=lambda behaviours: "-".join(behaviour.__name__ for behaviour in behaviours),
 )
 def test_bad_weather(server: Server, tmp_path: Path, behaviours: list[Behaviour]) -> None:
     first, *rest = behaviours
@@ -392,6 +195,14 @@ def test_stall(server: Server, tmp_path: Path) -> None:
     assert_complete(tmp_path)
 
 
+def test_a_drip_is_a_stall(server: Server, tmp_path: Path) -> None:
+    listener = Listener()
+    install(tmp_path, server.url("/a", dripping, good), timeout=0.2, listener=listener)
+    assert "nothing came for too long" in listener.lines[0]
+    assert server.exchanges[0].sent < fetch.LEAST
+    assert_complete(tmp_path)
+
+
 @pytest.mark.parametrize("code", [429, 500, 503])
 def test_busy_server_is_asked_again(server: Server, tmp_path: Path, waits: list[float], code: int) -> None:
     install(tmp_path, server.url("/a", status(code), good))
@@ -399,9 +210,12 @@ def test_busy_server_is_asked_again(server: Server, tmp_path: Path, waits: list[
     assert 0.7 < waits[0] < 1.3
 
 
-@pytest.mark.parametrize(("asked", "waited"), [("7", 7), ("3600", 60), ("date", 20), ("soon", 1), ("-5", 1)])
+@pytest.mark.parametrize(
+    ("asked", "waited"), [("7", 7), ("3600", 60), ("date", 20), ("soon", 1), ("-5", 1), ("year", 60), ("9" * 5000, 60)]
+)
 def test_retry_after(server: Server, tmp_path: Path, waits: list[float], asked: str, waited: float) -> None:
-    value = email.utils.formatdate(time.time() + 20, usegmt=True) if asked == "date" else asked
+    later = {"date": 20, "year": 365 * 86_400}
+    value = email.utils.formatdate(time.time() + later[asked], usegmt=True) if asked in later else asked
     install(tmp_path, server.url("/a", status(429, Retry_After=value), good))
     assert waits == [pytest.approx(waited, abs=1.5)]
 
@@ -470,6 +284,33 @@ def test_redirect_to_nowhere(server: Server, tmp_path: Path, target: str) -> Non
     assert raised.value.exit_code == 1
 
 
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://[",
+        "http://a:b/",
+        "http://127.0.0.1:99999/",
+        f"http://{'a' * 64}.b/",
+        "http://a..b/",
+        "http://\x01/",
+        "//",
+    ],
+)
+def test_redirect_to_what_cannot_be(server: Server, tmp_path: Path, target: str) -> None:
+    with pytest.raises(CifarError) as raised:
+        install(tmp_path, server.url("/a", status(302, Location=target)), retries=1)
+    assert raised.value.exit_code == 1
+    assert_one_line(raised.value)
+
+
+def test_endless_redirects(server: Server, tmp_path: Path) -> None:
+    for number in range(30):
+        server.url(f"/{number}", status(302, Location=f"/{number + 1}"))
+    with pytest.raises(CifarError, match="a redirect in a circle"):
+        install(tmp_path, server.url("/a", status(302, Location="/0")))
+    assert len(server.exchanges) < 15
+
+
 @pytest.mark.parametrize("url", ["ftp://a/b", "file:///b", "a.tar.gz", "http://", "http://a:b/", "http://a/b c", ""])
 def test_unusable_address(tmp_path: Path, url: str) -> None:
     with pytest.raises(UsageError, match="http://"):
@@ -507,13 +348,6 @@ def test_content_encoding(server: Server, tmp_path: Path, twice: bool, sha256: s
     installed = install(tmp_path, server.url("/a", serving(body, **headers)), sha256=sha256)
     assert installed.sha256 == ARCHIVE.sha256
     assert_complete(tmp_path)
-
-
-def without_end(exchange: Exchange) -> None:
-    exchange.answer(200, {})
-    exchange.send(BODY)
-    for _ in range(1000):
-        exchange.send(bytes(100_000))
 
 
 @pytest.mark.parametrize("sha256", [OFFICIAL, None])
@@ -593,6 +427,56 @@ def test_starts_again_only_once(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="does not have"):
         install(tmp_path, url)
     assert server.ranges == [None, f"bytes={HALF}-"] * 2
+
+
+def dropping_version(stop: int, tag: str) -> Behaviour:
+    return lambda exchange: exchange.answer_range(BODY, stop, ETag=tag)
+
+
+CHANGED = gzip.compress(PLAIN, mtime=1)
+"""The same content in another archive of the same size, as a server has it that builds archives anew."""
+
+
+@pytest.mark.parametrize("sha256", [OFFICIAL, None])
+@pytest.mark.parametrize("header", ["ETag", "Last-Modified"])
+def test_the_file_changes_between_two_attempts(server: Server, tmp_path: Path, sha256: str | None, header: str) -> None:
+    """Bytes of two files never make one archive: with a digest it tells, without one the server's own word does."""
+    later = len(CHANGED) - 9  # the gzip header, with the one byte that differs, comes first
+
+    def first(exchange: Exchange) -> None:
+        exchange.answer_range(CHANGED, later, **{header: "one"})
+
+    url = server.url("/a", first, serving(BODY, **{header: "two"}))
+    installed = install(tmp_path, url, sha256=sha256)
+    assert installed.sha256 == ARCHIVE.sha256
+    assert server.ranges == [None, f"bytes={later}-", None]
+    assert_complete(tmp_path)
+
+
+@pytest.mark.parametrize("sha256", [OFFICIAL, None])
+def test_a_changed_file_without_ranges_and_versions(server: Server, tmp_path: Path, sha256: str | None) -> None:
+    """What is skipped is compared with what is there."""
+    listener = Listener()
+    url = server.url("/a", lambda exchange: exchange.answer_range(CHANGED, HALF), whole)
+    installed = install(tmp_path, url, sha256=sha256, listener=listener)
+    assert installed.sha256 == ARCHIVE.sha256
+    assert "begins with other bytes than are already here" in listener.lines[1]
+    assert_complete(tmp_path)
+
+
+def test_the_size_changes_between_two_attempts(server: Server, tmp_path: Path) -> None:
+    url = server.url("/a", lambda exchange: exchange.answer_range(OTHER, HALF), good)
+    assert install(tmp_path, url, sha256=None).sha256 == ARCHIVE.sha256
+    assert server.ranges == [None, f"bytes={HALF}-", None]
+
+
+def test_versions_are_a_servers_own(server: Server, tmp_path: Path) -> None:
+    """Two mirrors name the same archive in two ways; the digest tells, and else the size and gzip's own checksum."""
+    one = server.url("/a", dropping_version(HALF, "of one"))
+    two = server.url("/b", serving(BODY, ETag="of two"))
+    install(tmp_path, one, two, sha256=None)
+    assert server.sent == len(BODY)
+    assert_complete(tmp_path)
 
 
 def test_a_gap_is_not_filled_with_what_follows(server: Server, tmp_path: Path) -> None:
@@ -680,162 +564,6 @@ def test_interrupt_keeps_the_part(server: Server, tmp_path: Path) -> None:
     kept = (tmp_path / PART).stat().st_size
     assert 0 < kept < len(BODY)
     assert install(tmp_path, url).resumed_bytes == kept
-
-
-# From a file
-
-
-def test_from_file(tmp_path: Path) -> None:
-    source = tmp_path / "mine.tar.gz"
-    source.write_bytes(BODY)
-    data_dir = tmp_path / "data"
-    listener = Listener()
-    installed = install(data_dir, "http://127.0.0.1:9/never", source=source, listener=listener)
-    assert (installed.official, installed.fetched_bytes) == (True, 0)
-    assert listener.progress[-1] == (len(BODY), len(BODY))
-    assert source.read_bytes() == BODY
-    assert_complete(data_dir)
-
-
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (None, "no such file"),
-        ("folder", "not a file"),
-        (PLAIN, "not a gzip archive"),
-        (b"", "not a gzip archive"),
-        (OTHER, f"sha256 is {sha256_of(OTHER)}, expected {ARCHIVE.sha256}"),
-    ],
-    ids=["missing", "folder", "tar", "empty", "other"],
-)
-def test_from_something_else(tmp_path: Path, content: bytes | str | None, reason: str) -> None:
-    source = tmp_path / "mine.tar.gz"
-    if isinstance(content, bytes):
-        source.write_bytes(content)
-    elif content is not None:
-        source.mkdir()
-    put_old(tmp_path / "data")
-    with pytest.raises(DataError, match=re.escape(f"{source}: {reason}")) as raised:
-        install(tmp_path / "data", source=source)
-    assert_one_line(raised.value)
-    assert source.exists() == (content is not None)
-    assert_old(tmp_path / "data")
-
-
-# Hostile archives
-
-
-def special(kind: bytes, name: str = f"{FOLDER}/train2", **attributes: object) -> bytes:
-    info = tarfile.TarInfo(name)
-    info.type = kind
-    for attribute, value in attributes.items():
-        setattr(info, attribute, value)
-    return gzip.compress(make_tar((info, None)))
-
-
-def named(name: str) -> bytes:
-    return gzip.compress(make_tar((make_file(name)[0], b"harm")))
-
-
-def sparse() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.PAX_FORMAT) as tar:
-        info, content = make_file(f"{FOLDER}/train", b"0123456789")
-        info.pax_headers = {"GNU.sparse.map": "0,5,900000000,5", "GNU.sparse.size": "900000005"}
-        tar.addfile(info, content)
-    return gzip.compress(buffer.getvalue())
-
-
-def too_many() -> bytes:
-    return gzip.compress(make_tar(*((make_file(f"{FOLDER}/{number}")[0], b"harm") for number in range(1000))))
-
-
-def nested_headers() -> bytes:
-    header = tarfile.TarInfo("x")
-    header.type = tarfile.XHDTYPE
-    return gzip.compress(header.tobuf(tarfile.PAX_FORMAT) * 20_000)
-
-
-@pytest.mark.parametrize(
-    ("archive", "reason"),
-    [
-        (named("/etc/cron.d/harm"), "not inside"),
-        (named(f"{FOLDER}/../../harm"), "not inside"),
-        (named("harm"), "not inside"),
-        (named("cifar-10-batches-py/train"), "not inside"),
-        (named(f"{FOLDER}/train"), "there twice"),
-        (named(f"{FOLDER}//./train"), "there twice"),
-        (special(tarfile.SYMTYPE, linkname="/etc/passwd"), "neither"),
-        (special(tarfile.LNKTYPE, linkname=f"{FOLDER}/train"), "neither"),
-        (special(tarfile.CHRTYPE), "neither"),
-        (special(tarfile.BLKTYPE), "neither"),
-        (special(tarfile.FIFOTYPE), "neither"),
-        (special(b"?"), "neither"),
-        (special(tarfile.GNUTYPE_SPARSE), "neither"),
-        (sparse(), "neither"),
-        (special(tarfile.REGTYPE, size=(256 << 20) + 1), "too large"),
-        (special(tarfile.REGTYPE, size=-1024), "too large"),
-        (special(tarfile.REGTYPE, name=f"{FOLDER}/\x1b[2J\n", linkname="x", size=1 << 40), "too large"),
-        (special(tarfile.XHDTYPE, size=1 << 30), "impossible size"),
-        (special(tarfile.GNUTYPE_LONGNAME, size=-512), "impossible size"),
-        (nested_headers(), "not a sound tar|impossible size|damaged"),
-        (too_many(), "too much"),
-        (gzip.compress(PLAIN[: len(PLAIN) // 2]), "damaged or cut short"),
-        (gzip.compress(PLAIN[:1024] + b"\xff" * 2048), "has no|damaged"),
-        (gzip.compress(b"no tar at all"), "damaged"),
-        (gzip.compress(b""), "damaged"),
-        (BODY[:HALF], "damaged or cut short"),
-        (BODY[:-8], "damaged or cut short"),
-        (BODY[:-8] + bytes(8), "damaged or cut short"),
-        (BODY[:HALF] + bytes(100) + BODY[HALF + 100 :], "damaged"),
-        (BODY + b"more", "damaged"),
-        (gzip.compress(make_tar(folder="cifar-10-batches-py")), "not inside"),
-        (gzip.compress(PLAIN.replace(b"/meta\x00", b"/mata\x00")), "has no|damaged"),
-    ],
-)
-@pytest.mark.parametrize("way", ["fetched", "file"])
-def test_hostile_archive(server: Server, tmp_path: Path, archive: bytes, reason: str, way: str) -> None:
-    data_dir = tmp_path / "data"
-    source = tmp_path / "mine.tar.gz"
-    put_old(data_dir)
-    source.write_bytes(archive)
-    url = server.url("/a", serving(archive))
-    with pytest.raises(DataError, match=reason) as raised:
-        install(data_dir, url, source=source if way == "file" else None, sha256=None)
-    text = assert_one_line(raised.value)
-    assert str(source if way == "file" else ARCHIVE.filename) in text
-    assert_old(data_dir)
-    assert not (data_dir / PART).exists()
-    assert {path.name for path in tmp_path.iterdir()} == {"data", source.name}
-
-
-def test_missing_file(tmp_path: Path) -> None:
-    source = tmp_path / "mine.tar.gz"
-    source.write_bytes(BODY)
-    archive = dataclasses.replace(ARCHIVE, files={**MD5S, "labels": "0" * 32})
-    with pytest.raises(DataError, match=f"has no {FOLDER}/labels"):
-        install(tmp_path, source=source, archive=archive)
-
-
-@pytest.mark.parametrize(("limit", "reason"), [("MAX_UNPACKED", "too much"), ("MAX_TAIL", "after its end")])
-def test_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, reason: str) -> None:
-    monkeypatch.setattr(unpack, limit, 1_000_010)
-    source = tmp_path / "mine.tar.gz"
-    source.write_bytes(gzip.compress(PLAIN + bytes(5_000_000)))
-    with pytest.raises(DataError, match=reason):
-        install(tmp_path / "data", source=source, sha256=None)
-    assert not (tmp_path / "data" / FOLDER).exists()
-
-
-def test_content_check(server: Server, tmp_path: Path) -> None:
-    def check(folder: Path) -> None:
-        raise DataError(f"{folder / 'train'}: 49999 images")
-
-    put_old(tmp_path)
-    with pytest.raises(DataError, match="49999"):
-        install(tmp_path, server.url("/a", good), check=check)
-    assert_old(tmp_path)
-    assert not (tmp_path / PART).exists()
 
 
 # The disk
