@@ -9,7 +9,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -176,9 +175,9 @@ def install(
 
 
 def _stamp(path: Path) -> list[int]:
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # reading a pipe would wait for ever
+    if not path.is_file():  # reading a pipe would wait for ever
         raise FileNotFoundError(path)
+    status = path.stat()
     return [status.st_size, status.st_mtime_ns]
 
 

@@ -32,6 +32,8 @@ LOCK = ".lock"
 FILES = (CONFIG, ENVIRONMENT, METRICS, TABLE, MODEL, STATE, PREDICTIONS, RESULT)
 
 LARGEST_JSON = 1 << 20  # bytes; ours are a few thousand
+MOST_EPOCHS = 100_000
+LARGEST_LINE = 1 << 16  # characters; ours have a few hundred
 LARGEST_METRICS = 64 << 20  # bytes; 100,000 epochs, the most there can be, take half of it
 
 _NUMBER = (int, float)
@@ -234,7 +236,9 @@ class RunDir:
         except FileNotFoundError:
             return []
         lines: list[dict[str, Any]] = []
-        for line in text.splitlines():
+        for line in text.splitlines()[:MOST_EPOCHS]:
+            if len(line) > LARGEST_LINE:
+                break
             try:
                 row = parse_json(line)
             except ValueError:

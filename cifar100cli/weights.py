@@ -1,12 +1,13 @@
 """Files of pretrained weights: read without running anything that is in them, and fitted to a network by name."""
 
 import pickle
+import pickletools
 import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NoReturn
+from typing import IO, NoReturn
 
 import timm
 import torch
@@ -21,6 +22,8 @@ from cifar100cli.errors import DataError
 # Where training scripts put the weights in a file that holds other things too; averaged ones first, as timm does.
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # DataParallel, torch.compile, Lightning, our cosine head
+_LEGACY = 5  # pickles at the head of a file of PyTorch's before 1.6
+_MOST_PARTS = 1000  # of a tuple: shapes, strides and the arguments of a tensor have a few
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTER = "num_batches_tracked"  # of batch norm; of no use here, and older files lack it
 
@@ -57,12 +60,60 @@ def _read_pytorch(path: Path) -> object:
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             parts = archive.infolist()
-        # PyTorch compresses nothing: a file that unpacks to more than itself was made to fill the memory.
-        if sum(part.file_size for part in parts) > path.stat().st_size:
-            _refuse(path, "claims to hold more than it has")
+            # PyTorch compresses nothing: a file that unpacks to more than itself was made to fill the memory.
+            if sum(part.file_size for part in parts) > path.stat().st_size:
+                _refuse(path, "claims to hold more than it has")
+            for part in parts:
+                if part.filename.endswith(".pkl"):
+                    with archive.open(part) as file:
+                        _check_tuples(path, file, 1)
+    else:
+        with path.open("rb") as file:
+            _check_tuples(path, file, _LEGACY)
     with path.open("rb") as file, warnings.catch_warnings():  # of a path, PyTorch would believe the ending
         warnings.simplefilter("ignore")  # about storages of old files
         return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def _check_tuples(path: Path, file: IO[bytes], pickles: int) -> None:
+    """Refuse pickles with a tuple of very many parts, those of the tuples within it included. Nothing is unpickled.
+
+    As the key of a dictionary it is hashed, which Python does part by part however often one is named again, and
+    level by level until the stack overflows; PyTorch's reader does not mind. What else is wrong is for that to say.
+    """
+    try:
+        for _ in range(pickles):
+            if _largest_tuple(file) > _MOST_PARTS:
+                _refuse(path, "refused: it holds a tuple of very many parts")
+    except (ValueError, LookupError) as error:
+        if isinstance(error, DataError):
+            raise
+
+
+def _largest_tuple(file: IO[bytes]) -> int:
+    """The parts of a pickle's largest tuple, as far as one is larger than _MOST_PARTS."""
+    stack: list[int] = []  # the parts of each value; of a mark, -1
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        name = opcode.name
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            memo[len(memo) if argument is None else int(argument)] = stack[-1]
+        elif name in ("GET", "BINGET", "LONG_BINGET"):
+            stack.append(memo[int(argument or 0)])
+        else:
+            parts = 1
+            for kind in reversed(opcode.stack_before):
+                if kind is pickletools.stackslice:
+                    continue
+                while (popped := stack.pop()) >= 0 and kind is pickletools.markobject:
+                    parts += popped
+                parts += max(popped, 0)
+            if not name.startswith("TUPLE"):
+                parts = 1
+            elif parts > _MOST_PARTS:
+                return parts
+            stack.extend(-1 if kind is pickletools.markobject else parts for kind in opcode.stack_after)
+    return 0
 
 
 def _short(text: str) -> str:
@@ -81,7 +132,8 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
         _refuse(path, "holds no weights by name (a state dict is expected)")
     strange = [name for name, tensor in content.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
     if strange:
-        _refuse(path, f"holds something that is no weight: {_short(str(strange[0]))}")
+        name = strange[0] if isinstance(strange[0], str) else f"a {type(strange[0]).__name__}"
+        _refuse(path, f"holds something that is no weight: {_short(name)}")
     for name, tensor in content.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or tensor.dtype not in (_FLOATING if not name.endswith(_COUNTER) else (torch.int64, *_FLOATING)):

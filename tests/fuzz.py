@@ -24,6 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,21 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cifar100cli import card, checkpoint, config, console, images, page, report, report_text, runs, unpack, unpickle
+from cifar100cli import (
+    analysis,
+    card,
+    checkpoint,
+    config,
+    console,
+    images,
+    page,
+    report,
+    report_text,
+    runs,
+    unpack,
+    unpickle,
+    weights,
+)
 from cifar100cli.errors import CifarError
 from tests.conftest import Trained
 
@@ -221,7 +236,7 @@ def presets() -> Reader:
     laughs += [b"%c: &%c [%s]" % (c + 1, c + 1, b",".join([b"*%c" % c] * 9)) for c in range(97, 110)]
     corpus.append(b"\n".join(laughs))
     corpus += [b"[" * 30_000, b"{a: " * 15_000, b"- " * 30_000, b"? " * 30_000]
-    corpus += [b"a: !!python/name:os.system", b"<<: *x"]
+    corpus += [b"a: !!python/name:os.system", b"<<: *x", b"seed: !!timestamp 1", b"seed: !!bool x", b"seed: !!set {a}"]
     corpus.append(b"train: {epochs: !!python/object/apply:os.system [touch owned]}")
 
     def read(content: bytes, folder: Path) -> None:
@@ -252,6 +267,80 @@ def run_folders(root: Path) -> Reader:
             report_text.render(found, form)
         if len(content) % 16 == 0:  # charts take their time
             page.render(found)
+
+    return Reader(corpus, read)
+
+
+def pretrained() -> Reader:
+    """Files of weights: safetensors and both kinds of PyTorch's. A bare pickle is put into a zip."""
+    import torch
+    from safetensors.torch import save
+
+    state = {"conv.weight": torch.rand(4, 3, 3, 3), "bn.num_batches_tracked": torch.tensor(3), "bn.bias": torch.rand(4)}
+    corpus = [
+        save(state),
+        save(state, {card.KEY: '{"format": 1, "config": {"model": {"backbone": "a", "stem": "b"}}}'}),
+    ]
+    kinds: list[Any] = [state, {"state_dict": state, "epoch": 3}, {f"module.{name}": t for name, t in state.items()}]
+    kinds += [Evil(os.system, "touch owned"), {"conv.weight": Evil(os.system, "touch owned")}]
+    kinds += [Evil(eval, "__import__('os').system('touch owned')"), {"a": torch.zeros(1).expand(10**9)}, [1], {}]
+    kinds += [
+        {"a": torch.eye(3).to_sparse()},
+        {"a": torch.zeros(2, device="meta")},
+        {"a": torch.nn.Parameter(state["bn.bias"])},
+    ]
+    for kind in kinds:
+        for zipped in (True, False):
+            buffer = io.BytesIO()
+            torch.save(kind, buffer, _use_new_zipfile_serialization=zipped)
+            corpus.append(buffer.getvalue())
+            if zipped:
+                with zipfile.ZipFile(buffer) as parts:
+                    corpus.append(parts.read("archive/data.pkl"))
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as bomb:
+        bomb.writestr("archive/data.pkl", corpus[3])
+        bomb.writestr("archive/data/0", bytes(50_000_000))
+    corpus += [buffer.getvalue(), (10**8).to_bytes(8, "little") + b"{", (2).to_bytes(8, "little") + b"{}"]
+    corpus.append(b"\x80\x02}" + b"K\x01" + b"\x85" * 10_000 + b"K\x01s.")
+    corpus.append(b"\x80\x02" + b"]" * 10_000 + b"a" * 9_999 + b".")
+
+    def read(content: bytes, folder: Path) -> None:
+        path = folder / "weights"
+        if content[:2] == b"\x80\x02" and content[2:4] != b"\x8a\n":  # the head of PyTorch's older files
+            with zipfile.ZipFile(path, "w") as parts:
+                for name, part in {"data.pkl": content, "version": b"3\n", "byteorder": b"little"}.items():
+                    parts.writestr(f"archive/{name}", part)
+                for number in range(3):
+                    parts.writestr(f"archive/data/{number}", bytes(432))
+        else:
+            path.write_bytes(content)
+        weights.our_settings(path)
+        for tensor in weights.read_weights(path).values():
+            if tensor.numel() < 1000:
+                torch.isfinite(tensor).all()
+
+    return Reader(corpus, read)
+
+
+def predictions() -> Reader:
+    """What a run says of each test image."""
+    head = b"index,true,predicted,confidence,correct\n"
+    lines = [b"%d,%c,%c,0.%d,%d\n" % (i, b"abcd"[i % 4], b"abcd"[i % 3], i, i % 4 == i % 3) for i in range(60)]
+    corpus = [
+        head + b"".join(lines),
+        head,
+        b"",
+        head + b'0,"a' + b"\n" * 9999,
+        b"," * 99_999,
+        head + b"0,a,a,1e9999,1\n",
+    ]
+
+    def read(content: bytes, folder: Path) -> None:
+        (folder / "predictions.csv").write_bytes(content)
+        found = analysis.read_predictions(folder / "predictions.csv", "abcd")
+        analysis.most_confused(analysis.confusion_matrix(found.true, found.predicted, 4), 9)
+        analysis.calibration(found)
 
     return Reader(corpus, read)
 
@@ -344,6 +433,8 @@ def main() -> None:
             "preset": presets,
             "run": functools.partial(run_folders, Path(made) / "b"),
             "picture": pictures,
+            "weights": pretrained,
+            "predictions": predictions,
         }
         readers = {name: makers[name]() for name in options.readers or makers}
         console.set_verbosity(console.QUIET)

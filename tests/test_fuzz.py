@@ -11,7 +11,7 @@ def test_some_hundred_inputs_for_each_reader() -> None:
     root = Path(__file__).parents[1]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert finished.stdout.count("300 inputs") == 6
+    assert finished.stdout.count("300 inputs") == 8
 
 
 SWALLOWS = """

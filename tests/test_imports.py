@@ -11,10 +11,9 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 LEVELS = (
     {"__init__", "errors"},
     {"bounded"},
-    {"ranks", "card", "interrupts"},
+    {"ranks", "card", "interrupts", "unpickle"},
     {
         "config",
-        "unpickle",
         "fetch",
         "synthetic",
         "augment",
