@@ -240,9 +240,8 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         """The preset as YAML that `load_preset` reads back to an equal `Config`."""
-        return yaml.safe_dump(
-            self.model_dump(mode="json", exclude_none=True), sort_keys=False, allow_unicode=True, width=110
-        )
+        keys = self.model_dump(mode="json", exclude_none=True)
+        return yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 @dataclass(frozen=True)
@@ -300,6 +299,14 @@ class _QuickLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: igno
     yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - as PyYAML declares it
 
 
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around text that either idea of a scalar would take for something else, such as `1e3`."""
+
+    yaml_implicit_resolvers: dict[str, Any] = {  # noqa: RUF012 - as PyYAML declares it
+        first: list(known) for first, known in yaml.SafeDumper.yaml_implicit_resolvers.items()
+    }
+
+
 # The core schema of YAML 1.2, where PyYAML follows 1.1: no `off` for false, no `1:30` for 90, and `1e-3` a number.
 for _tag, _pattern, _first in (
     ("null", r"null|Null|NULL|~|", "nN~"),
@@ -307,8 +314,8 @@ for _tag, _pattern, _first in (
     ("int", r"[-+]?[0-9]+", "-+0123456789"),
     ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
 ):
-    for _loader in (_Loader, _QuickLoader):
-        _loader.add_implicit_resolver(
+    for _class in (_Loader, _QuickLoader, _Dumper):
+        _class.add_implicit_resolver(
             f"tag:yaml.org,2002:{_tag}",
             re.compile(rf"^(?:{_pattern})$"),
             [*_first, ""] if _tag == "null" else [*_first],

@@ -145,6 +145,14 @@ def test_yaml_round_trips(tmp_path: Path, name: str) -> None:
     assert yaml.safe_load(config.to_yaml()) == config.model_dump(mode="json", exclude_none=True)
 
 
+@pytest.mark.parametrize("text", ["1e3", "08", "010", "+1", ".5", "5.", "1E-4", "no", "null", "~", "true", "1:30", "x"])
+def test_text_that_looks_like_a_number_comes_back_as_text(tmp_path: Path, text: str) -> None:
+    """Found by `tests.test_properties`: a run with `--weights 1e3` could not be resumed."""
+    config = Config.model_validate({"description": text, "model": {"pretrained": True, "weights": text}})
+    assert load(tmp_path, config.to_yaml()) == config
+    assert yaml.safe_load(config.to_yaml()) == config.model_dump(mode="json", exclude_none=True)
+
+
 @pytest.mark.parametrize("name", preset_names())
 def test_our_own_presets_are_read_as_anybodys(tmp_path: Path, name: str) -> None:
     """Ours go through a quicker parser; the strict one must see the same."""
