@@ -188,7 +188,7 @@ def written(command: Sequence[str], name: str) -> Scene:
 
 def downloaded(root: Path) -> Scene:
     """An archive put in the place of an older data set."""
-    from tests.test_download import ARCHIVE, BODY, FILES, FOLDER
+    from tests.weather import ARCHIVE, BODY, FILES, FOLDER
 
     (root / "archive.tar.gz").write_bytes(BODY)
     command = ("download", "--from", str(root / "archive.tar.gz"), "--data-dir", "data", "--force")
