@@ -22,7 +22,7 @@ class _Mark:
 
 
 _MARK = _Mark()
-MOST_OPCODES = 2_000_000  # CIFAR-100's training file has about 400,000
+MOST_OPCODES = 2_000_000  # CIFAR-100's training file has about 200,000
 MOST_ELEMENTS = 1 << 40  # along an axis: larger numbers take long to multiply
 _DTYPES = ("u1", "b1", "i1", "i2", "i4", "i8")
 
