@@ -9,14 +9,13 @@ import re
 import shlex
 import signal
 import sys
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from cifar100cli import __version__, console, interrupts, options, ranks, show, trackers
+from cifar100cli import __version__, console, interrupts, options, places, ranks, show, training
 from cifar100cli.errors import (
     CifarError,
     DataError,
@@ -27,11 +26,6 @@ from cifar100cli.errors import (
     UsageError,
 )
 from cifar100cli.options import expand
-
-if TYPE_CHECKING:
-    from cifar100cli.config import Config, Override, Preset
-    from cifar100cli.jobs import Where
-    from cifar100cli.runs import RunDir
 
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
 
@@ -174,67 +168,10 @@ def _root(
         print(context.get_help(), end="")
 
 
-def _check_output(flag: str, path: Path) -> Path:
-    """A file to be written must be possible before the work for it begins."""
-    path = expand(path)
-    if path.is_dir():
-        raise UsageError(f"{flag} {path}: is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{flag} {path}: there is no such folder to write it in")
-    from cifar100cli.runs import FILES
-
-    if path.name in FILES and path.exists():
-        raise UsageError(f"{flag} {path}: would overwrite a file of a run; choose another name")
-    return path
-
-
-def _data_dir(given: Path | None, run: Path | None = None) -> Path:
-    """The folder that the user names; else the one that the run was trained from; else the user's cache."""
-    if given is not None:
-        return expand(given)
-    if run is not None and run.is_dir():
-        from cifar100cli.runs import RunDir
-
-        recorded = RunDir(run).recorded("data_dir")
-        if recorded is not None and Path(recorded).is_dir():
-            return Path(recorded)
-    return _user_cache()
-
-
-def _user_cache() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("cifar100", appauthor=False)
-
-
-def _cache_dir() -> Path:
-    """Where a teacher's logits are kept."""
-    named = os.environ.get("CIFAR100_CACHE_DIR")
-    return expand(Path(named)) if named else _user_cache() / "computed"
-
-
 def _one_process() -> None:
     """With torchrun, the first rank of each machine does what several could only do twice."""
     if ranks.local_rank() > 0:
         raise typer.Exit
-
-
-def _check_device(name: str) -> str:
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", name):
-        raise UsageError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps")
-    return name
-
-
-def _where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None = None) -> "Where":
-    """Folders and device for a workflow. Importing it brings torch in, which takes a moment."""
-    _check_device(device)
-    with console.waiting("starting PyTorch ..."), interrupts.at_once():
-        from cifar100cli import machine, workflows  # noqa: F401 - workflows for the command, where all is imported
-        from cifar100cli.jobs import Where
-    where = Where(_data_dir(data_dir, run), expand(runs_dir), _cache_dir(), device)
-    console.detail(f"data folder {where.data_dir.absolute()}, runs folder {where.runs_dir.absolute()}")
-    console.detail(machine.in_one_line(device))
-    return where
 
 
 # ------------------------------------------------------------------------------------------------ commands
@@ -288,7 +225,7 @@ def download(
         with console.transfer(archive.folder) as progress:
             installed = install(
                 archive,
-                _data_dir(data_dir),
+                places.data_folder(data_dir),
                 urls=url or (),
                 source=expand(from_file) if from_file else None,
                 sha256=_digest(sha256, archive.sha256),
@@ -353,6 +290,7 @@ def train(
     epochs: options.Epochs = None,
     seed: options.Seed = None,
     seeds: options.Seeds = 1,
+    ablate: options.Ablate = None,
     settings: options.Settings = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
@@ -373,7 +311,7 @@ def train(
     """
     from cifar100cli.config import DEFAULT_PRESET
 
-    _train(context, DEFAULT_PRESET)
+    training.train(context.params, DEFAULT_PRESET)
 
 
 @app.command()
@@ -398,6 +336,7 @@ def distill(
     epochs: options.Epochs = None,
     seed: options.Seed = None,
     seeds: options.Seeds = 1,
+    ablate: options.Ablate = None,
     settings: options.Settings = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
@@ -418,7 +357,7 @@ def distill(
 
     Example: cifar100 distill --teacher runs/resnet50-arcface-224/20260101-120000-seed0
     """
-    _train(context, "resnet18-arcface-kd")
+    training.train(context.params, "resnet18-arcface-kd")
 
 
 @app.command("finetune-cifar10")
@@ -442,6 +381,7 @@ def finetune_cifar10(
     epochs: options.Epochs = None,
     seed: options.Seed = None,
     seeds: options.Seeds = 1,
+    ablate: options.Ablate = None,
     settings: options.Settings = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
@@ -461,7 +401,7 @@ def finetune_cifar10(
 
     Example: cifar100 finetune-cifar10 --unfreeze layer3 --epochs 50
     """
-    _train(context, _study_preset(unfreeze, epochs))
+    training.train(context.params, _study_preset(unfreeze, epochs))
 
 
 def _study_preset(unfreeze: str | None, epochs: str | None) -> str:
@@ -473,124 +413,16 @@ def _study_preset(unfreeze: str | None, epochs: str | None) -> str:
     return next((name for name in (f"{depth}-{epochs}", depth) if name in names), "finetune-layer4")
 
 
-def _train(context: typer.Context, default_preset: str) -> None:
-    """What every command that trains does with its options."""
-    from cifar100cli.config import load_preset
-
-    given = context.params
-    json, dry_run = given["json"], given["dry_run"]
-    overrides = options.overrides(given)
-    _check_device(given["device"])
-    trackers.check(given["log"] or ())
-    if given["resume"] is not None:
-        if given["seeds"] > 1:
-            raise UsageError("--resume goes on with one run: leave --seeds out")
-        _resume(given, overrides)
-        return
-    if given["seeds"] > 1 and ranks.count() > 1:
-        raise UsageError("--seeds trains one run after another; with torchrun, give a command for each --seed")
-    chosen = load_preset(given["preset"] or default_preset, overrides)
-    in_turn = _in_turn(chosen, given["seeds"])
-    if given["print_config"]:
-        if json:
-            console.result_json(chosen.config.model_dump(mode="json"))
-        else:
-            console.result(chosen.config.to_yaml().rstrip())
-        return
-    if not dry_run:
-        from cifar100cli.runs import check_writable
-
-        ranks.on_first(lambda: check_writable(expand(given["out"])))
-    _check_inputs(chosen.config, given["data_dir"])
-    where = _where(given["data_dir"], given["out"], given["device"])
-    from cifar100cli import workflows
-
-    if dry_run:
-        with console.TrainingDisplay(chosen.name) as display:
-            show.dry_run(workflows.dry_run(chosen, where, display), json)
-        return
-    results = []
-    for done, one in enumerate(in_turn, start=1):
-        try:
-            with console.TrainingDisplay(one.name) as display, _tracked(display, given["log"]) as watcher:
-                results.append(workflows.train(one, where, watcher))
-        except KeyboardInterrupt:
-            if done < len(in_turn):
-                rest = in_turn[done:]
-                console.log(f"still to do after this run: --seed {rest[0].config.seed} --seeds {len(rest)}")
-            raise
-    if len(results) == 1:
-        show.training(results[0], chosen.config.published, json)
-    else:
-        show.seeds(results, chosen.config.published, json)
-
-
-def _tracked(display: console.TrainingDisplay, log: list[str] | None) -> trackers.Tracked:
-    """The display, and the trackers that are asked for: once, however many ranks there are."""
-    return trackers.Tracked(display, (log or ()) if ranks.rank() == 0 else ())
-
-
-def _in_turn(preset: "Preset", count: int) -> list["Preset"]:
-    """The preset with its own seed and those that follow it."""
-    from cifar100cli.config import MOST_SEEDS
-
-    first = preset.config.seed
-    if first + count > MOST_SEEDS:
-        raise UsageError(f"--seeds {count}: seeds end at {MOST_SEEDS - 1}, and the first is {first}")
-    return [replace(preset, config=preset.config.model_copy(update={"seed": first + n})) for n in range(count)]
-
-
-def _check_inputs(config: "Config", data_dir: Path | None) -> None:
-    """What a run reads must be there, and is asked for before PyTorch, which takes seconds to load."""
-    from cifar100cli import datasets
-    from cifar100cli.runs import find_model
-
-    if config.data.dataset != "synthetic":
-        datasets.find(config.data.dataset, _data_dir(data_dir))
-    if config.model.weights is not None and not Path(config.model.weights).is_file():
-        raise DataError(f"--weights {config.model.weights}: there is no such file")
-    if config.distillation is not None:
-        find_model(Path(config.distillation.required_teacher()))
-
-
-def _resume(given: dict[str, Any], overrides: list["Override"]) -> None:
-    if given["dry_run"] or given["print_config"]:
-        raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
-    run, asked, own, data_dir, device = ranks.on_first(lambda: _run_to_resume(given, overrides))
-    where = _where(data_dir, given["out"], device)
-    from cifar100cli import workflows
-
-    workflows.refuse_other_settings(run, asked, own)
-    with console.TrainingDisplay(run.preset) as display, _tracked(display, given["log"]) as watcher:
-        result = workflows.resume(run, where, watcher)
-    show.training(result, own.published, given["json"])
-
-
-def _run_to_resume(
-    given: dict[str, Any], overrides: list["Override"]
-) -> tuple["RunDir", "Config", "Config", Path, str]:
-    """The run that is meant, the settings that are asked for and those that it has, its data folder and device."""
-    from cifar100cli.config import Override, load_preset
-    from cifar100cli.runs import CONFIG, RunDir, latest_unfinished
-
-    name, preset, device = given["resume"], given["preset"], given["device"]
-    stem = load_preset(preset).name if preset else None
-    run = latest_unfinished(expand(given["out"]), stem) if name == "last" else RunDir.open(expand(Path(name)))
-    own = asked = run.config()
-    if preset or overrides:
-        # A seed that is not given again is the run's.
-        if not any(override.key == "seed" for override in overrides):
-            overrides = [*overrides, Override("seed", own.seed, "the run")]
-        asked = load_preset(preset or str(run.path / CONFIG), overrides).config
-    if device == "auto" and ranks.count() == 1:
-        device = run.recorded("device") or device
-    return run, asked, own, _data_dir(given["data_dir"], run.path), device
-
-
 @app.command()
 def evaluate(
-    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a .safetensors file.")],
+    checkpoints: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN|CHECKPOINT...", help="Run folders or .safetensors files; several are an ensemble."),
+    ],
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images to measure on.")] = "test",
+    tta: Annotated[
+        bool, typer.Option("--tta", help="Average over six views of each image: mirrored, and shifted by a pixel.")
+    ] = False,
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Write every image's prediction.")
     ] = None,
@@ -600,21 +432,23 @@ def evaluate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure a trained model on one of its splits.
+    """Measure a trained model, or several together, on one of its splits.
 
-    Accuracy, loss, calibration, classes and confusions.
+    Accuracy, loss, calibration, classes and confusions. Several models answer with the mean of their probabilities.
 
     Example: cifar100 evaluate runs/resnet18-baseline/20260101-120000-seed0 --predictions test.csv
     """
     from cifar100cli.runs import find_model
 
-    csv_file = _check_output("--predictions", predictions) if predictions is not None else None
-    find_model(expand(checkpoint))
-    where = _where(data_dir, Path("runs"), device, expand(checkpoint))
-    from cifar100cli import workflows
+    csv_file = places.check_output("--predictions", predictions) if predictions is not None else None
+    models = [expand(checkpoint) for checkpoint in checkpoints]
+    for model in models:
+        find_model(model)
+    where = places.where(data_dir, Path("runs"), device, models[0])
+    from cifar100cli import evaluation
 
-    with console.waiting("evaluating ..."):
-        result = workflows.evaluate(expand(checkpoint), where, split, csv_file)
+    with console.TrainingDisplay("evaluate") as display:
+        result = evaluation.evaluate(models, where, display, split, csv_file, tta=tta)
     show.evaluation(result, json)
     if csv_file is not None:
         console.log(f"predictions are in {csv_file}")
@@ -646,7 +480,7 @@ def predict(
     find_model(expand(checkpoint))
     pictures = [expand(image) for image in images]
     find_images(pictures)  # what is not there is told before PyTorch is loaded
-    where = _where(None, Path("runs"), device)
+    where = places.where(None, Path("runs"), device)
     from cifar100cli import workflows
 
     with console.TrainingDisplay("predict") as display:
@@ -679,7 +513,7 @@ def export(
     _one_process()
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: must end in .onnx")
-    out = _check_output("--out", out)
+    out = places.check_output("--out", out)
     from cifar100cli.runs import find_model
 
     find_model(expand(checkpoint))
@@ -726,7 +560,7 @@ def bench(
         from cifar100cli.runs import find_model
 
         find_model(Path(chosen.config.distillation.required_teacher()))
-    where = _where(None, Path("runs"), device)
+    where = places.where(None, Path("runs"), device)
     from cifar100cli import benchmark
 
     with console.TrainingDisplay(chosen.name) as display:
@@ -798,7 +632,7 @@ def report(
     if json and out_format not in (None, "json"):
         raise UsageError(f"--json and --format {out_format} exclude each other")
     if out is not None:
-        out = _check_output("--out", out)
+        out = places.check_output("--out", out)
     chosen = "json" if json else out_format or report_text.format_of(out)
     found = reports.collect([expand(folder) for folder in folders or [runs_dir]])
     if chosen == "table" and out is None:

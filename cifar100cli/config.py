@@ -363,7 +363,8 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_folder().glob("*.yaml"))
 
 
-def _did_you_mean(name: str, known: Iterable[str]) -> str:
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that does not exist: the nearest one that does, if any is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
     return f"; did you mean {near[0]}?" if near else ""
 
@@ -381,7 +382,7 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
             raise UsageError(f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name")
     else:
         raise UsageError(
-            f"unknown preset {name!r}{_did_you_mean(name, preset_names())} "
+            f"unknown preset {name!r}{did_you_mean(name, preset_names())} "
             "(`cifar100 presets` lists them; a file is given as ./FILE.yaml)"
         )
     try:
@@ -398,6 +399,11 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
     if not isinstance(keys, dict):
         raise UsageError(f"--preset {name}: not a preset: it has no keys; `--print-config` shows how one looks")
     return path.stem, keys
+
+
+def shipped(name: str) -> Config | None:
+    """The preset of ours of this name, if there is one."""
+    return load_preset(name).config if name in preset_names() else None
 
 
 def shipped_presets() -> Iterator[tuple[str, Config]]:
@@ -438,13 +444,28 @@ def differences(config: Config, other: Config) -> dict[str, tuple[object, object
 
     A section that only one has differs in its first key, and elsewhere where it is not the default.
     """
-    ours, theirs = (dict(_leaves(_with_sections(c.model_dump()))) for c in (config, other))
+    ours, theirs = flat(config), flat(other)
+    return {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]}
+
+
+def flat(config: Config) -> dict[str, object]:
+    """Every setting by its dotted key; what only describes is left out.
+
+    A section that may be missing and is, stands there with its defaults, but for its first key, which is None.
+    """
     describing = ("description", "published")
     return {
-        key: (ours.get(key), theirs.get(key))
-        for key in [*ours, *(key for key in theirs if key not in ours)]
-        if ours.get(key) != theirs.get(key) and key.split(".")[0] not in describing
+        key: value for key, value in _leaves(_with_sections(config.model_dump())) if key.split(".")[0] not in describing
     }
+
+
+def optional_sections() -> list[str]:
+    """The sections that a configuration may leave out."""
+    return [
+        name
+        for name, field in Config.model_fields.items()
+        if field.default is None and _section_of(field.annotation) is not None and name != "published"
+    ]
 
 
 def _with_sections(keys: dict[str, Any]) -> dict[str, Any]:
@@ -582,7 +603,7 @@ def _explain(error: ValidationError, where: str, origins: Mapping[str, str]) -> 
     value = first["input"]
     near = ""
     if isinstance(value, str) and get_origin(field.annotation) is Literal:
-        near = _did_you_mean(value, map(str, get_args(field.annotation)))
+        near = did_you_mean(value, map(str, get_args(field.annotation)))
     allowed = _allowed(field.annotation, field.metadata)
     return f"{key} = {_show(value)} ({origin}): must be {allowed}{near}{rest}"
 

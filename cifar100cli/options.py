@@ -83,6 +83,9 @@ Cache = Annotated[
 Epochs = Annotated[str | None, _text("N", "Passes over the training images.")]
 Seed = Annotated[str | None, _text("N", "Of weights, order and augmentation.")]
 Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="So many runs in turn, each with the next seed.")]
+Ablate = Annotated[
+    str | None, _text("BLOCK,BLOCK", "Train it as it is and without each of these (augment, ema, ...), and compare.")
+]
 Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")]
 Log = Annotated[
     list[str] | None,

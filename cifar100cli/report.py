@@ -4,10 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
-from cifar100cli.config import SPLIT_OF, Config, differences, load_preset, preset_names
+from cifar100cli import ablation, noise
+from cifar100cli.ablation import Ablation, Effect
+from cifar100cli.config import SPLIT_OF, Config, differences, preset_names, shipped
 from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import RunDir, find_runs
@@ -83,6 +85,7 @@ class Report:
 
     rows: list[Row] = field(default_factory=list)
     unusable: list[Unusable] = field(default_factory=list)
+    ablations: list[Ablation] = field(default_factory=list)
 
     @property
     def pairs(self) -> list[Pair]:
@@ -136,7 +139,13 @@ def collect(folders: Sequence[Path]) -> Report:
         family = row.preset.removesuffix(FIXED)
         return row.preset not in ours, family, row.preset != family
 
-    return Report(sorted(map(_row, groups.values()), key=place), unusable)
+    measured = [
+        ablation.setting_of(
+            group[0].preset, group[0].config, [{**run.result, "run_dir": str(run.path)} for run in group]
+        )
+        for group in groups.values()
+    ]
+    return Report(sorted(map(_row, groups.values()), key=place), unusable, ablation.find(measured))
 
 
 def _read(path: Path) -> _Complete | Unusable:
@@ -156,35 +165,31 @@ def _read(path: Path) -> _Complete | Unusable:
     return _Complete(path, run.preset, config, result, hardware, run.metrics())
 
 
-def _shipped(name: str) -> Config | None:
-    return load_preset(name).config if name in preset_names() else None
-
-
 def _row(group: list[_Complete]) -> Row:
     first = group[0]
-    config, shipped = first.config, _shipped(first.preset)
-    changed = {} if shipped is None else differences(config, shipped)
+    config, ours = first.config, shipped(first.preset)
+    changed = {} if ours is None else differences(config, ours)
     changed.pop("seed", None)
     published = config.published
-    own_dataset = shipped.data.dataset if shipped is not None else "cifar100"
+    own_dataset = ours.data.dataset if ours is not None else "cifar100"
     top1 = [run.result["test"]["top1"] for run in group]
     mean = fmean(top1)
     comparable = config.data.dataset == own_dataset != "synthetic"
     delta = mean - published.top1 if published and comparable else None
-    noise = _noise(top1)
+    spread = noise.of_one_more(top1)
     return Row(
         preset=first.preset,
-        changes={key: ours for key, (ours, _) in changed.items()},
-        shipped={key: theirs for key, (_, theirs) in changed.items()},
+        changes={key: here for key, (here, _) in changed.items()},
+        shipped={key: there for key, (_, there) in changed.items()},
         dataset=config.data.dataset,
         published_top1=published.top1 if published else None,
         published_epoch=published.epoch if published else None,
         n=len(group),
         top1_mean=mean,
-        top1_std=stdev(top1) if len(top1) > 1 else None,
+        top1_std=noise.deviation(top1),
         delta=delta,
-        noise=noise,
-        within_noise=abs(delta) <= noise if delta is not None and noise is not None else None,
+        noise=spread,
+        within_noise=abs(delta) <= spread if delta is not None and spread is not None else None,
         select=config.train.select,
         epochs=config.train.epochs,
         best_epochs=[int(run.result["best"]["epoch"]) for run in group],
@@ -197,21 +202,6 @@ def _row(group: list[_Complete]) -> Row:
         fraction=config.data.fraction,
         curves=_curves([run.metrics for run in group]),
     )
-
-
-# The 97.5% quantiles of Student's t for 1 to 30 degrees of freedom.
-STUDENT = (
-    *(12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131),
-    *(2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042),
-)
-
-
-def _noise(top1: Sequence[float]) -> float | None:
-    """Half the 95% prediction interval of one more run: what a published figure, a single run, is held against."""
-    if len(top1) < 2:
-        return None
-    quantile = STUDENT[min(len(top1) - 1, len(STUDENT)) - 1]
-    return quantile * stdev(top1) * math.sqrt(1 + 1 / len(top1))
 
 
 def _curves(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[float]]:
@@ -242,7 +232,7 @@ def outside_tolerance(report: Report, tolerance: float) -> list[str]:
 # ------------------------------------------------------------------------------------------ words and choices
 
 
-def changed(row: Row | Pair) -> str:
+def changed(row: Row | Pair | Ablation) -> str:
     """The settings that are not the preset's, for people."""
     if not row.changes:
         return ""
@@ -252,6 +242,15 @@ def changed(row: Row | Pair) -> str:
 def setting(value: object) -> str:
     """The value of a preset's key, for people."""
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def effect_name(effect: Effect) -> str:
+    """The setting beside the base, for people: what it lacks, or what it has instead."""
+    if effect.without:
+        return f"no {effect.block}"
+    if len(effect.changes) == 1:
+        return f"{effect.block} = {setting(next(iter(effect.changes.values())))}"
+    return f"with {effect.block}"
 
 
 def judged(row: Row) -> str | None:

@@ -9,9 +9,22 @@ from dataclasses import asdict
 from pathlib import Path
 
 from cifar100cli import console
+from cifar100cli.ablation import Ablation, Effect
 from cifar100cli.console import PROTOCOLS, percent
 from cifar100cli.errors import UsageError
-from cifar100cli.report import SPLITS, TITLES, Pair, Report, Row, changed, judged, published_cell, setting, study_rows
+from cifar100cli.report import (
+    SPLITS,
+    TITLES,
+    Pair,
+    Report,
+    Row,
+    changed,
+    effect_name,
+    judged,
+    published_cell,
+    setting,
+    study_rows,
+)
 
 FORMATS = {".html": "html", ".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
 STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train loss", "test loss", "test by epoch")
@@ -69,6 +82,55 @@ def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
     )
 
 
+ABLATION_COLUMNS = ("setting", "n", "top-1", "gain", "95% interval", "")
+
+
+def _ablation_cells(found: Ablation) -> list[tuple[str, ...]]:
+    """The base and the settings around it; accuracies in per cent, gains in points."""
+    base = ("as it is", str(found.n), _with_deviation(found.top1_mean, found.top1_std), "-", "-", "")
+    return [base, *map(_effect_cells, found.effects)]
+
+
+def _effect_cells(effect: Effect) -> tuple[str, ...]:
+    error = "" if effect.gain_error is None else f" ±{100 * effect.gain_error:.2f}"
+    low_high = "-" if effect.interval is None else " to ".join(f"{100 * edge:+.2f}" for edge in effect.interval)
+    verdict = {True: "within noise", False: "", None: "one seed"}[effect.within_noise]
+    return (
+        effect_name(effect),
+        str(effect.n),
+        _with_deviation(effect.top1_mean, effect.top1_std),
+        f"{100 * effect.gain:+.2f}{error}",
+        low_high,
+        verdict,
+    )
+
+
+def _with_deviation(mean: float, deviation: float | None) -> str:
+    return f"{100 * mean:.2f}" + ("" if deviation is None else f" ±{100 * deviation:.2f}")
+
+
+def show_ablation(found: Ablation, changes: str) -> None:
+    """A table of what each block brings; `changes` says where the base is not the preset as shipped."""
+    title = f"What each block brings: {found.preset}{changes}, {TITLES.get(found.dataset, found.dataset)}"
+    console.table(title, ABLATION_COLUMNS, _ablation_cells(found), right=range(1, 5))
+
+
+def ablation_notes(ablations: Sequence[Ablation]) -> list[str]:
+    """How to read such tables."""
+    effects = [effect for found in ablations for effect in found.effects]
+    if not effects:
+        return []
+    notes = [
+        "gain: top-1 with the block less top-1 without it, in points, ± its standard error"
+        + (", from the differences within each seed." if all(e.paired for e in effects) else ".")
+    ]
+    if any(effect.within_noise for effect in effects):
+        notes.append("within noise: no gain at all is in the interval too; more --seeds would tell.")
+    if any(effect.within_noise is None for effect in effects):
+        notes.append("one seed: nothing can be said about noise; --seeds 3 tells more.")
+    return notes
+
+
 def sparkline(values: Sequence[float], width: int = 16) -> str:
     """A curve in one line of text, from its lowest to its highest value."""
     if not values:
@@ -88,7 +150,7 @@ def _notes(report: Report) -> list[str]:
         notes.append("synthetic: drawn shapes; these figures say nothing about CIFAR-100.")
     if any(row.changes for row in report.rows):
         notes.append("in brackets: settings that are not the preset's; the published figure is for the preset's.")
-    return notes
+    return notes + ablation_notes(report.ablations)
 
 
 def render(report: Report, form: str) -> str:
@@ -101,6 +163,7 @@ def render(report: Report, form: str) -> str:
         content = {
             "rows": [asdict(row) for row in report.rows],
             "pairs": [asdict(pair) for pair in report.pairs],
+            "ablations": [asdict(found) for found in report.ablations],
             "unusable": [asdict(u) for u in report.unusable],
         }
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
@@ -114,6 +177,10 @@ def render(report: Report, form: str) -> str:
             "| " + " | ".join(_escape(cell) for cell in _pair_cells(pair, changed(pair))) + " |"
             for pair in report.pairs
         ]
+    for found in report.ablations:
+        lines += ["", f"What each block brings: {_escape(found.preset + changed(found))}", ""]
+        lines += ["| " + " | ".join(ABLATION_COLUMNS) + " |", "|---|---:|---:|---:|---:|---|"]
+        lines += ["| " + " | ".join(_escape(cell) for cell in cells) + " |" for cells in _ablation_cells(found)]
     if study := study_rows(report):
         lines += ["", "| " + " | ".join(STUDY_COLUMNS) + " |", "|---|---:|---:|---:|---:|---:|---:|---|"]
         lines += ["| " + " | ".join(_escape(cell) for cell in _study_cells(row, changed(row))) + " |" for row in study]
@@ -168,6 +235,8 @@ def show_table(report: Report) -> None:
             [_pair_cells(pair, _bracketed(letters.get(changed(pair)))) for pair in report.pairs],
             right=range(1, 4),
         )
+    for found in report.ablations:
+        show_ablation(found, _bracketed(letters.get(changed(found))))
     study = study_rows(report)
     for dataset in dict.fromkeys(row.dataset for row in study):
         console.table(

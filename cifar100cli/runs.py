@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from cifar100cli.bounded import parse_json, read_file, walk
-from cifar100cli.config import Config, read_config
-from cifar100cli.errors import DataError, FolderError, UsageError
+from cifar100cli.config import Config, differences, read_config
+from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 
 FORMAT = 1  # of a run folder; a newer one is refused
 
@@ -351,6 +351,22 @@ def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
         of_preset = f" of {preset}" if preset else ""
         raise DataError(f"{root}: there is no unfinished run{of_preset} to resume")
     return RunDir.open(max(folders, key=lambda path: (path / CONFIG).stat().st_mtime_ns))
+
+
+def same_run(root: Path, preset: str, config: Config) -> RunDir | None:
+    """The latest run of this preset with the very same settings and seed: a complete one, or else one to go on with."""
+    found = []
+    for path in find_runs(root / preset):
+        with contextlib.suppress(CifarError, OSError):  # what is broken is nothing to build on
+            run = RunDir.open(path)
+            if differences(run.config(), config):
+                continue
+            if run.complete:
+                run.result()
+                found.append(run)
+            elif (path / STATE).is_file() and not run.in_use:
+                found.append(run)
+    return max(found, key=lambda run: (run.complete, (run.path / CONFIG).stat().st_mtime_ns), default=None)
 
 
 def begun_by(root: Path, preset: str, launch: str | None) -> RunDir | None:

@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ from cifar100cli import console
 from cifar100cli.console import percent
 
 if TYPE_CHECKING:
+    from cifar100cli.ablation import Ablation
     from cifar100cli.config import Config, Published
 
 
@@ -108,6 +110,20 @@ def seeds(results: Sequence[Mapping[str, Any]], published: "Published | None", j
     _next(first["run_dir"])
 
 
+def ablation(found: "Ablation", json: bool) -> None:
+    """What each block of a preset brings."""
+    if json:
+        console.result_json(asdict(found))
+        return
+    from cifar100cli import report_text
+    from cifar100cli.report import changed
+
+    report_text.show_ablation(found, changed(found))
+    for note in report_text.ablation_notes([found]):
+        console.result(note)
+    _next(found.runs[0])
+
+
 def _where(result: Mapping[str, Any]) -> str:
     """Device, ranks and memory; results of earlier versions tell the first alone."""
     ranks, memory = result.get("ranks", 1), result.get("peak_memory_bytes", 0)
@@ -121,8 +137,19 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
         console.result_json(result)
         return
     name = "synthetic (drawn)" if result["dataset"] == "synthetic" else result["dataset"]
-    console.result(f"{result['checkpoint']} (epoch {result['epoch']})")
-    console.result(f"on {result['count']:,} {result['split']} images of {name}")
+    views = ", six views of each (test-time augmentation)" if result["tta"] else ""
+    if "members" in result:
+        members = result["members"]
+        console.table(
+            f"An ensemble of {len(members)}: alone, and below together",
+            ("top-1", "loss", "epoch", "preset", "member"),
+            [(percent(m["top1"]), f"{m['loss']:.4f}", str(m["epoch"]), m["preset"], m["checkpoint"]) for m in members],
+            right=(0, 1, 2),
+        )
+        console.result("the mean of their probabilities")
+    else:
+        console.result(f"{result['checkpoint']} (epoch {result['epoch']})")
+    console.result(f"on {result['count']:,} {result['split']} images of {name}{views}")
     rows = [
         ("top-1", percent(result["top1"])),
         ("top-5", percent(result["top5"])),

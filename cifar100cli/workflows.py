@@ -1,7 +1,6 @@
-"""What the commands do: train, go on, try, evaluate, predict."""
+"""What the commands do: train, go on, try, predict."""
 
 import contextlib
-import csv
 import errno
 import shlex
 from collections.abc import Iterator, Sequence
@@ -10,18 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from cifar100cli import checkpoint, datasets, devices, images, machine, metrics, ranks, trainer
+from cifar100cli import checkpoint, devices, evaluation, images, machine, metrics, ranks, trainer
 from cifar100cli.card import Card
-from cifar100cli.checkpoint import Checkpoint, TrainState
+from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import SPLIT_OF, Config, Preset, differences
-from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
-from cifar100cli.jobs import Job, Watcher, Where, evaluation_loader, prepare, training_splits
+from cifar100cli.jobs import Job, Watcher, Where, prepare
 from cifar100cli.models import count_parameters
 from cifar100cli.optim import create_optimizer
-from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, STATE, RunDir, begun_by, replacing
+from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, STATE, RunDir, begun_by
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
@@ -170,7 +167,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     cast = devices.autocast(job.device, job.precision)
     logits, labels = metrics.predict(job.model, job.test, cast)
     test = metrics.evaluate(logits, labels, job.card.superclass_of)
-    ranks.on_first(lambda: _write_predictions(run.path / PREDICTIONS, job.card.classes, logits, labels))
+    ranks.on_first(lambda: evaluation.write_predictions(run.path / PREDICTIONS, job.card.classes, logits, labels))
     rows = ranks.on_first(run.metrics)
     split = SPLIT_OF[job.config.train.select]
     held_out = job.loaders.evaluation.get("val")
@@ -234,75 +231,6 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     }
 
 
-# ---------------------------------------------------------------------------------------------- evaluating
-
-
-def evaluate(path: Path, where: Where, split: str = "test", predictions: Path | None = None) -> dict[str, Any]:
-    """Measure a run or checkpoint on a split of its data set; returns what `evaluate --json` prints.
-
-    `predictions` names a CSV file for one line an image: index in the split, true class, predicted class,
-    confidence, and whether it is right.
-    """
-    saved = checkpoint.load_model(path)
-    model, device, cast = _ready(saved, where)
-    dataset = datasets.load(saved.card.dataset, where.data_dir)
-    if dataset.classes != saved.card.classes:
-        raise DataError(f"{saved.path}: its classes are not those of {dataset.name} in {where.data_dir}")
-    loader = evaluation_loader(_split_of(saved, dataset, split), device, saved.preprocessing)
-    logits, labels = metrics.predict(model, loader, cast)
-    result = metrics.evaluate(logits, labels, saved.card.superclass_of)
-    classes = saved.card.classes
-    if predictions is not None and ranks.rank() == 0:
-        _write_predictions(predictions, classes, logits, labels)
-    return {
-        "checkpoint": str(saved.path),
-        "preset": saved.card.preset,
-        "epoch": saved.card.epoch,
-        "dataset": dataset.name,
-        "split": split,
-        **{key: getattr(result, key) for key in ("count", "top1", "top5", "loss", "ece", "superclass_top1")},
-        "per_class": dict(zip(classes, result.per_class, strict=True)),
-        "confusions": [
-            {"true": classes[true], "predicted": classes[predicted], "count": count}
-            for true, predicted, count in result.confusions
-        ],
-    }
-
-
-def _ready(saved: Checkpoint, where: Where) -> tuple[nn.Module, torch.device, devices.Cast]:
-    """The model on the device that is asked for, in the precision that it was trained in."""
-    device = devices.select_device(where.device)
-    model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return (
-        model.eval(),
-        device,
-        devices.autocast(device, devices.resolve_precision(saved.config.train.precision, device)),
-    )
-
-
-def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
-    """The very images that the checkpoint's run trained on, held out, or tested on."""
-    if split == "test":
-        return dataset.test
-    training, held_out = training_splits(dataset, saved.config)
-    if split == "train":
-        return training
-    if held_out is None:
-        raise UsageError(f"--split val: {saved.path} comes from a run that held nothing out (data.val_fraction is 0)")
-    return held_out
-
-
-def _write_predictions(path: Path, classes: tuple[str, ...], logits: torch.Tensor, labels: torch.Tensor) -> None:
-    confidences, predicted = logits.double().softmax(1).max(1)
-    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["index", "true", "predicted", "confidence", "correct"])
-        for index, (true, guess, confidence) in enumerate(
-            zip(labels.tolist(), predicted.tolist(), confidences.tolist(), strict=True)
-        ):
-            writer.writerow([index, classes[true], classes[guess], f"{confidence:.6f}", int(true == guess)])
-
-
 # ---------------------------------------------------------------------------------------------- predicting
 
 
@@ -313,7 +241,7 @@ def predict(path: Path, sources: Sequence[Path], where: Where, watcher: Watcher,
     """
     files = images.find_images(sources)
     saved = checkpoint.load_model(path)
-    model, device, cast = _ready(saved, where)
+    model, device, cast = evaluation.ready(saved, where)
     card = saved.card
     found: list[dict[str, Any]] = []
     skipped = []

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cifar100cli import checkpoint, computed, jobs, runs, workflows
+from cifar100cli import checkpoint, computed, evaluation, jobs, runs, workflows
 from cifar100cli.card import Card
 from cifar100cli.config import Config, Preset, load_preset
 from cifar100cli.errors import RunInterrupted, UsageError
@@ -91,7 +91,7 @@ def test_the_frozen_part_is_the_files_to_the_bit(tmp_path: Path, weights: Path, 
 def test_the_result_is_what_evaluate_measures(tmp_path: Path, weights: Path) -> None:
     job = preset(weights, {"cache_dtype": "bfloat16"}, data={"val_fraction": 0.25}, train={"select": "best_val"})
     result = workflows.train(job, where(tmp_path), Silent())
-    measured = workflows.evaluate(Path(result["run_dir"]), where(tmp_path))
+    measured = evaluation.evaluate([Path(result["run_dir"])], where(tmp_path), Silent())
     assert {key: measured[key] for key in result["test"]} == result["test"]
 
 

@@ -15,7 +15,7 @@ import timm
 import torch
 from safetensors.torch import load, load_file
 
-from cifar100cli import checkpoint, devices, jobs, runs, steps, synthetic, trainer, workflows
+from cifar100cli import checkpoint, devices, evaluation, jobs, runs, steps, synthetic, trainer, workflows
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Preset
 from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
@@ -278,7 +278,7 @@ def test_the_figures_are_the_averages(tmp_path: Path) -> None:
     """What `evaluate` measures of the kept weights is what the epoch said."""
     preset = make_preset(train={"ema": 0.9, "select": "best_test", "epochs": 2})
     result = workflows.train(preset, where(tmp_path), Silent())
-    measured = workflows.evaluate(only_run(tmp_path).path, where(tmp_path))
+    measured = evaluation.evaluate([only_run(tmp_path).path], where(tmp_path), Silent())
     row = only_run(tmp_path).metrics()[result["best"]["epoch"] - 1]
     assert (measured["top1"], measured["loss"]) == (row["test_top1"], pytest.approx(row["test_loss"], rel=1e-6))
 

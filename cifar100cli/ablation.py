@@ -1,0 +1,286 @@
+"""What each part of a preset brings: the settings without it, and the gain with its noise. No torch here.
+
+A block is a part of a preset that can be put to a value at which it does nothing. Whatever the schema has by default
+switched off is one, so that new keys are blocks without a word here.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from cifar100cli import noise
+from cifar100cli.config import Config, did_you_mean, differences, flat, optional_sections, parse_config, shipped
+from cifar100cli.errors import UsageError
+
+OFF = (0, False, "none", "off", "constant")  # a default that is one of these does nothing
+# Keys that do something by default, with the value at which they do not.
+NEUTRAL: Mapping[str, object] = {
+    "optimizer.weight_decay": 0.0,
+    "optimizer.grad_clip": 0.0,
+    "model.stem": "imagenet",
+    "loss.name": "cross_entropy",
+}
+# How, on what and for how long a setting is run: no part of it, and the same wherever two are compared.
+HOW = frozenset(
+    {
+        "seed",
+        *(f"data.{key}" for key in ("dataset", "fraction", "val_fraction")),
+        *(f"finetune.{key}" for key in ("unfreeze", "cache", "cache_dtype")),
+        *(f"train.{key}" for key in ("epochs", "precision", "select", "watch_test", "compile", "deterministic")),
+        "train.sync_batch_norm",
+    }
+)
+SHORT: Mapping[str, str] = {"schedule.name": "schedule", "schedule.warmup_epochs": "warmup", "loss.name": "loss"}
+
+
+@dataclass(frozen=True)
+class Block:
+    """Keys that together do nothing at these values, under the name that a user gives them."""
+
+    name: str
+    values: Mapping[str, object]
+
+    def is_off(self, settings: Mapping[str, object]) -> bool:
+        """Whether a setting (`config.flat`) does without it."""
+        return all(settings[key] == value for key, value in self.values.items())
+
+    def taken_from(self, config: Config) -> Config:
+        """The configuration without it. Raises `UsageError` where what is left does not go together."""
+        keys = config.model_dump()
+        if self.name in optional_sections():
+            keys[self.name] = None
+        else:
+            for key, value in self.values.items():
+                section, _, last = key.rpartition(".")
+                keys[section][last] = value
+        return parse_config(keys, f"--ablate {self.name}")
+
+
+def blocks() -> list[Block]:
+    """Every block there is: those of several keys first, then those of one."""
+    defaults = flat(Config())
+    off = {key: value for key, value in defaults.items() if key.startswith("augment.") or value in OFF}
+    off = {key: value for key, value in {**off, **NEUTRAL}.items() if key in defaults and key not in HOW}
+    several = {
+        name: {key: value for key, value in defaults.items() if key.startswith(f"{name}.")}
+        for name in ["augment", *optional_sections()]
+    }
+    several = {name: values for name, values in several.items() if not HOW & values.keys()}
+    several["pretrained"] = {"model.pretrained": False, "model.weights": None}
+    leaves = [key.rpartition(".")[2] for key in off]
+
+    def short(key: str) -> str:
+        leaf = key.rpartition(".")[2]
+        return SHORT.get(key) or (leaf if leaves.count(leaf) == 1 and leaf not in several else key)
+
+    return [
+        *(Block(name, values) for name, values in several.items()),
+        *(Block(short(key), {key: value}) for key, value in off.items() if key != "model.pretrained"),
+    ]
+
+
+def without(config: Config, names: Iterable[str]) -> dict[str, Config]:
+    """The configuration without each named block, in the order of the names.
+
+    Raises `UsageError` for a name that is unknown or stands twice, and for a block that `config` does not have.
+    """
+    known = {block.name: block for block in blocks()}
+    known |= {key: block for block in known.values() if len(block.values) == 1 for key in block.values}
+    found: dict[str, Config] = {}
+    for name in names:
+        if name not in known:
+            raise UsageError(
+                f"--ablate: there is no block {name!r}{did_you_mean(name, known)} (this preset has {_have(config)})"
+            )
+        block = known[name]
+        if block.is_off(flat(config)):
+            key, value = next(iter(block.values.items()))
+            state = f"{key} is {value}" if len(block.values) == 1 else "it is off"
+            raise UsageError(
+                f"--ablate {name}: {state} already, and nothing would change (this preset has {_have(config)})"
+            )
+        left = block.taken_from(config)
+        same = next((other for other, earlier in found.items() if earlier == left), None)
+        if same is not None:
+            raise UsageError(f"--ablate {name}: is the same setting as without {same}; name it once")
+        found[block.name] = left
+    if not found:
+        raise UsageError(f"--ablate: name blocks, with commas between them (this preset has {_have(config)})")
+    return found
+
+
+def _have(config: Config) -> str:
+    """The blocks that a configuration has; keys of a larger one are not told beside it."""
+    settings = flat(config)
+    told: set[str] = set()
+    names = []
+    for block in blocks():
+        if not block.is_off(settings) and not told >= block.values.keys():
+            names.append(block.name)
+            told |= block.values.keys()
+    return ", ".join(names) or "none"
+
+
+# --------------------------------------------------------------------------------------- what a block brings
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the complete runs of one setting reached: top-1 on the test images, as fractions, by seed."""
+
+    preset: str
+    config: Config
+    top1: Mapping[int, float]
+    runs: Sequence[str] = ()
+
+
+def setting_of(preset: str, config: Config, results: Sequence[Mapping[str, Any]]) -> Setting:
+    """A setting from its runs' results. Several of one seed count as one, their mean: they are no further evidence."""
+    top1: dict[int, list[float]] = {}
+    for result in results:
+        top1.setdefault(int(result["seed"]), []).append(result["test"]["top1"])
+    means = {seed: fmean(top1[seed]) for seed in sorted(top1)}
+    return Setting(preset, config, means, [str(result["run_dir"]) for result in results])
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A setting that differs from the base in one block, and what the block brings.
+
+    With `without` the setting lacks the block, and `gain` is the base's mean less its mean; else it has what the base
+    has not, and `gain` is its mean less the base's. Fractions; `gain_std`, `gain_error` and `interval` are those of
+    `noise.Difference`.
+    """
+
+    block: str
+    without: bool
+    changes: dict[str, object]
+    n: int
+    seeds: list[int]
+    top1_mean: float
+    top1_std: float | None
+    gain: float
+    gain_std: float | None
+    gain_error: float | None
+    interval: tuple[float, float] | None
+    paired: bool
+    within_noise: bool | None
+    runs: list[str]
+
+
+@dataclass(frozen=True)
+class Ablation:
+    """A setting of a preset, and those around it that were run alike; `changes` are from the preset as shipped."""
+
+    preset: str
+    dataset: str
+    select: str
+    epochs: int
+    changes: dict[str, object]
+    n: int
+    seeds: list[int]
+    top1_mean: float
+    top1_std: float | None
+    runs: list[str]
+    effects: list[Effect]
+
+
+def compare(base: Setting, others: Sequence[tuple[str, bool, Setting]]) -> Ablation:
+    """The base beside other settings, each with its block's name and whether it does without it."""
+    ours = shipped(base.preset)
+    changes = differences(base.config, ours) if ours is not None else {}
+    values = list(base.top1.values())
+    return Ablation(
+        base.preset,
+        base.config.data.dataset,
+        base.config.train.select,
+        base.config.train.epochs,
+        {key: value for key, (value, _) in changes.items() if key != "seed"},
+        len(values),
+        list(base.top1),
+        fmean(values),
+        noise.deviation(values),
+        list(base.runs),
+        [_effect(base, *other) for other in others],
+    )
+
+
+def _effect(base: Setting, block: str, lacks: bool, other: Setting) -> Effect:
+    gain = noise.difference(base.top1, other.top1) if lacks else noise.difference(other.top1, base.top1)
+    changes = differences(other.config, base.config)
+    values = list(other.top1.values())
+    return Effect(
+        block,
+        lacks,
+        {key: value for key, (value, _) in changes.items() if key != "seed"},
+        len(values),
+        list(other.top1),
+        fmean(values),
+        noise.deviation(values),
+        gain.mean,
+        gain.deviation,
+        gain.error,
+        gain.interval,
+        gain.paired,
+        gain.within_noise,
+        list(other.runs),
+    )
+
+
+def find(settings: Sequence[Setting]) -> list[Ablation]:
+    """The ablations among settings: of each preset, what was run alike and differs in one block.
+
+    The base is the preset as shipped, beside which every difference of one key or block counts. Around other settings
+    only what lacks a block of theirs counts; the one that most lack something of comes first.
+    """
+    families: dict[tuple[object, ...], list[Setting]] = {}
+    for setting in settings:
+        values = flat(setting.config)
+        how = tuple(values.get(key) for key in sorted(HOW - {"seed"}))
+        families.setdefault((setting.preset, *how), []).append(setting)
+    known = blocks()
+    return [found for family in families.values() if len(family) > 1 for found in _of_family(family, known)]
+
+
+def _of_family(family: Sequence[Setting], known: Sequence[Block]) -> list[Ablation]:
+    values = [flat(setting.config) for setting in family]
+    ours = shipped(family[0].preset)
+    as_shipped = None if ours is None else flat(ours)
+    around: list[list[tuple[int, str, bool]]] = []
+    for number, base in enumerate(values):
+        apart = [(other, _apart(base, values[other], known)) for other in range(len(family)) if other != number]
+        near = [(other, *found) for other, found in apart if found is not None]
+        if as_shipped is None or _parted(base, as_shipped):
+            near = [one for one in near if one[2]]
+        around.append(near)
+
+    def rank(number: int) -> tuple[bool, int, int]:
+        lacking = sum(lacks for *_, lacks in around[number])
+        is_ours = as_shipped is not None and not _parted(values[number], as_shipped)
+        return is_ours, lacking, len(family[number].top1)
+
+    found = []
+    told: set[int] = set()
+    for number in sorted(range(len(family)), key=rank, reverse=True):
+        others = [one for one in around[number] if one[0] not in told]
+        if others:
+            told |= {other for other, *_ in others}
+            found.append(compare(family[number], [(name, lacks, family[other]) for other, name, lacks in others]))
+    return found
+
+
+def _parted(base: Mapping[str, object], other: Mapping[str, object]) -> set[str]:
+    return {key for key in base if base[key] != other[key] and key not in HOW}
+
+
+def _apart(base: Mapping[str, object], other: Mapping[str, object], known: Sequence[Block]) -> tuple[str, bool] | None:
+    """The one block or key that two settings differ in, and whether the other one does without it; else None."""
+    keys = _parted(base, other)
+    for block in known:
+        if keys <= block.values.keys():
+            if block.is_off(other):
+                return block.name, True
+            if block.is_off(base):
+                return block.name, False
+    return (next(iter(keys)), False) if len(keys) == 1 else None

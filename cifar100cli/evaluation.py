@@ -1,0 +1,152 @@
+"""Trained models measured on a split of their data set: one, or several as an ensemble."""
+
+import csv
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cifar100cli import checkpoint, datasets, devices, metrics, ranks
+from cifar100cli.checkpoint import Checkpoint
+from cifar100cli.datasets import Dataset, Split
+from cifar100cli.errors import DataError, UsageError
+from cifar100cli.jobs import Watcher, Where, evaluation_loader, training_splits
+from cifar100cli.runs import replacing
+
+# What decides which images a split holds, beside the data set.
+PARTING = {"test": (), "val": ("val_fraction",), "train": ("val_fraction", "fraction")}
+
+
+def evaluate(
+    paths: Sequence[Path],
+    where: Where,
+    watcher: Watcher,
+    split: str = "test",
+    predictions: Path | None = None,
+    *,
+    tta: bool = False,
+) -> dict[str, Any]:
+    """Measure a run or checkpoint, or the mean of several models' probabilities; returns what `evaluate --json` prints.
+
+    Each model sees the images at its own size and normalisation; `tta` shows it six views of each. `predictions` names
+    a CSV file for one line an image: index in the split, true class, predicted class, confidence, and whether it is
+    right. Raises `DataError` for models of different data sets or classes, and `UsageError` where these were not
+    trained and held out on the same images and `split` is not the test set.
+    """
+    members = [checkpoint.load_model(path) for path in paths]
+    _check_alike(members, split)
+    first = members[0]
+    dataset = datasets.load(first.card.dataset, where.data_dir)
+    if dataset.classes != first.card.classes:
+        raise DataError(f"{first.path}: its classes are not those of {dataset.name} in {where.data_dir}")
+    images = _split_of(first, dataset, split)
+    answers, labels = [], torch.empty(0)
+    with watcher.progress("evaluate", len(images) * len(members)) as advance:
+        for member in members:
+            model, device, cast = ready(member, where)
+            loader = evaluation_loader(images, device, member.preprocessing)
+            logits, labels = metrics.predict(model, loader, cast, tta=tta, advance=advance)
+            answers.append(logits)
+            model.cpu()  # one at a time on the device
+    together = answers[0] if len(answers) == 1 else metrics.ensemble(answers)
+    result = metrics.evaluate(together, labels, first.card.superclass_of)
+    classes = first.card.classes
+    if predictions is not None and ranks.rank() == 0:
+        write_predictions(predictions, classes, together, labels)
+    return {
+        **_names(members, answers, labels),
+        "dataset": dataset.name,
+        "split": split,
+        "tta": tta,
+        **{key: getattr(result, key) for key in ("count", "top1", "top5", "loss", "ece", "superclass_top1")},
+        "per_class": dict(zip(classes, result.per_class, strict=True)),
+        "confusions": [
+            {"true": classes[true], "predicted": classes[predicted], "count": count}
+            for true, predicted, count in result.confusions
+        ],
+    }
+
+
+def _names(members: Sequence[Checkpoint], answers: Sequence[Tensor], labels: Tensor) -> dict[str, Any]:
+    """Which model it was; of several, each with what it can do alone."""
+    alone = [
+        {"checkpoint": str(member.path), "preset": member.card.preset, "epoch": member.card.epoch} for member in members
+    ]
+    if len(members) == 1:
+        return alone[0]
+    scores = [metrics.score(logits, labels) for logits in answers]
+    return {
+        "checkpoint": " + ".join(str(member.path) for member in members),
+        "preset": " + ".join(dict.fromkeys(member.card.preset for member in members)),
+        "epoch": None,
+        "members": [{**one, "top1": s.top1, "loss": s.loss} for one, s in zip(alone, scores, strict=True)],
+    }
+
+
+def _check_alike(members: Sequence[Checkpoint], split: str) -> None:
+    """Models can be averaged when they answer the same question, and about images that are as new to each of them."""
+    first = members[0]
+    for number, other in enumerate(members[1:], start=1):
+        if any(other.path.samefile(earlier.path) for earlier in members[:number]):
+            raise UsageError(f"{other.path}: is named twice; an ensemble has each model once")
+        if other.card.dataset != first.card.dataset:
+            raise DataError(
+                f"{other.path}: knows {other.card.dataset}, and {first.path} {first.card.dataset}; "
+                "the models of an ensemble have one data set"
+            )
+        if other.card.classes != first.card.classes:
+            raise DataError(
+                f"{other.path}: its classes are not those of {first.path} "
+                f"({len(other.card.classes)} and {len(first.card.classes)} of {first.card.dataset})"
+            )
+        keys = [f"data.{key}" for key in PARTING[split]]
+        if split == "train" and (first.config.data.fraction, other.config.data.fraction) != (1, 1):
+            keys.append("seed")  # it chooses the images of the fraction
+        for key in keys:
+            ours, theirs = (_value(member, key) for member in (first, other))
+            if ours != theirs:
+                raise UsageError(
+                    f"--split {split}: {first.path} has {key} = {ours}, and {other.path} {theirs}: these are not the "
+                    "same images, and one model may have learned those of the other; --split test is there for all"
+                )
+
+
+def _value(member: Checkpoint, key: str) -> object:
+    return member.config.seed if key == "seed" else getattr(member.config.data, key.removeprefix("data."))
+
+
+def ready(saved: Checkpoint, where: Where) -> tuple[nn.Module, torch.device, devices.Cast]:
+    """The model on the device that is asked for, in the precision that it was trained in."""
+    device = devices.select_device(where.device)
+    model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return (
+        model.eval(),
+        device,
+        devices.autocast(device, devices.resolve_precision(saved.config.train.precision, device)),
+    )
+
+
+def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
+    """The very images that the checkpoint's run trained on, held out, or tested on."""
+    if split == "test":
+        return dataset.test
+    training, held_out = training_splits(dataset, saved.config)
+    if split == "train":
+        return training
+    if held_out is None:
+        raise UsageError(f"--split val: {saved.path} comes from a run that held nothing out (data.val_fraction is 0)")
+    return held_out
+
+
+def write_predictions(path: Path, classes: tuple[str, ...], logits: Tensor, labels: Tensor) -> None:
+    """A line an image, from logits (N, classes) and labels (N,)."""
+    confidences, predicted = logits.double().softmax(1).max(1)
+    with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["index", "true", "predicted", "confidence", "correct"])
+        for index, (true, guess, confidence) in enumerate(
+            zip(labels.tolist(), predicted.tolist(), confidences.tolist(), strict=True)
+        ):
+            writer.writerow([index, classes[true], classes[guess], f"{confidence:.6f}", int(true == guess)])

@@ -1,0 +1,71 @@
+"""Where a command reads and writes, and what it computes on: folders, output files, the device."""
+
+import os
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cifar100cli import console, interrupts
+from cifar100cli.errors import UsageError
+from cifar100cli.options import expand
+
+if TYPE_CHECKING:
+    from cifar100cli.jobs import Where
+
+
+def check_output(flag: str, path: Path) -> Path:
+    """A file to be written must be possible before the work for it begins."""
+    path = expand(path)
+    if path.is_dir():
+        raise UsageError(f"{flag} {path}: is a folder; name a file")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"{flag} {path}: there is no such folder to write it in")
+    from cifar100cli.runs import FILES
+
+    if path.name in FILES and path.exists():
+        raise UsageError(f"{flag} {path}: would overwrite a file of a run; choose another name")
+    return path
+
+
+def data_folder(given: Path | None, run: Path | None = None) -> Path:
+    """The folder that the user names; else the one that the run was trained from; else the user's cache."""
+    if given is not None:
+        return expand(given)
+    if run is not None and run.is_dir():
+        from cifar100cli.runs import RunDir
+
+        recorded = RunDir(run).recorded("data_dir")
+        if recorded is not None and Path(recorded).is_dir():
+            return Path(recorded)
+    return _user_cache()
+
+
+def _user_cache() -> Path:
+    from platformdirs import user_cache_path
+
+    return user_cache_path("cifar100", appauthor=False)
+
+
+def _cache_dir() -> Path:
+    """Where a teacher's logits are kept."""
+    named = os.environ.get("CIFAR100_CACHE_DIR")
+    return expand(Path(named)) if named else _user_cache() / "computed"
+
+
+def check_device(name: str) -> str:
+    """A device by its name, or `UsageError`. Whether there is one is asked later."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", name):
+        raise UsageError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps")
+    return name
+
+
+def where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None = None) -> "Where":
+    """Folders and device for a workflow. Importing it brings torch in, which takes a moment."""
+    check_device(device)
+    with console.waiting("starting PyTorch ..."), interrupts.at_once():
+        from cifar100cli import machine, workflows  # noqa: F401 - workflows for the command, where all is imported
+        from cifar100cli.jobs import Where
+    found = Where(data_folder(data_dir, run), expand(runs_dir), _cache_dir(), device)
+    console.detail(f"data folder {found.data_dir.absolute()}, runs folder {found.runs_dir.absolute()}")
+    console.detail(machine.in_one_line(device))
+    return found

@@ -1,0 +1,185 @@
+"""From the options of a command that trains to its runs: one, one gone on with, one for each seed, or an ablation."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar100cli import console, options, places, ranks, show, trackers
+from cifar100cli.errors import CifarError, DataError, UsageError
+from cifar100cli.options import expand
+
+if TYPE_CHECKING:
+    from cifar100cli.ablation import Ablation
+    from cifar100cli.config import Config, Override, Preset
+    from cifar100cli.jobs import Where
+    from cifar100cli.runs import RunDir
+
+
+def train(given: Mapping[str, Any], default_preset: str) -> None:
+    """Do what a command that trains is asked for by its options, `given` by their names, and show the result."""
+    from cifar100cli import ablation
+    from cifar100cli.config import load_preset
+
+    json, dry_run = given["json"], given["dry_run"]
+    overrides = options.overrides(given)
+    places.check_device(given["device"])
+    trackers.check(given["log"] or ())
+    if given["resume"] is not None:
+        if given["seeds"] > 1 or given["ablate"] is not None:
+            flag = "--seeds" if given["seeds"] > 1 else "--ablate"
+            raise UsageError(f"--resume goes on with one run: leave {flag} out")
+        _resume(given, overrides)
+        return
+    if given["seeds"] > 1 and ranks.count() > 1:
+        raise UsageError("--seeds trains one run after another; with torchrun, give a command for each --seed")
+    chosen = load_preset(given["preset"] or default_preset, overrides)
+    left_out = {}
+    if given["ablate"] is not None:
+        if dry_run or given["print_config"]:
+            raise UsageError(
+                "--ablate trains several settings: it does not go together with --dry-run or --print-config"
+            )
+        if ranks.count() > 1:
+            raise UsageError("--ablate trains one run after another, and not under torchrun")
+        left_out = ablation.without(
+            chosen.config, [name.strip() for name in given["ablate"].split(",") if name.strip()]
+        )
+    in_turn = _in_turn(chosen, given["seeds"])
+    if given["print_config"]:
+        if json:
+            console.result_json(chosen.config.model_dump(mode="json"))
+        else:
+            console.result(chosen.config.to_yaml().rstrip())
+        return
+    if not dry_run:
+        from cifar100cli.runs import check_writable
+
+        ranks.on_first(lambda: check_writable(expand(given["out"])))
+    _check_inputs(chosen.config, given["data_dir"])
+    where = places.where(given["data_dir"], given["out"], given["device"])
+    from cifar100cli import workflows
+
+    if dry_run:
+        with console.TrainingDisplay(chosen.name) as display:
+            show.dry_run(workflows.dry_run(chosen, where, display), json)
+        return
+    if left_out:
+        show.ablation(_ablate(in_turn, left_out, given, where), json)
+        return
+    results = []
+    for done, one in enumerate(in_turn, start=1):
+        try:
+            with console.TrainingDisplay(one.name) as display, _tracked(display, given["log"]) as watcher:
+                results.append(workflows.train(one, where, watcher))
+        except KeyboardInterrupt:
+            if done < len(in_turn):
+                rest = in_turn[done:]
+                console.log(f"still to do after this run: --seed {rest[0].config.seed} --seeds {len(rest)}")
+            raise
+    if len(results) == 1:
+        show.training(results[0], chosen.config.published, json)
+    else:
+        show.seeds(results, chosen.config.published, json)
+
+
+def _ablate(
+    in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], given: Mapping[str, Any], where: "Where"
+) -> "Ablation":
+    """Train the preset as it is and without each block, with every seed in turn; what is complete is not done again.
+
+    Seed after seed, so that what is there when it is stopped can be compared.
+    """
+    from cifar100cli import ablation, workflows
+    from cifar100cli.runs import same_run
+
+    chosen = in_turn[0]
+    settings = {"": chosen.config, **left_out}
+    plan = [(name, preset.config.seed) for preset in in_turn for name in settings]
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
+    console.log(f"{console.several(len(plan), 'run')}: {chosen.name} as it is, and without {', '.join(left_out)}")
+    for number, (name, seed) in enumerate(plan, start=1):
+        one = replace(chosen, config=settings[name].model_copy(update={"seed": seed}))
+        what = f"run {number} of {len(plan)}: {f'no {name}' if name else 'as it is'}, seed {seed}"
+        run = same_run(where.runs_dir, one.name, one.config)
+        if run is not None and run.complete:
+            console.log(f"{what}: taken from {run.path}, which is complete and has the same settings")
+            results[name].append({**run.result(), "run_dir": str(run.path)})
+            continue
+        console.log(what if run is None else f"{what}: going on with {run.path}, which has the same settings")
+        try:
+            with console.TrainingDisplay(one.name) as display, _tracked(display, given["log"]) as watcher:
+                results[name].append(
+                    workflows.train(one, where, watcher) if run is None else workflows.resume(run, where, watcher)
+                )
+        except (KeyboardInterrupt, CifarError):
+            rest = len(plan) - number
+            console.log(
+                f"still to do after this run: {rest} of {len(plan)}; the same command again takes what is complete, "
+                "and goes on with this one"
+            )
+            raise
+    measured = {name: ablation.setting_of(chosen.name, settings[name], found) for name, found in results.items()}
+    return ablation.compare(measured[""], [(name, True, measured[name]) for name in left_out])
+
+
+def _tracked(display: console.TrainingDisplay, log: list[str] | None) -> trackers.Tracked:
+    """The display, and the trackers that are asked for: once, however many ranks there are."""
+    return trackers.Tracked(display, (log or ()) if ranks.rank() == 0 else ())
+
+
+def _in_turn(preset: "Preset", count: int) -> list["Preset"]:
+    """The preset with its own seed and those that follow it."""
+    from cifar100cli.config import MOST_SEEDS
+
+    first = preset.config.seed
+    if first + count > MOST_SEEDS:
+        raise UsageError(f"--seeds {count}: seeds end at {MOST_SEEDS - 1}, and the first is {first}")
+    return [replace(preset, config=preset.config.model_copy(update={"seed": first + n})) for n in range(count)]
+
+
+def _check_inputs(config: "Config", data_dir: Path | None) -> None:
+    """What a run reads must be there, and is asked for before PyTorch, which takes seconds to load."""
+    from cifar100cli import datasets
+    from cifar100cli.runs import find_model
+
+    if config.data.dataset != "synthetic":
+        datasets.find(config.data.dataset, places.data_folder(data_dir))
+    if config.model.weights is not None and not Path(config.model.weights).is_file():
+        raise DataError(f"--weights {config.model.weights}: there is no such file")
+    if config.distillation is not None:
+        find_model(Path(config.distillation.required_teacher()))
+
+
+def _resume(given: Mapping[str, Any], overrides: list["Override"]) -> None:
+    if given["dry_run"] or given["print_config"]:
+        raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
+    run, asked, own, data_dir, device = ranks.on_first(lambda: _run_to_resume(given, overrides))
+    where = places.where(data_dir, given["out"], device)
+    from cifar100cli import workflows
+
+    workflows.refuse_other_settings(run, asked, own)
+    with console.TrainingDisplay(run.preset) as display, _tracked(display, given["log"]) as watcher:
+        result = workflows.resume(run, where, watcher)
+    show.training(result, own.published, given["json"])
+
+
+def _run_to_resume(
+    given: Mapping[str, Any], overrides: list["Override"]
+) -> tuple["RunDir", "Config", "Config", Path, str]:
+    """The run that is meant, the settings that are asked for and those that it has, its data folder and device."""
+    from cifar100cli.config import Override, load_preset
+    from cifar100cli.runs import CONFIG, RunDir, latest_unfinished
+
+    name, preset, device = given["resume"], given["preset"], given["device"]
+    stem = load_preset(preset).name if preset else None
+    run = latest_unfinished(expand(given["out"]), stem) if name == "last" else RunDir.open(expand(Path(name)))
+    own = asked = run.config()
+    if preset or overrides:
+        # A seed that is not given again is the run's.
+        if not any(override.key == "seed" for override in overrides):
+            overrides = [*overrides, Override("seed", own.seed, "the run")]
+        asked = load_preset(preset or str(run.path / CONFIG), overrides).config
+    if device == "auto" and ranks.count() == 1:
+        device = run.recorded("device") or device
+    return run, asked, own, places.data_folder(given["data_dir"], run.path), device
