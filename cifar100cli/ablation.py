@@ -265,7 +265,7 @@ def _of_family(family: Sequence[Setting], known: Sequence[Block]) -> list[Ablati
     for number in sorted(range(len(family)), key=rank, reverse=True):
         others = [one for one in around[number] if one[0] not in told]
         if others:
-            told |= {other for other, *_ in others}
+            told |= {number, *(other for other, *_ in others)}  # a pair is not told from both sides
             found.append(compare(family[number], [(name, lacks, family[other]) for other, name, lacks in others]))
     return found
 

@@ -121,6 +121,41 @@ def curves(lines: Sequence[Line], title: str, *, percent: bool, published: float
     return _svg(figure, title)
 
 
+@dataclass(frozen=True)
+class Bar:
+    """A gain (a fraction) under its name, with what it lies between; `faint` where that may be nothing."""
+
+    name: str
+    value: float
+    interval: tuple[float, float] | None = None
+    faint: bool = False
+
+
+def gains(bars: Sequence[Bar], title: str) -> Markup:
+    """Gains in percentage points as bars from top to bottom, with their intervals as whiskers."""
+    figure, axes = _canvas(height=0.7 + 0.32 * len(bars))
+    places = range(len(bars))
+    colours = [FAINT if bar.faint else _series(0) for bar in bars]
+    axes.barh(places, [100 * bar.value for bar in bars], height=0.62, color=colours)
+    for place, bar in zip(places, bars, strict=True):
+        if bar.interval is not None:
+            low, high = (100 * edge for edge in bar.interval)
+            axes.errorbar(
+                100 * bar.value,
+                place,
+                xerr=[[100 * bar.value - low], [high - 100 * bar.value]],
+                color=INK,
+                linewidth=1.2,
+                capsize=3,
+            )
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(places, [bar.name for bar in bars])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("points of top-1")
+    return _svg(figure, title)
+
+
 def calibration(bins: Sequence[Bin], title: str) -> Markup:
     """The accuracy of predictions beside their confidence, with the share of images in each bin."""
     from matplotlib.ticker import PercentFormatter

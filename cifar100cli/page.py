@@ -12,25 +12,38 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar100cli import __version__, analysis, charts, console, datasets
+from cifar100cli.ablation import Ablation
 from cifar100cli.analysis import Confusion, Predictions
 from cifar100cli.bounded import read_file
 from cifar100cli.card import Card, read_card
-from cifar100cli.charts import Line
+from cifar100cli.charts import Bar, Line
 from cifar100cli.config import LARGEST_PRESET
 from cifar100cli.console import PROTOCOLS
 from cifar100cli.datasets import Split
 from cifar100cli.errors import CifarError, DataError
-from cifar100cli.report import SPLITS, TITLES, Report, Row, judged, published_cell, setting, study_rows
+from cifar100cli.report import (
+    SPLITS,
+    TITLES,
+    Report,
+    Row,
+    effect_name,
+    judged,
+    published_cell,
+    setting,
+    study_rows,
+)
 from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, RunDir
 
 if TYPE_CHECKING:
     from jinja2 import Environment
+    from markupsafe import Markup
 
 TEMPLATE = "page.html.jinja"
 DETAILED = 12  # runs with all their pictures, and settings with curves: a page of more is looked at by nobody
 COMPARED = charts.SERIES  # curves in one chart
 SEEDS = 10  # faint lines in a chart
 MISTAKES, PAIRS, EXAMPLES = 16, 9, 4
+LABEL = 28  # letters beside a bar
 CELL = 5  # pixels of a class in the large confusion matrix
 
 COLOURS = {"train": 0, "val": 1, "test": 2}
@@ -57,6 +70,7 @@ def render(report: Report, data_dir: Path | None = None) -> str:
     return environment.get_template(TEMPLATE).render(
         report=report,
         tables=[_table(name, [row for row in report.rows if row.dataset == name]) for name in names],
+        ablations=[(found, _gains(found)) for found in report.ablations],
         study=study_rows(report),
         comparisons=[found for name in names if (found := _comparison(name, report.rows)) is not None],
         charted=drawn,
@@ -89,6 +103,7 @@ def _environment() -> "Environment":
         "percent": console.percent,
         "duration": console.duration,
         "setting": setting,
+        "effect_name": effect_name,
         "published_cell": published_cell,
         "spark": lambda row: charts.sparkline(row.curves.get(judged(row) or "", [])),
         "last": lambda row, name: f"{row.curves[name][-1]:.4f}" if row.curves.get(name) else "-",
@@ -115,7 +130,26 @@ def _to_detail(report: Report) -> list[tuple[Row, str]]:
 # -------------------------------------------------------------------------------------------------- curves
 
 
-def _name(row: Row) -> str:
+def _gains(found: Ablation) -> "Markup":
+    """What the blocks bring, as a chart."""
+    bars = [
+        Bar(
+            _short(effect.block if effect.without else effect_name(effect)),
+            effect.gain,
+            effect.interval,
+            bool(effect.within_noise),
+        )
+        for effect in found.effects
+    ]
+    return charts.gains(bars, f"What each block brings: {_name(found)}")
+
+
+def _short(name: str) -> str:
+    name = console.printable(name)
+    return name if len(name) <= LABEL else name[: LABEL - 1] + "…"
+
+
+def _name(row: Row | Ablation) -> str:
     changed = ", ".join(f"{key} = {setting(value)}" for key, value in row.changes.items())
     return row.preset + (f" ({changed})" if changed else "")
 

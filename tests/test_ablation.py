@@ -1,0 +1,309 @@
+"""Ablations: which blocks there are, what is trained and what taken, and the arithmetic of a gain."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from cifar100cli import ablation, noise, page, report, report_text, runs
+from cifar100cli.ablation import Ablation, Effect
+from cifar100cli.config import Config, differences, flat, load_preset, preset_names
+from cifar100cli.errors import UsageError
+from tests.conftest import TINY, Cli
+from tests.test_page import Page, check_form
+from tests.test_report import make_run
+
+# ------------------------------------------------------------------------------------------------- arithmetic
+
+
+def test_a_gain_of_the_same_seeds_is_paired() -> None:
+    ours = {0: 0.51, 1: 0.55, 2: 0.47, 5: 0.53}
+    theirs = {5: 0.50, 0: 0.50, 1: 0.52, 2: 0.46}
+    found = noise.difference(ours, theirs)
+    gaps = np.array([ours[seed] - theirs[seed] for seed in ours])
+    assert found.paired
+    assert found.mean == pytest.approx(gaps.mean())
+    assert found.deviation == pytest.approx(gaps.std(ddof=1))
+    assert found.error == pytest.approx(stats.sem(gaps))
+    interval = stats.ttest_rel(list(ours.values()), [theirs[seed] for seed in ours]).confidence_interval(0.95)
+    assert found.interval == pytest.approx(tuple(interval), abs=1e-5)
+    assert found.within_noise is bool(interval.low <= 0 <= interval.high)
+
+
+def test_a_gain_of_other_seeds_is_not() -> None:
+    ours, theirs = {0: 0.51, 1: 0.55, 2: 0.47}, {0: 0.50, 1: 0.44}
+    found = noise.difference(ours, theirs)
+    a, b = np.array([*ours.values()]), np.array([*theirs.values()])
+    assert (found.paired, found.deviation) == (False, None)
+    assert found.mean == pytest.approx(a.mean() - b.mean())
+    assert found.error is not None
+    assert found.interval is not None
+    assert found.error == pytest.approx(np.sqrt(a.var(ddof=1) / 3 + b.var(ddof=1) / 2))
+    welch = stats.ttest_ind(a, b, equal_var=False)
+    half = stats.t.ppf(0.975, np.floor(welch.df)) * found.error  # rounded down: not narrower than Welch's
+    assert found.interval == pytest.approx((found.mean - half, found.mean + half), rel=1e-3)
+    exact = welch.confidence_interval(0.95)
+    assert found.interval[0] <= exact.low + 1e-5
+    assert found.interval[1] >= exact.high - 1e-5
+
+
+def test_one_seed_says_nothing_of_noise() -> None:
+    for ours, theirs in (({0: 0.5}, {0: 0.4}), ({0: 0.5, 1: 0.6}, {0: 0.4})):
+        found = noise.difference(ours, theirs)
+        assert (found.deviation, found.error, found.interval, found.within_noise) == (None, None, None, None)
+    alike = noise.difference({0: 0.5, 1: 0.5}, {2: 0.5, 3: 0.5})
+    assert (alike.mean, alike.error, alike.within_noise) == (0, 0, True)
+
+
+# ----------------------------------------------------------------------------------------------------- blocks
+
+
+def test_what_a_block_takes_away() -> None:
+    config = load_preset("resnet18-baseline-fixed").config
+    names = ["augment", "normalize", "schedule", "warmup", "weight_decay", "optimizer.grad_clip"]
+    found = ablation.without(config, names)
+    assert {name: differences(left, config) for name, left in found.items()} == {
+        "augment": {"augment.policy": ("none", "crop_flip")},
+        "normalize": {"data.normalize": ("none", "backbone")},
+        "schedule": {"schedule.name": ("constant", "cosine")},
+        "warmup": {"schedule.warmup_epochs": (0, 5)},
+        "weight_decay": {"optimizer.weight_decay": (0, 1e-4)},
+        "grad_clip": {"optimizer.grad_clip": (0, 5)},
+    }
+    smooth = load_preset("resnet18-lbsmooth").config
+    (left,) = ablation.without(smooth, ["label_smoothing"]).values()
+    assert differences(left, smooth) == {"loss.label_smoothing": (0, 0.1)}
+    keys = load_preset("resnet18-arcface-kd").config.model_dump()
+    keys["distillation"]["teacher"] = "teacher.safetensors"
+    keys["model"]["weights"] = "weights.safetensors"
+    taught = Config.model_validate(keys)
+    assert ablation.without(taught, ["distillation"])["distillation"].distillation is None
+    alone = ablation.without(taught, ["pretrained"])["pretrained"].model
+    assert (alone.pretrained, alone.weights) == (False, None)
+
+
+def test_whatever_the_schema_has_switched_off_is_a_block() -> None:
+    """A new key needs no word here, and every preset loses each block that it has."""
+    known = {block.name: block for block in ablation.blocks()}
+    assert set(known) >= {
+        *("augment", "distillation", "pretrained", "label_smoothing", "weight_decay", "warmup", "grad_clip"),
+        *("schedule", "normalize"),
+    }
+    assert not {key for block in known.values() for key in block.values} & ablation.HOW
+    for name in preset_names():
+        config = load_preset(name).config
+        for block in known.values():
+            if not block.is_off(flat(config)):
+                assert block.is_off(flat(block.taken_from(config))), (name, block.name)
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["augmet"], "there is no block 'augmet'; did you mean augment? (this preset has augment, normalize,"),
+        (["label_smoothing"], "loss.label_smoothing is 0.0 already, and nothing would change"),
+        (["distillation"], "it is off already"),
+        (["train.epochs"], "there is no block 'train.epochs'"),
+        (["augment", "augment.policy"], "is the same setting as without augment"),
+        (["warmup", "warmup"], "name it once"),
+        ([], "name blocks, with commas between them"),
+    ],
+)
+def test_blocks_that_are_none(names: list[str], words: str) -> None:
+    with pytest.raises(UsageError) as refusal:
+        ablation.without(load_preset("resnet18-baseline-fixed").config, names)
+    assert words in str(refusal.value)
+
+
+# ------------------------------------------------------------------------------------------------ the command
+
+
+def train(run_cli: Cli, *arguments: str) -> dict[str, Any]:
+    outcome = run_cli("train", *TINY, "--epochs", "1", "--json", *arguments)
+    assert outcome.code == 0, outcome.err
+    found: dict[str, Any] = json.loads(outcome.out)
+    return found
+
+
+def top1_of(paths: list[str]) -> dict[int, float]:
+    results = [json.loads((Path(path) / runs.RESULT).read_text()) for path in paths]
+    return {result["seed"]: result["test"]["top1"] for result in results}
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_ablate_trains_with_and_without(run_cli: Cli) -> None:
+    """Runs are normal ones, each seed on both sides; the figures are those of their results."""
+    options = ["--augment", "flip", "--label-smoothing", "0.1"]
+    alone = train(run_cli, *options, "--seed", "4")
+    found = train(run_cli, *options, "--seed", "4", "--seeds", "2", "--ablate", "augment, label_smoothing")
+    assert alone["run_dir"] in found["runs"], "what is complete is taken"
+    assert (found["preset"], found["n"], found["seeds"]) == ("quickstart", 2, [4, 5])
+    base = top1_of(found["runs"])
+    assert found["top1_mean"] == pytest.approx(np.mean([*base.values()]))
+    assert [(e["block"], e["without"], e["changes"]) for e in found["effects"]] == [
+        ("augment", True, {"augment.policy": "none"}),
+        ("label_smoothing", True, {"loss.label_smoothing": 0.0}),
+    ]
+    for effect in found["effects"]:
+        without = top1_of(effect["runs"])
+        gaps = np.array([base[seed] - without[seed] for seed in (4, 5)])
+        assert (effect["n"], effect["paired"]) == (2, True)
+        assert effect["gain"] == pytest.approx(gaps.mean())
+        assert effect["gain_std"] == pytest.approx(gaps.std(ddof=1))
+    assert len(runs.find_runs(Path("runs"))) == 6
+    plain = json.loads(run_cli("report", "--json").out)
+    assert [e["gain"] for e in plain["ablations"][0]["effects"]] == [e["gain"] for e in found["effects"]]
+
+    again = run_cli(
+        "train", *TINY, "--epochs", "1", *options, "--seed", "4", "--seeds", "2", "--ablate", "augment,label_smoothing"
+    )
+    assert again.code == 0, again.err
+    assert again.err.count("taken from runs/quickstart/") == 6
+    assert len(runs.find_runs(Path("runs"))) == 6
+    for words in ("What each block brings", "as it is", "no augment", "no label_smoothing", "95% interval"):
+        assert words in again.out
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_an_ablation_that_was_stopped_goes_on(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifar100cli import trainer
+
+    command = ["train", *TINY, "--epochs", "2", "--label-smoothing", "0.1", "--ablate", "label_smoothing"]
+    train_epoch = trainer.train_epoch
+    calls = 0
+
+    def stopped(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        return train_epoch(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_epoch", stopped)
+        outcome = run_cli(*command)
+    assert outcome.code == 130
+    assert "run 2 of 2: no label_smoothing, seed 0" in outcome.err
+    assert "still to do after this run: 0 of 2" in outcome.err
+    again = run_cli(*command)
+    assert again.code == 0, again.err
+    assert again.err.count("taken from") == 1
+    assert again.err.count("going on with") >= 1
+    assert len(runs.find_runs(Path("runs"))) == 2
+    assert "one seed" in again.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--ablate", "ema2"], "there is no block 'ema2'"),
+        (["--ablate", "label_smoothing"], "already, and nothing would change"),
+        (["--ablate", "schedule", "--resume", "last"], "leave --ablate out"),
+        (["--ablate", "schedule", "--dry-run"], "--dry-run"),
+        (["--ablate", ","], "name blocks"),
+    ],
+)
+def test_refused_before_anything_is_written(run_cli: Cli, tmp_path: Path, arguments: list[str], words: str) -> None:
+    outcome = run_cli("train", *arguments)
+    assert (outcome.code, outcome.out) == (2, "")
+    (line,) = outcome.err.splitlines()
+    assert words in line
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------- the report
+
+
+def only(ablations: list[Ablation]) -> tuple[Ablation, dict[str, Effect]]:
+    (found,) = ablations
+    return found, {effect.block: effect for effect in found.effects}
+
+
+def test_the_report_finds_ablations(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Around the preset as shipped, for runs of the same length and share alone."""
+    base, plain, other = [0.50, 0.52, 0.51], [0.45, 0.46, 0.47], [0.51, 0.52, 0.50]
+    how = {"train__epochs": 20}
+    for seed in range(3):
+        make_run(tmp_path, "resnet18-baseline-fixed", base[seed], seed, **how)
+        make_run(tmp_path, "resnet18-baseline-fixed", plain[seed], seed, augment__policy="none", **how)
+        make_run(tmp_path, "resnet18-baseline-fixed", other[seed], seed, optimizer__lr=0.002, **how)
+    make_run(tmp_path, "resnet18-baseline-fixed", 0.53, 0, loss__label_smoothing=0.1, **how)
+    make_run(tmp_path, "resnet18-baseline-fixed", 0.1, 0, augment__policy="none", train__epochs=10)
+    make_run(tmp_path, "resnet18-baseline-fixed", 0.1, 0, augment__policy="none", optimizer__lr=0.1, **how)
+    make_run(tmp_path, "resnet18-wd01", 0.4)
+    make_run(tmp_path, "resnet18-wd01", 0.4, data__fraction=0.5)
+    found = report.collect([tmp_path])
+    ours, effects = only(found.ablations)
+    assert (ours.preset, ours.changes, ours.n) == ("resnet18-baseline-fixed", {"train.epochs": 20}, 3)
+    assert set(effects) == {"augment", "optimizer.lr", "label_smoothing"}
+    gain = effects["augment"]
+    assert (gain.without, gain.within_noise) == (True, False)
+    assert gain.gain == pytest.approx(np.mean(base) - np.mean(plain))
+    assert gain.gain_std == pytest.approx(np.std(np.subtract(base, plain), ddof=1))
+    rate, smooth = effects["optimizer.lr"], effects["label_smoothing"]
+    assert (rate.without, rate.within_noise) == (False, True)
+    assert rate.gain == pytest.approx(np.mean(other) - np.mean(base)), "of what it has instead"
+    assert (smooth.without, smooth.interval) == (False, None)
+    assert smooth.gain == pytest.approx(0.53 - np.mean(base))
+
+    (in_json,) = json.loads(report_text.render(found, "json"))["ablations"]
+    assert [effect["gain"] for effect in in_json["effects"]] == [effect.gain for effect in ours.effects]
+    report_text.show_table(found)
+    for text in (capsys.readouterr().out, report_text.render(found, "markdown")):
+        lines = [" ".join(line.replace("|", " ").split()) for line in text.splitlines()]
+        assert "as it is 3 51.00 ±1.00 - -" in lines
+        assert any(line.startswith("no augment 3 46.00 ±1.00 +5.00 ±") for line in lines)
+        assert any(line.startswith("optimizer.lr = 0.002 3 51.00 ±1.00 +0.00 ±") for line in lines)
+        assert any(line.endswith("within noise") for line in lines)
+
+
+def test_the_report_finds_the_base_of_ones_own_preset(tmp_path: Path) -> None:
+    """The one that the others lack something of; several runs of a seed count as one."""
+    for seed, top1 in ((0, 0.50), (1, 0.54), (1, 0.56)):
+        run = make_run(tmp_path, "resnet18-lbsmooth", top1, seed, augment__policy="flip")
+        rename(run.path, "mine")
+    for seed in range(2):
+        rename(make_run(tmp_path, "resnet18-lbsmooth", 0.48, seed).path, "mine")
+        rename(make_run(tmp_path, "resnet18-baseline", 0.47, seed, augment__policy="flip").path, "mine")
+    found = report.collect([tmp_path]).ablations
+    ours, effects = only(found)
+    assert (ours.n, ours.changes) == (2, {})
+    assert ours.top1_mean == pytest.approx(0.525)
+    assert {name: effect.gain for name, effect in effects.items()} == pytest.approx(
+        {"augment": 0.525 - 0.48, "label_smoothing": 0.525 - 0.47}
+    )
+
+
+def rename(run: Path, preset: str) -> None:
+    environment = json.loads((run / runs.ENVIRONMENT).read_text())
+    (run / runs.ENVIRONMENT).write_text(json.dumps({**environment, "preset": preset}))
+
+
+def test_the_page_shows_what_blocks_bring(tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run(tmp_path, "resnet18-baseline-fixed", 0.50 + 0.01 * seed, seed)
+        make_run(tmp_path, "resnet18-baseline-fixed", 0.44 + 0.01 * seed, seed, augment__policy="none")
+        make_run(tmp_path, "resnet18-baseline-fixed", 0.50 + 0.02 * seed, seed, optimizer__weight_decay=0.0)
+        make_run(tmp_path, "resnet18-baseline-fixed", 0.48, seed, model__backbone="<b>$x$</b>" * 9)
+    found = Page(page.render(report.collect([tmp_path])))
+    check_form(found)
+    assert not found.all("b")
+    assert "What each block brings" in found.text
+    assert "no augment Seeds" not in found.text
+    text = found.text.replace("\u202f", " ")
+    for words in ("no augment 2 44.50% ± 0.71 +6.00 ± 0.00", "no weight_decay 2 51.00% ± 1.41", "within noise"):
+        assert words in text
+    (chart,) = [svg for svg in found.all("svg") if svg.get("aria-label", "").startswith("What each block brings")]
+    assert "resnet18-baseline-fixed" in chart["aria-label"]
+
+
+def test_a_report_without_ablations_says_nothing_of_them(tmp_path: Path) -> None:
+    make_run(tmp_path, "resnet18-baseline", 0.44)
+    make_run(tmp_path, "resnet18-baseline", 0.44, train__epochs=3)
+    found = report.collect([tmp_path])
+    assert found.ablations == []
+    for text in (page.render(found), report_text.render(found, "table"), report_text.render(found, "markdown")):
+        assert "block" not in Page(text).text
