@@ -231,8 +231,8 @@ def _effect(base: Setting, block: str, lacks: bool, other: Setting) -> Effect:
 def find(settings: Sequence[Setting]) -> list[Ablation]:
     """The ablations among settings: of each preset, what was run alike and differs in one block.
 
-    The base is the preset as shipped, beside which every difference of one key or block counts. Around other settings
-    only what lacks a block of theirs counts; the one that most lack something of comes first.
+    Beside the preset as shipped every difference of one key or block counts; around other settings only what lacks a
+    block of theirs. The base is the one with the most around it, and among equals the preset as shipped.
     """
     families: dict[tuple[object, ...], list[Setting]] = {}
     for setting in settings:
@@ -255,10 +255,9 @@ def _of_family(family: Sequence[Setting], known: Sequence[Block]) -> list[Ablati
             near = [one for one in near if one[2]]
         around.append(near)
 
-    def rank(number: int) -> tuple[bool, int, int]:
-        lacking = sum(lacks for *_, lacks in around[number])
+    def rank(number: int) -> tuple[int, bool, int]:
         is_ours = as_shipped is not None and not _parted(values[number], as_shipped)
-        return is_ours, lacking, len(family[number].top1)
+        return len(around[number]), is_ours, len(family[number].top1)
 
     found = []
     told: set[int] = set()

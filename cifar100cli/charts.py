@@ -135,7 +135,8 @@ def gains(bars: Sequence[Bar], title: str) -> Markup:
     """Gains in percentage points as bars from top to bottom, with their intervals as whiskers."""
     figure, axes = _canvas(height=0.7 + 0.32 * len(bars))
     places = range(len(bars))
-    colours = [FAINT if bar.faint else _series(0) for bar in bars]
+    # Pale enough for a whisker to be seen on it, in the dark theme too.
+    colours = [FAINT if bar.faint else (_series(0), 0.65) for bar in bars]
     axes.barh(places, [100 * bar.value for bar in bars], height=0.62, color=colours)
     for place, bar in zip(places, bars, strict=True):
         if bar.interval is not None:

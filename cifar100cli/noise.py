@@ -12,6 +12,9 @@ STUDENT = (
 )
 
 
+NO_SPREAD = 1e-9  # less than any number of images makes; what is left of rounding
+
+
 def quantile(freedom: float) -> float:
     """Student's t at 97.5%, for at least one degree of freedom; rounded down to a whole number of them, 30 at most."""
     return STUDENT[min(int(freedom), len(STUDENT)) - 1]
@@ -33,11 +36,12 @@ def of_one_more(values: Sequence[float]) -> float | None:
 class Difference:
     """One mean less another, in the unit of the values.
 
-    `error` is the standard error of `mean`, and `interval` the 95% interval (Student's t) around it; a single seed on
-    either side has neither. `paired` says that the same seeds were run on both sides. Then `deviation` is that of the
-    differences within a seed, and `error` that divided by the root of their number. Else `error` is the root of the
-    summed variances of the two means, with the degrees of freedom of Welch and Satterthwaite, and there is no
-    `deviation`.
+    `paired` says that the same seeds were run on both sides. Then `deviation` is that of the differences within a
+    seed, and `error`, the standard error of `mean`, is that divided by the root of their number. Else `error` is the
+    root of the summed variances of the two means, with the degrees of freedom of Welch and Satterthwaite, and there is
+    no `deviation`. `interval` is the 95% interval (Student's t) around `mean`. A single seed on either side has none of
+    these; and where a few seeds happen to differ by the very same number of images there is no interval: an empty one
+    would call chance a certainty.
     """
 
     mean: float
@@ -67,5 +71,7 @@ def difference(minuend: Mapping[int, float], subtrahend: Mapping[int, float]) ->
         total = sum(share for share, _ in shares)
         error = math.sqrt(total)
         freedom = total**2 / sum(share**2 / free for share, free in shares) if total else 1.0
+    if error < NO_SPREAD:
+        return Difference(mean, paired, spread, error, None)
     half = quantile(freedom) * error
     return Difference(mean, paired, spread, error, (mean - half, mean + half))

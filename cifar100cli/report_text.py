@@ -94,7 +94,8 @@ def _ablation_cells(found: Ablation) -> list[tuple[str, ...]]:
 def _effect_cells(effect: Effect) -> tuple[str, ...]:
     error = "" if effect.gain_error is None else f" ±{100 * effect.gain_error:.2f}"
     low_high = "-" if effect.interval is None else " to ".join(f"{100 * edge:+.2f}" for edge in effect.interval)
-    verdict = {True: "within noise", False: "", None: "one seed"}[effect.within_noise]
+    unknown = "one seed" if effect.gain_error is None else "no spread"
+    verdict = {True: "within noise", False: "", None: unknown}[effect.within_noise]
     return (
         effect_name(effect),
         str(effect.n),
@@ -121,13 +122,15 @@ def ablation_notes(ablations: Sequence[Ablation]) -> list[str]:
     if not effects:
         return []
     notes = [
-        "gain: top-1 with the block less top-1 without it, in points, ± its standard error"
+        "gain: what a block adds to top-1, in points, ± its standard error"
         + (", from the differences within each seed." if all(e.paired for e in effects) else ".")
     ]
     if any(effect.within_noise for effect in effects):
-        notes.append("within noise: no gain at all is in the interval too; more --seeds would tell.")
-    if any(effect.within_noise is None for effect in effects):
-        notes.append("one seed: nothing can be said about noise; --seeds 3 tells more.")
+        notes.append("within noise: the interval holds zero; more --seeds would tell.")
+    if any(effect.interval is None and effect.gain_error is not None for effect in effects):
+        notes.append("no spread: every seed gained the same number of images, which says nothing of noise.")
+    if any(effect.gain_error is None for effect in effects):
+        notes.append("one seed: nothing can be said of noise; --seeds 3 would tell.")
     return notes
 
 

@@ -146,10 +146,11 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
             [(percent(m["top1"]), f"{m['loss']:.4f}", str(m["epoch"]), m["preset"], m["checkpoint"]) for m in members],
             right=(0, 1, 2),
         )
-        console.result("the mean of their probabilities")
+        together = "together (the mean of their probabilities) "
     else:
         console.result(f"{result['checkpoint']} (epoch {result['epoch']})")
-    console.result(f"on {result['count']:,} {result['split']} images of {name}{views}")
+        together = ""
+    console.result(f"{together}on {result['count']:,} {result['split']} images of {name}{views}")
     rows = [
         ("top-1", percent(result["top1"])),
         ("top-5", percent(result["top5"])),

@@ -103,10 +103,10 @@ def _ablate(
         what = f"run {number} of {len(plan)}: {f'no {name}' if name else 'as it is'}, seed {seed}"
         run = same_run(where.runs_dir, one.name, one.config)
         if run is not None and run.complete:
-            console.log(f"{what}: taken from {run.path}, which is complete and has the same settings")
+            console.log(f"{what}: taken from {run.path}, complete and of the same settings")
             results[name].append({**run.result(), "run_dir": str(run.path)})
             continue
-        console.log(what if run is None else f"{what}: going on with {run.path}, which has the same settings")
+        console.log(what if run is None else f"{what}: going on with {run.path}, of the same settings")
         try:
             with console.TrainingDisplay(one.name) as display, _tracked(display, given["log"]) as watcher:
                 results[name].append(

@@ -54,8 +54,15 @@ def test_one_seed_says_nothing_of_noise() -> None:
     for ours, theirs in (({0: 0.5}, {0: 0.4}), ({0: 0.5, 1: 0.6}, {0: 0.4})):
         found = noise.difference(ours, theirs)
         assert (found.deviation, found.error, found.interval, found.within_noise) == (None, None, None, None)
-    alike = noise.difference({0: 0.5, 1: 0.5}, {2: 0.5, 3: 0.5})
-    assert (alike.mean, alike.error, alike.within_noise) == (0, 0, True)
+
+
+def test_no_spread_is_no_certainty() -> None:
+    """Two seeds that differ by the same two images of 10,000."""
+    for theirs in ({0: 0.0178, 1: 0.0234}, {2: 0.0178, 3: 0.0178}):
+        ours = {seed: top1 - 0.0002 for seed, top1 in theirs.items()} if 0 in theirs else {4: 0.0176, 5: 0.0176}
+        found = noise.difference(ours, theirs)
+        assert (found.interval, found.within_noise) == (None, None)
+        assert (found.mean, found.error) == pytest.approx((-0.0002, 0))
 
 
 # ----------------------------------------------------------------------------------------------------- blocks
