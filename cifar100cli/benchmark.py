@@ -121,7 +121,7 @@ class Sides:
         self.steps = steps
         self.job: Job = prepare(preset, where, _Quiet(watcher), dataset=self.dataset)
         job = self.job
-        optimizer = create_optimizer(job.config.optimizer, job.groups)
+        optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
         self.training = trainer.prepare_steps(
             job.model, job.task, job.loaders.train, optimizer, job.config, job.precision
         )
@@ -134,7 +134,9 @@ class Sides:
         self.epoch = 0
         self.observer = _Quiet(watcher)
         self.plain_loop: PlainLoop | None = None
-        if config.distillation is None and not (config.augment.mixup or config.augment.cutmix):
+        mixed = config.augment.mixup or config.augment.cutmix
+        of_its_own = config.optimizer.name == "muon" or config.optimizer.sam_rho
+        if config.distillation is None and not mixed and not of_its_own:  # which is more than most code does
             self.plain_loop = self._plain(preset, where)
 
     def _plain(self, preset: Preset, where: Where) -> PlainLoop:
@@ -207,6 +209,7 @@ class Sides:
             batch = timed("data", training.loader.batch, plan, share)
             output = timed("forward", training.forward, batch)
             timed("backward", training.backward, output.loss)
+            timed("backward", training.backward_uphill, batch)
             timed("optimizer", training.move)
         return spent
 

@@ -6,6 +6,7 @@ is allowed and the nearest name. No torch here: this runs before anything else.
 """
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -160,22 +161,45 @@ class Finetune(Section):
 class Optimizer(Section):
     """How the weights move."""
 
-    name: Literal["adamw", "adam", "sgd"] = "adamw"
+    name: Literal["adamw", "adam", "sgd", "muon"] = Field(
+        "adamw", description="muon: for hidden layers' matrices and filters, and an auxiliary one for the rest"
+    )
     lr: Number = Field(0.001, gt=0, le=100, description="learning rate, at its highest")
     weight_decay: Number = Field(0.0001, ge=0, le=10)
+    decay_norms: bool = Field(True, description="weight decay on biases, norms and all that has one dimension, too")
+    layer_decay: Number = Field(1.0, gt=0, le=1, description="of the rate, from each layer to the one before it")
     betas: tuple[
         Annotated[Number, Field(ge=0, lt=1)],
         Annotated[Number, Field(ge=0, lt=1)],
     ] = Field((0.9, 0.999), description="of adamw and adam")
-    momentum: Number = Field(0.9, ge=0, lt=1, description="of sgd, with Nesterov's correction")
+    momentum: Number = Field(0.9, ge=0, lt=1, description="of sgd and muon")
+    nesterov: bool = Field(True, description="sgd and muon: look ahead along the momentum")
+    auxiliary: Literal["adamw", "sgd"] = Field("adamw", description="muon: for head, stem, biases, norms, embeddings")
+    auxiliary_lr: Number | None = Field(None, gt=0, le=100, description="muon: the auxiliary one's rate; else lr")
+    adjust_lr: Literal["match_rms_adamw", "original"] = Field(
+        "match_rms_adamw", description="muon: updates as large as adamw's, or as Jordan's, with lr around 0.02"
+    )
+    ns_steps: Integer = Field(5, ge=1, le=20, description="muon: Newton-Schulz iterations")
     grad_clip: Number = Field(5.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
+    sam_rho: Number = Field(0.0, ge=0, le=100, description="sharpness-aware: how far up gradients are taken; 0 is off")
+    sam_adaptive: bool = Field(False, description="measure sam_rho in the weights' sizes (then it is around 1)")
 
 
 class Schedule(Section):
     """How the learning rate changes."""
 
-    name: Literal["constant", "cosine"] = "constant"
+    name: Literal["constant", "cosine", "linear", "one_cycle", "multi_step"] = Field(
+        "constant", description="one_cycle: up and down along cosines; the momentum stays"
+    )
     warmup_epochs: Number = Field(0, ge=0, le=100_000, description="the rate rises linearly over these")
+    final: Number = Field(0.0, ge=0, le=1, description="cosine and linear: the share of the highest rate they end at")
+    milestones: tuple[Annotated[Integer, Field(ge=1)], ...] = Field(
+        (), description="multi_step: the epochs after which the rate is multiplied by gamma"
+    )
+    gamma: Number = Field(0.1, gt=0, le=1, description="of multi_step")
+    pct_start: Number = Field(0.3, ge=0, lt=1, description="one_cycle: the share of the steps in which the rate rises")
+    div_factor: Number = Field(25.0, ge=1, le=1e9, description="one_cycle: the highest rate over the first")
+    final_div_factor: Number = Field(10_000.0, ge=1, le=1e12, description="one_cycle: the first rate over the last")
 
 
 class Train(Section):
@@ -235,6 +259,45 @@ class Config(Section):
             raise ValueError(
                 "train.select = best_val needs a held-out split: "
                 "set data.val_fraction above 0 (for example 0.1), or train.select to last"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _rates_go_together(self) -> Self:
+        optimizer, schedule = self.optimizer, self.schedule
+        if self.finetune is not None and optimizer.layer_decay < 1:
+            raise ValueError(
+                f"optimizer.layer_decay = {optimizer.layer_decay:g} does not go together with finetune, which has "
+                "finetune.stage_decay: use that"
+            )
+        if optimizer.auxiliary_lr is not None and optimizer.name != "muon":
+            raise ValueError(
+                f"optimizer.auxiliary_lr = {optimizer.auxiliary_lr:g} is for optimizer.name = muon, "
+                f"not {optimizer.name}"
+            )
+        if optimizer.sam_adaptive and optimizer.sam_rho == 0:
+            raise ValueError("optimizer.sam_adaptive = true needs optimizer.sam_rho above 0 (for example 1)")
+        if schedule.name == "one_cycle" and schedule.warmup_epochs > 0:
+            raise ValueError(
+                f"schedule.warmup_epochs = {schedule.warmup_epochs:g}: one_cycle has a rise of its own; "
+                "set it to 0, and the rise's share of the epochs in schedule.pct_start"
+            )
+        if schedule.final > 0 and schedule.name not in ("cosine", "linear"):
+            raise ValueError(
+                f"schedule.final = {schedule.final:g} is for schedule.name = cosine or linear, not {schedule.name}"
+            )
+        milestones = list(schedule.milestones)
+        if bool(milestones) != (schedule.name == "multi_step"):
+            raise ValueError(
+                f"schedule.milestones = {milestones} is for schedule.name = multi_step, not {schedule.name}"
+                if milestones
+                else "schedule.name = multi_step needs schedule.milestones, as in [60, 120, 160]"
+            )
+        if any(later <= sooner for sooner, later in itertools.pairwise(milestones)):
+            raise ValueError(f"schedule.milestones = {milestones}: each must be above the one before it")
+        if milestones and milestones[-1] >= self.train.epochs:
+            raise ValueError(
+                f"schedule.milestones = {milestones}: each must be below train.epochs = {self.train.epochs}"
             )
         return self
 
@@ -553,6 +616,8 @@ def _allowed(annotation: object, metadata: Iterable[object]) -> str:
     origin, arguments = get_origin(annotation), get_args(annotation)
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
+    if origin is tuple and arguments[-1] is Ellipsis:
+        return f"a list, as in [60, 120, 160], each {_allowed(arguments[0], ())}"
     if origin is tuple:
         return "two numbers, as in [0.9, 0.999]"
     if origin in (Union, UnionType):

@@ -23,10 +23,11 @@ def forward_flops(model: nn.Module, loader: DeviceLoader) -> float:
 def step_flops(training: Training) -> float:
     """The same of one image in a training step, backward pass included; the weights stay as they are.
 
-    What is computed is counted: a teacher, if it runs in the step, and a frozen part only if it does.
+    What is computed is counted: a teacher, if it runs in the step, a frozen part only if it does, SAM's second pass.
     """
     with FlopCounterMode(display=False) as counter:
         batch = training.loader.batch(training.loader.plan(1), slice(0, 2))
         training.backward(training.forward(batch).loss)
+        training.backward_uphill(batch)
     training.optimizer.zero_grad(set_to_none=True)
     return float(counter.get_total_flops()) / len(batch.labels)

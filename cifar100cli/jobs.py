@@ -18,9 +18,9 @@ from cifar100cli.config import Config, Distillation, Finetune, Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.flops import forward_flops
+from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.loader import DeviceLoader, Features, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone, classifiers, create_model
-from cifar100cli.optim import Group, everything
 from cifar100cli.policies import create_policy
 from cifar100cli.stages import Parted, Stage, StageRow, freeze, learning, stage_rows, stages_of
 from cifar100cli.steps import Manner
@@ -88,6 +88,11 @@ def prepare(
         )
     if precision == "fp16" and device.type == "cpu":
         watcher.say("train.precision = fp16 is very slow on a CPU, whose convolutions are made for fp32 and bf16")
+    if precision == "fp16" and config.optimizer.name == "muon":
+        raise UsageError(
+            "optimizer.name = muon: has no way to leave a step out, as fp16 asks for; "
+            "use --set train.precision=fp32, or adamw"
+        )
     dataset = dataset or datasets.load(config.data.dataset, where.data_dir)
     training, held_out = training_splits(dataset, config)
     preprocessing = preprocessing_for(config.data.normalize, config.data.image_size, training, config.model.backbone)
@@ -144,9 +149,11 @@ def prepare(
     groups, split = everything(model), None
     if config.finetune is not None:
         groups, split = _finetune(config, config.finetune, model, loaders, precision, where, watcher, dry=dry)
+    groups = _grouped(groups, model, config, watcher)
     flops = 0.0  # which decide nothing on a CPU
-    if device.type == "cuda":  # a backward pass is about two forward ones
-        flops = 3 * forward_flops(model, train_loader) * train_loader.count * config.train.epochs
+    if device.type == "cuda":  # a backward pass is about two forward ones, and SAM takes both twice
+        passes = 3 if config.optimizer.sam_rho == 0 else 6
+        flops = passes * forward_flops(model, train_loader) * train_loader.count * config.train.epochs
     manner = steps.choose(config.train.compile, flops, train_loader, ranks.count())
     if device.type == "cuda" or manner.name != "off":
         watcher.say(f"steps: {manner.name} ({manner.reason})")
@@ -165,6 +172,24 @@ def prepare(
         split,
         manner,
     )
+
+
+def _grouped(groups: list[Group], model: nn.Module, config: Config, watcher: Watcher) -> list[Group]:
+    """The weights that learn, as the optimizer wants them grouped."""
+    optimizer, name = config.optimizer, config.model.backbone
+    if optimizer.layer_decay < 1:
+        groups = by_layer(model, name, optimizer.layer_decay)
+        watcher.say(
+            f"layers: {len(groups)}; the rate falls from {optimizer.lr:g} at the head "
+            f"to {optimizer.lr * min(group.scale for group in groups):.2g} at the stem"
+        )
+    hidden: list[nn.Parameter] = []
+    if optimizer.name == "muon":
+        hidden = hidden_weights(model, classifiers(name) if config.model.head == "linear" else ("head",))
+        if not hidden:
+            raise UsageError("optimizer.name = muon: no matrix of a hidden layer is among what learns; use adamw")
+    exempt = [] if optimizer.decay_norms else without_decay(model)
+    return divided(groups, exempt=exempt, hidden=hidden)
 
 
 # ------------------------------------------------------------------------------------------------ teachers

@@ -1,70 +1,99 @@
-"""The optimizer, and the learning rate as a pure function of the step."""
+"""The optimizer over groups of weights, and the rate that it is given."""
 
-import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cifar100cli.config import Optimizer, Schedule
-
-
-@dataclass(frozen=True)
-class Group:
-    """Weights that learn at `scale` times the rate of the others."""
-
-    parameters: list[nn.Parameter]
-    scale: float = 1.0
+from cifar100cli.config import Optimizer
+from cifar100cli.groups import Group
+from cifar100cli.muon import Muon
 
 
-def everything(model: nn.Module) -> list[Group]:
-    """All weights that are not frozen, at one rate."""
-    return [Group([parameter for parameter in model.parameters() if parameter.requires_grad])]
+def create_optimizer(config: Optimizer, groups: Sequence[Group], precision: str = "fp32") -> torch.optim.Optimizer:
+    """The optimizer over these weights, fused where PyTorch has it so; weight decay is on all groups that decay.
+
+    Muon moves the hidden matrices, and its auxiliary optimizer the rest. It orthogonalises in bfloat16 where
+    `precision`, the run's, is that.
+    """
+    if config.name != "muon":
+        return _of_torch(config.name, config, _parameter_groups(config, config.lr, groups))
+    hidden, others = ([group for group in groups if group.hidden == wanted] for wanted in (True, False))
+    muon = Muon(
+        _parameter_groups(config, config.lr, hidden),
+        config.lr,
+        momentum=config.momentum,
+        nesterov=config.nesterov,
+        weight_decay=config.weight_decay,
+        ns_steps=config.ns_steps,
+        adjust_lr=config.adjust_lr,
+        dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
+    )
+    if not others:
+        return muon
+    rate = config.lr if config.auxiliary_lr is None else config.auxiliary_lr
+    return Together([muon, _of_torch(config.auxiliary, config, _parameter_groups(config, rate, others))])
 
 
-def create_optimizer(config: Optimizer, groups: Sequence[Group]) -> torch.optim.Optimizer:
-    """The fused optimizer over these weights; weight decay is on all of them, as in torch."""
-    on_cuda = any(parameter.device.type == "cuda" for group in groups for parameter in group.parameters)
+def _parameter_groups(config: Optimizer, rate: float, groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Groups as torch takes them. `scale` is what multiplies the run's rate, whose peak is `config.lr`."""
 
-    def rate(scale: float) -> float | Tensor:
+    def on_device(group: Group) -> float | Tensor:
         # In a CUDA graph the rate is read from the device; on a CPU a plain number is quicker.
-        return torch.tensor(config.lr * scale, device=groups[0].parameters[0].device) if on_cuda else config.lr * scale
+        device = group.parameters[0].device
+        return torch.tensor(rate * group.scale, device=device) if device.type == "cuda" else rate * group.scale
 
-    parameters = [{"params": group.parameters, "scale": group.scale, "lr": rate(group.scale)} for group in groups]
-    if config.name == "sgd":
-        sgd = torch.optim.SGD(
-            parameters,
-            lr=config.lr,
-            momentum=config.momentum,
-            nesterov=config.momentum > 0,
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+    return [
+        {
+            "params": group.parameters,
+            "scale": group.scale * (rate / config.lr),
+            "lr": on_device(group),
+            "weight_decay": config.weight_decay if group.decay else 0.0,
+        }
+        for group in groups
+    ]
+
+
+def _of_torch(name: str, config: Optimizer, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    if name == "sgd":
+        nesterov = config.nesterov and config.momentum > 0
+        sgd = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum, nesterov=nesterov, fused=True)
         if config.momentum:
             # torch makes it without a value in the first step, and fills it only if that is not left out, as in fp16.
-            for parameter in (parameter for group in groups for parameter in group.parameters):
+            for parameter in (parameter for group in groups for parameter in group["params"]):
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
-    kind = torch.optim.AdamW if config.name == "adamw" else torch.optim.Adam
-    return kind(
-        parameters, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay, fused=True, capturable=on_cuda
-    )
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    on_cuda = any(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
+    return kind(groups, lr=config.lr, betas=config.betas, fused=True, capturable=on_cuda)
 
 
-def learning_rate(peak: float, schedule: Schedule, step: int, steps_per_epoch: int, epochs: int) -> float:
-    """The rate of training step `step`, counted from 0 over the whole run.
+class Together(torch.optim.Optimizer):
+    """Optimizers that step together, each over its own groups; their groups and their state are those of one."""
 
-    It rises linearly to `peak` over the warm-up; then it stays, or falls to 0 along half a cosine
-    (Loshchilov and Hutter, arXiv 1608.03983) that would reach 0 one step after the last.
-    """
-    total = epochs * steps_per_epoch
-    warmup = min(total, round(schedule.warmup_epochs * steps_per_epoch))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    if schedule.name == "constant":
-        return peak
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (total - warmup)))
+    def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:
+        self.parts = parts
+        super().__init__([group for part in parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        """Let each part see its groups and its state here: they are the same objects."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Let each part move its weights."""
+        assert closure is None
+        for part in self.parts:
+            part.step()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take on what `state_dict` gave."""
+        super().load_state_dict(state_dict)
+        self._share()
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -20,9 +20,9 @@ from torchvision.transforms import v2
 
 from cifar100cli.config import Augment, Optimizer
 from cifar100cli.erasing import Color
+from cifar100cli.groups import Group
 from cifar100cli.loader import Batch, DeviceLoader
 from cifar100cli.models import as_pytorch_computes
-from cifar100cli.optim import Group
 from cifar100cli.policies import color_of
 from cifar100cli.tasks import Task
 
@@ -125,10 +125,17 @@ class PlainLoop:
         as_pytorch_computes(model)
         self.model = model.to(memory_format=torch.contiguous_format)
         self.task, self.device, self.grad_clip = task, loader.device, config.grad_clip
-        parameters = [{"params": group.parameters, "lr": config.lr * group.scale} for group in groups]
+        parameters = [
+            {
+                "params": group.parameters,
+                "lr": config.lr * group.scale,
+                "weight_decay": config.weight_decay if group.decay else 0.0,
+            }
+            for group in groups
+        ]
         kind: Any = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam, "sgd": torch.optim.SGD}[config.name]
         more: dict[str, Any] = {"momentum": config.momentum} if config.name == "sgd" else {"betas": config.betas}
-        self.optimizer = kind(parameters, lr=config.lr, weight_decay=config.weight_decay, **more)
+        self.optimizer = kind(parameters, lr=config.lr, **more)
         # On a CPU, workers would take the cores that train.
         workers = 0 if self.device.type == "cpu" else min(8, os.cpu_count() or 1)
         self.batches = DataLoader(

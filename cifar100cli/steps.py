@@ -13,6 +13,7 @@ from cifar100cli.averaging import Average
 from cifar100cli.devices import Cast
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import Batch, DeviceLoader, Plan
+from cifar100cli.sam import uphill
 from cifar100cli.tasks import StepOutput, Task
 
 WARM_UP = 3  # steps that are taken one operation at a time before one is captured: libraries set themselves up in them
@@ -35,6 +36,8 @@ class Training:
     cast: Cast
     average: Average
     scaler: torch.amp.GradScaler
+    sam_rho: float = 0.0
+    sam_adaptive: bool = False
 
     def step(self, plan: Plan, rows: slice | Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
         """One step; the loss, times its `weight` among all ranks, and the right predictions, both on the device."""
@@ -42,6 +45,7 @@ class Training:
         output = self.forward(batch)
         loss = output.loss if weight == 1 else output.loss * weight
         self.backward(loss)
+        self.backward_uphill(batch, weight)
         self.move()
         return loss.detach(), (output.logits.detach().argmax(1) == batch.leading_labels).sum()
 
@@ -54,6 +58,12 @@ class Training:
         """Compute the gradients."""
         self.optimizer.zero_grad(set_to_none=True)
         self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+
+    def backward_uphill(self, batch: Batch, weight: float = 1.0) -> None:
+        """With SAM, replace the gradients by those of the same images at the weights `sam_rho` further up."""
+        if self.sam_rho:
+            with uphill(self.model, self.sam_rho, adaptive=self.sam_adaptive):
+                self.backward(self.forward(batch).loss * weight)
 
     def move(self) -> None:
         """Clip the gradients and move the weights."""

@@ -17,9 +17,11 @@ from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import SPLIT_OF, Config
 from cifar100cli.devices import autocast, peak_memory
 from cifar100cli.errors import DataError, DivergedError
+from cifar100cli.groups import Group
 from cifar100cli.loader import DeviceLoader, derived_seed
-from cifar100cli.optim import Group, create_optimizer, learning_rate, set_learning_rate
+from cifar100cli.optim import create_optimizer, set_learning_rate
 from cifar100cli.runs import MODEL, STATE, RunDir
+from cifar100cli.schedule import learning_rate
 from cifar100cli.steps import Glance, Manner, Steps, Training, create_steps
 from cifar100cli.tasks import Task
 
@@ -73,7 +75,7 @@ def fit(
     the same bits. Raises `DivergedError` when loss or weights stop being finite.
     """
     cast = autocast(loaders.train.device, precision)
-    optimizer = create_optimizer(config.optimizer, groups)
+    optimizer = create_optimizer(config.optimizer, groups, precision)
     training = prepare_steps(model, task, loaders.train, optimizer, config, precision)
     state = TrainState()
     saved = ranks.on_first(lambda: _saved_state(run))
@@ -115,9 +117,19 @@ def prepare_steps(
     network = ranks.parallel(model, loader.device, buffers=not together)
     if ranks.count() > 1 and together and loader.device.type != "cuda":
         cast = batch_norm.synchronised_on_host(cast)
-    average = Average(model, config.train.ema)
-    scaler = torch.amp.GradScaler(loader.device.type, enabled=precision == "fp16")
-    return Training(model, network, task, loader, optimizer, config.optimizer.grad_clip, cast, average, scaler)
+    return Training(
+        model=model,
+        network=network,
+        task=task,
+        loader=loader,
+        optimizer=optimizer,
+        grad_clip=config.optimizer.grad_clip,
+        cast=cast,
+        average=Average(model, config.train.ema),
+        scaler=torch.amp.GradScaler(loader.device.type, enabled=precision == "fp16"),
+        sam_rho=config.optimizer.sam_rho,
+        sam_adaptive=config.optimizer.sam_adaptive,
+    )
 
 
 def train_epoch(steps: Steps, config: Config, epoch: int, observer: Observer) -> dict[str, float]:

@@ -206,7 +206,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
 def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Build everything and take one training step; nothing is written."""
     job = prepare(preset, where, watcher, dry=True)
-    optimizer = create_optimizer(job.config.optimizer, job.groups)
+    optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
     loader = job.loaders.train
     training = trainer.prepare_steps(job.model, job.task, loader, optimizer, job.config, job.precision)
     job.model.train()

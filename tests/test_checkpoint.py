@@ -14,8 +14,9 @@ from cifar100cli.card import KEY, Card
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Config
 from cifar100cli.errors import DataError
+from cifar100cli.groups import everything
 from cifar100cli.models import create_model
-from cifar100cli.optim import create_optimizer, everything
+from cifar100cli.optim import create_optimizer
 from tests.conftest import Trained
 
 CONFIG = Config.model_validate({"model": {"backbone": "test_resnet"}})

@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from cifar100cli.config import Optimizer, Schedule
-from cifar100cli.optim import create_optimizer, everything, learning_rate, set_learning_rate
+from cifar100cli.groups import everything
+from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.schedule import learning_rate
 
 
 def make_model() -> nn.Module:

@@ -12,8 +12,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cifar100cli import augment, jobs, steps, trainer
 from cifar100cli.config import Preset
 from cifar100cli.errors import UsageError
+from cifar100cli.groups import everything
 from cifar100cli.loader import DeviceLoader, Plan
-from cifar100cli.optim import create_optimizer, everything, set_learning_rate
+from cifar100cli.optim import create_optimizer, set_learning_rate
 from cifar100cli.steps import CapturedSteps, Manner, Steps, Training
 from tests.conftest import EVERYTHING, Silent, make_preset, where
 

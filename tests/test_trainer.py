@@ -19,9 +19,10 @@ from cifar100cli import checkpoint, devices, evaluation, jobs, runs, steps, synt
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Preset
 from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
+from cifar100cli.groups import everything
 from cifar100cli.jobs import Where
 from cifar100cli.loader import Batch, DeviceLoader
-from cifar100cli.optim import create_optimizer, everything
+from cifar100cli.optim import create_optimizer
 from cifar100cli.steps import Glance, Training
 from cifar100cli.tasks import StepOutput
 from tests.conftest import EVERYTHING, Silent, StopAfter, make_preset, only_run, where

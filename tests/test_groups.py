@@ -1,0 +1,130 @@
+"""Groups of weights against timm's own, and the matrices that are a network's hidden layers."""
+
+from typing import Any
+
+import pytest
+import timm
+from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
+from torch import nn
+
+from cifar100cli.errors import UsageError
+from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
+from cifar100cli.models import CosineHead, classifiers
+
+NETWORKS = ("resnet18", "test_vit", "test_convnext", "test_efficientnet", "test_vit2")
+
+
+def network(name: str, classes: int = 10) -> nn.Module:
+    return timm.create_model(name, num_classes=classes)
+
+
+def cosine(name: str) -> nn.Module:
+    model = nn.Sequential()
+    model.backbone = network(name, 0)
+    model.head = CosineHead(8, 4, 10, 8.0)
+    return model
+
+
+def named(model: nn.Module, groups: list[Group]) -> dict[str, Group]:
+    group_of = {parameter: group for group in groups for parameter in group.parameters}
+    assert len(group_of) == sum(len(group.parameters) for group in groups), "every weight once"
+    return {name: group_of[p] for name, p in model.named_parameters() if p in group_of}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_rates_of_layers_are_timms(name: str) -> None:
+    model = network(name)
+    expected = {
+        parameter: group["lr_scale"]
+        for group in param_groups_layer_decay(model, layer_decay=0.7)
+        for parameter in group["params"]
+    }
+    found = named(model, by_layer(model, name, 0.7))
+    assert len(set(expected.values())) > 3
+    for weight, parameter in model.named_parameters():
+        assert found[weight].scale == pytest.approx(expected[parameter]), weight
+    for weight, parameter in model.get_submodule(classifiers(name)[0]).named_parameters():
+        assert expected[parameter] == 1, weight
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_head_of_ours_is_a_layer_behind_timms(name: str) -> None:
+    plain, model = network(name), cosine(name)
+    ours = named(model, by_layer(model, name, 0.7))
+    theirs = named(plain, by_layer(plain, name, 0.7))
+    for weight, group in ours.items():
+        inside = weight.startswith("backbone.")
+        assert group.scale == pytest.approx(theirs[weight.removeprefix("backbone.")].scale if inside else 1), weight
+
+
+def test_frozen_weights_are_in_no_layer() -> None:
+    model = network("resnet18")
+    model.get_submodule("layer1").requires_grad_(False)
+    found = named(model, by_layer(model, "resnet18", 0.5))
+    assert not any(weight.startswith("layer1") for weight in found)
+    whole = network("resnet18")
+    assert found["conv1.weight"].scale == named(whole, by_layer(whole, "resnet18", 0.5))["conv1.weight"].scale
+
+
+def test_a_network_without_layers() -> None:
+    with pytest.raises(UsageError, match=r"optimizer\.layer_decay: timm names no layers of mine"):
+        by_layer(nn.Linear(2, 2), "mine", 0.5)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_what_does_not_decay_is_timms(name: str) -> None:
+    model = network(name)
+    exempt: Any = getattr(model, "no_weight_decay", set)()
+    without, decaying = param_groups_weight_decay(model, 0.1, no_weight_decay_list=exempt)
+    assert (without["weight_decay"], decaying["weight_decay"]) == (0, 0.1)
+    groups = divided(everything(model), exempt=without_decay(model))
+    for decay, expected in ((False, without), (True, decaying)):
+        found = {parameter for group in groups if group.decay == decay for parameter in group.parameters}
+        assert found == set(expected["params"])
+
+
+def test_groups_that_need_no_parting_stay_as_they_are() -> None:
+    model = network("resnet18")
+    groups = [Group(list(model.get_submodule(part).parameters()), 0.1) for part in ("layer1", "fc")]
+    assert divided(groups) == groups
+
+
+def names_of(model: nn.Module, weights: list[nn.Parameter]) -> list[str]:
+    return [name for name, parameter in model.named_parameters() if any(parameter is weight for weight in weights)]
+
+
+def test_hidden_weights_of_a_resnet() -> None:
+    model = network("resnet18")
+    found = names_of(model, hidden_weights(model, ["fc"]))
+    assert found == [name for name, p in model.named_parameters() if p.ndim == 4 and name != "conv1.weight"]
+    assert len(found) == 19
+
+
+def test_hidden_weights_of_a_transformer() -> None:
+    name = "test_vit"
+    model = cosine(name)
+    found = names_of(model, hidden_weights(model, ["head"]))
+    parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
+    assert found == [f"backbone.blocks.{block}.{part}.weight" for block in range(6) for part in parts]
+
+
+def test_filters_in_groups_are_no_matrices() -> None:
+    model = network("test_efficientnet")
+    found = names_of(model, hidden_weights(model, ["classifier"]))
+    assert found
+    assert not any("conv_dw" in name or name.startswith(("conv_stem", "classifier")) for name in found)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_first_layer_is_timms_stem(name: str) -> None:
+    model = network(name)
+    configuration: Any = model.pretrained_cfg
+    stem = model.get_submodule(configuration["first_conv"]).weight
+    hidden = hidden_weights(model, classifiers(name))
+    assert hidden
+    assert all(weight is not stem for weight in hidden)
+
+
+def test_frozen_weights_are_not_hidden() -> None:
+    model = network("resnet18").requires_grad_(False)
+    assert hidden_weights(model, ["fc"]) == []
