@@ -193,7 +193,7 @@ class Schedule(Section):
     )
     warmup_epochs: Number = Field(0, ge=0, le=100_000, description="the rate rises linearly over these")
     final: Number = Field(0.0, ge=0, le=1, description="cosine and linear: the share of the highest rate they end at")
-    milestones: tuple[Annotated[Integer, Field(ge=1)], ...] = Field(
+    milestones: tuple[Annotated[Integer, annotated_types.Ge(1)], ...] = Field(
         (), description="multi_step: the epochs after which the rate is multiplied by gamma"
     )
     gamma: Number = Field(0.1, gt=0, le=1, description="of multi_step")

@@ -88,6 +88,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface", "label_smoothing": 0.1}},
     "larger, normalised": {"data": {"image_size": 48, "normalize": "dataset"}},
     "averaged": {"train": {"ema": 0.9}},
+    "muon, one cycle": {"optimizer": {"name": "muon", "decay_norms": False}, "schedule": {"name": "one_cycle"}},
+    "sam, sgd by layers": {"optimizer": {"name": "sgd", "lr": 0.01, "layer_decay": 0.7, "sam_rho": 0.05}},
+    "adaptive sam, muon in bf16": {
+        "optimizer": {"name": "muon", "auxiliary": "sgd", "sam_rho": 0.5, "sam_adaptive": True},
+        "train": {"precision": "bf16"},
+    },
 }
 
 

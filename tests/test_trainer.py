@@ -81,6 +81,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     "best on test": {"train": {"select": "best_test"}},
     "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface"}, "train": {"precision": "bf16"}},
     "averaged": {"train": {"ema": 0.9, "select": "best_test"}},
+    "muon, one cycle": {"optimizer": {"name": "muon", "decay_norms": False}, "schedule": {"name": "one_cycle"}},
+    "sam, muon and sgd, by layers": {
+        "model": {"head": "cosine"},
+        "optimizer": {"name": "muon", "auxiliary": "sgd", "auxiliary_lr": 0.02, "layer_decay": 0.7, "sam_rho": 0.05},
+        "schedule": {"name": "multi_step", "milestones": [1, 2], "warmup_epochs": 0.5},
+        "train": {"precision": "bf16"},
+    },
+    "adaptive sam, linear": {
+        "optimizer": {"sam_rho": 0.5, "sam_adaptive": True},
+        "schedule": {"name": "linear", "final": 0.1},
+    },
 }
 
 
