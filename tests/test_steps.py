@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("small_synthetic")
 
 def training_of(preset: Preset, tmp_path: Path) -> Training:
     job = jobs.prepare(preset, where(tmp_path), Silent())
-    optimizer = create_optimizer(job.config.optimizer, job.groups)
+    optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
     return trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
 
 
@@ -237,7 +237,7 @@ def test_a_captured_run_on_cuda_is_the_eager_one(tmp_path: Path, recipe: str) ->
 
     def curve(manner: str) -> list[float]:
         job = jobs.prepare(preset, jobs.Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
-        optimizer = create_optimizer(job.config.optimizer, job.groups)
+        optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
         training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
         return [row["train_loss"] for row in epochs(steps.create_steps(training, Manner(manner, "")), preset, 2)]
 

@@ -455,7 +455,7 @@ def test_a_device_that_is_not_here() -> None:
 def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     preset = make_preset(augment=EVERYTHING, data={"normalize": "dataset"})
     job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
-    optimizer = create_optimizer(job.config.optimizer, job.groups)
+    optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
     training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
     taken = steps.create_steps(training, job.manner)
 
