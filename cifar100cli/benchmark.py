@@ -51,10 +51,10 @@ def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, 
 
 
 def _without_files(config: Config) -> Config:
-    """The preset with the same work and nothing to fetch: weights change no time, and all images train."""
+    """The preset with the same work and nothing to fetch: weights change no time, and all images train, grown up."""
     keys = config.model_dump()
     keys["model"] |= {"pretrained": False, "weights": None}
-    keys["data"] |= {"fraction": 1.0, "val_fraction": 0.0}
+    keys["data"] |= {"fraction": 1.0, "val_fraction": 0.0, "first_image_size": None}
     keys["train"] |= {"select": "last", "watch_test": False}
     return Config.model_validate(keys)
 

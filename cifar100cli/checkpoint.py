@@ -22,7 +22,7 @@ from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
 from cifar100cli.config import Config, parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
-from cifar100cli.models import create_model
+from cifar100cli.models import create_model, outline
 from cifar100cli.runs import MODEL, find_model, replacing
 
 FORMAT = 1  # of a model's file; a newer one is refused
@@ -62,6 +62,8 @@ def load_model(path: Path) -> Checkpoint:
     try:
         card = parse_card(saved.about, path)
         config = parse_config(card.config, str(path))
+        # A few bytes may call themselves a network of gigabytes: these are for weights that fit.
+        _check_fit(outline(config, len(card.classes)), saved.tensors, path)
         model = create_model(config, len(card.classes), pretrained=False)
     except UsageError as error:
         raise DataError(f"{path}: its description is not right: {error}") from None
@@ -71,11 +73,12 @@ def load_model(path: Path) -> Checkpoint:
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy the weights of a file into a model of the very same shape, or raise `DataError` naming what differs."""
-    _refuse_misfits(model.state_dict(), tensors, path)
+    _check_fit(model.state_dict(), tensors, path)
     model.load_state_dict(dict(tensors))
 
 
-def _refuse_misfits(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+def _check_fit(expected: Mapping[str, Tensor], tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Raise `DataError` where a file's tensors are not those of a model: names, shapes, kinds, and finite numbers."""
     for problem, names in (
         ("lacks", [name for name in expected if name not in tensors]),
         ("has besides what the model has", [name for name in tensors if name not in expected]),
@@ -164,7 +167,7 @@ def restore(saved: Saved, trained: Trained) -> TrainState:
     optimizer, average, scaler = trained.optimizer, trained.average, trained.scaler
     restore_model(saved, trained.model)
     averages = _of(saved, "average.")
-    _refuse_misfits(average.tensors, averages, path)
+    _check_fit(average.tensors, averages, path)
     for name, tensor in average.tensors.items():
         tensor.copy_(averages[name])
     try:

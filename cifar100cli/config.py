@@ -63,6 +63,10 @@ class Data(Section):
     normalize: Literal["none", "dataset", "imagenet", "backbone"] = Field(
         "none", description="after dividing by 255: nothing, or the mean and deviation of ..."
     )
+    first_image_size: Integer | None = Field(
+        None, ge=16, le=1024, multiple_of=16, description="begin with images this small, and grow to image_size"
+    )
+    grow_until: Number = Field(0.5, gt=0, lt=1, description="share of the epochs after which images are whole")
 
 
 class Augment(Section):
@@ -112,12 +116,14 @@ class Augment(Section):
 class Model(Section):
     """The network."""
 
-    backbone: str = Field("resnet18", min_length=1, description="any image model that timm knows")
+    backbone: str = Field("resnet18", min_length=1, description="any image model that timm knows, or one of ours")
     pretrained: bool = Field(False, description="start from ImageNet weights: timm's, or those of `weights`")
     weights: str | None = Field(None, min_length=1, description="a file of weights for the backbone")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="cifar: 3x3, stride 1, no pooling")
     head: Literal["linear", "cosine"] = Field("linear", description="cosine: an embedding against class vectors")
     embedding_dim: Integer = Field(512, ge=2, le=8192, description="of the cosine head")
+    drop_rate: Number = Field(0.0, ge=0, lt=1, description="drop-out before the head; in a Wide ResNet, in its blocks")
+    drop_path_rate: Number = Field(0.0, ge=0, lt=1, description="stochastic depth: of the last block, growing to it")
 
 
 class Loss(Section):
@@ -255,6 +261,16 @@ class Config(Section):
                 raise ValueError("finetune.cache = on keeps features, and finetune.bn = adapt changes them; choose one")
             if self.distillation is not None:
                 raise ValueError("finetune.cache = on does not go together with distillation")
+            if self.data.first_image_size is not None:
+                raise ValueError(
+                    "finetune.cache = on keeps features of images of one size: leave out data.first_image_size, "
+                    "or the cache"
+                )
+        if self.data.first_image_size is not None and self.data.first_image_size >= self.data.image_size:
+            raise ValueError(
+                f"data.first_image_size = {self.data.first_image_size} must be smaller than "
+                f"data.image_size = {self.data.image_size}, which the images grow to"
+            )
         if self.train.select == "best_val" and self.data.val_fraction == 0:
             raise ValueError(
                 "train.select = best_val needs a held-out split: "
@@ -300,6 +316,18 @@ class Config(Section):
                 f"schedule.milestones = {milestones}: each must be below train.epochs = {self.train.epochs}"
             )
         return self
+
+    def image_size_in(self, epoch: int) -> int:
+        """The side in pixels of the training images of an epoch, counted from 1; the last epoch's are whole.
+
+        Progressive resizing, as in "EfficientNetV2" (Tan and Le, arXiv 2104.00298): from `data.first_image_size` it
+        grows by 16 pixels at a time, evenly over the epochs, and after `data.grow_until` of them it is whole.
+        """
+        first, whole = self.data.first_image_size, self.data.image_size
+        done = (epoch - 1) / (self.data.grow_until * self.train.epochs)
+        if first is None or done >= 1 or epoch >= self.train.epochs:
+            return whole
+        return first + 16 * int(done * (whole - first) / 16)
 
     def to_yaml(self) -> str:
         """The preset as YAML that `load_preset` reads back to an equal `Config`."""
@@ -640,6 +668,8 @@ def _allowed(annotation: object, metadata: Iterable[object]) -> str:
             words.append(f"at most {bound.le}")
         elif isinstance(bound, annotated_types.Lt):
             words.append(f"below {bound.lt}")
+        elif isinstance(bound, annotated_types.MultipleOf):
+            words.append(f"a multiple of {bound.multiple_of}")
     return f"{kind}, {' and '.join(words)}" if words else kind
 
 

@@ -20,7 +20,7 @@ from cifar100cli.errors import DataError, UsageError
 from cifar100cli.flops import forward_flops
 from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.loader import DeviceLoader, Features, Preprocessing, evaluation_batch_size, preprocessing_for
-from cifar100cli.models import check_backbone, classifiers, create_model
+from cifar100cli.models import check_backbone, classifiers, create_model, initialize
 from cifar100cli.policies import create_policy
 from cifar100cli.stages import Parted, Stage, StageRow, freeze, learning, stage_rows, stages_of
 from cifar100cli.steps import Manner
@@ -106,6 +106,8 @@ def prepare(
         checkpoint.restore_model(state, model)
     elif config.model.weights is not None:
         watcher.say(f"starting from {config.model.weights}; the head is a new one of {len(dataset.classes)} classes")
+    if state is None and not config.model.pretrained:
+        initialize(model, _sample(training, preprocessing))
     if ranks.count() > 1 and config.train.sync_batch_norm:
         model = batch_norm.synchronised(model, device)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -117,6 +119,7 @@ def prepare(
         shuffle=True,
         policy=create_policy(config.augment, preprocessing.mean),
         seed=config.seed,
+        image_size_in=config.image_size_in if config.data.first_image_size is not None else lambda epoch: None,
         rank=ranks.rank(),
         ranks=ranks.count(),
         least=max(2, ranks.count() if config.train.sync_batch_norm else 2 * ranks.count()),
@@ -172,6 +175,13 @@ def prepare(
         split,
         manner,
     )
+
+
+def _sample(split: Split, preprocessing: Preprocessing) -> torch.Tensor:
+    """Some images of a split, evenly from all of it, as the network will see them: 5,000 of 32 pixels, fewer larger."""
+    count = max(1, min(len(split), 5000 * 32 * 32 // preprocessing.image_size**2))
+    chosen = [index * len(split) // count for index in range(count)]
+    return preprocessing(torch.from_numpy(split.images[chosen]))
 
 
 def _grouped(groups: list[Group], model: nn.Module, config: Config, watcher: Watcher) -> list[Group]:
@@ -264,7 +274,7 @@ def _finetune(
     kept = learning(stages, finetune.unfreeze, name)
     freeze(model, stages, kept, adapt=finetune.bn == "adapt")
     scales = {stage.name: finetune.stage_decay**depth for depth, stage in enumerate(reversed(kept))}
-    groups = [Group(list(stage.parameters(model)), scales[stage.name]) for stage in kept]
+    groups = [Group([p for p in stage.parameters(model) if p.requires_grad], scales[stage.name]) for stage in kept]
     watcher.stages(stage_rows(model, stages, scales, config.optimizer.lr, finetune.bn))
     if dry or finetune.cache == "off" or len(kept) == len(stages):
         return groups, None
@@ -277,6 +287,8 @@ def _finetune(
         obstacle = "the frozen stages' batch statistics move (--bn adapt)"
     elif config.distillation is not None:
         obstacle = "a teacher wants to see the images"
+    elif config.data.first_image_size is not None:
+        obstacle = "the images grow (data.first_image_size)"
     elif not split.is_exact(sample):
         obstacle = f"{name} is no chain of stages that could be entered at {kept[0].name}"
     if obstacle is not None:

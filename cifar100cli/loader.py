@@ -1,8 +1,8 @@
 """Batches from images that stay on the device as uint8: order, augmentation, enlarging, normalising."""
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -106,10 +106,14 @@ class Batch:
 
 @dataclass(frozen=True)
 class Plan:
-    """An epoch laid out: positions in the split in the order of training, (N,) int64, and what was drawn for each."""
+    """An epoch laid out: positions in the split in the order of training, (N,) int64, and what was drawn for each.
+
+    `image_size` is the images' side in this epoch, or None where they are as large as for evaluation.
+    """
 
     positions: Tensor
     drawn: Drawn
+    image_size: int | None = None
 
 
 class Features:
@@ -148,6 +152,7 @@ class DeviceLoader:
         shuffle: bool = False,
         policy: Policy = none,
         seed: int = 0,
+        image_size_in: Callable[[int], int | None] = lambda epoch: None,
         rank: int = 0,
         ranks: int = 1,
         least: int = 2,  # batch norm cannot train on one image alone
@@ -156,6 +161,7 @@ class DeviceLoader:
         self.labels = torch.from_numpy(split.labels).to(device)
         self.device, self.preprocessing = device, preprocessing
         self.shuffle, self.policy, self.seed = shuffle, policy, seed
+        self.image_size_in = image_size_in
         self.features: Features | None = None
         count = len(split)
         starts = list(range(0, count, batch_size))
@@ -196,7 +202,8 @@ class DeviceLoader:
             torch.Generator(self.device).manual_seed(derived_seed(self.seed, number)) for number in (epoch, 0)
         )
         height, width = self.images.shape[-2:]
-        return Plan(positions, self.policy.draw(Epoch(positions, height, width, epoch, generator, lasting, host)))
+        drawn = self.policy.draw(Epoch(positions, height, width, epoch, generator, lasting, host))
+        return Plan(positions, drawn, self.image_size_in(epoch))
 
     def epoch(self, number: int) -> Iterator[Batch]:
         """This rank's batches of epoch `number`, counted from 1."""
@@ -218,7 +225,10 @@ class DeviceLoader:
         mixture = None
         if isinstance(self.policy, Mixed):
             mixture = Mixture(labels.roll(1), self.policy.weights(drawn))
-        return Batch(self.preprocessing(images), labels, images, positions, views, mixture)
+        preprocessing = self.preprocessing
+        if plan.image_size is not None:
+            preprocessing = replace(preprocessing, image_size=plan.image_size)
+        return Batch(preprocessing(images), labels, images, positions, views, mixture)
 
 
 def derived_seed(*parts: int) -> int:

@@ -1,9 +1,11 @@
-"""Networks: a timm backbone with the stem and head that a preset asks for. No training here."""
+"""Networks: a backbone of timm's or ours with the stem and head that a preset asks for. No training here."""
 
 import difflib
 import socket
 from collections import OrderedDict
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -12,7 +14,10 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
+from torch.overrides import TorchFunctionMode
 
+from cifar100cli import networks
 from cifar100cli.config import Config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.weights import load_backbone, our_settings
@@ -105,14 +110,7 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
     from_timm = wants_weights and file is None
     if from_timm:
         _ask_the_hub_once()
-    try:
-        outputs = classes if config.model.head == "linear" else 0  # 0: timm gives the pooled features
-        model = timm.create_model(name, pretrained=from_timm, num_classes=outputs)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:200]
-        if from_timm:
-            raise DataError(_no_weights(name, reason)) from None
-        raise UsageError(f"model.backbone = {name}: timm cannot build it here: {reason}") from None
+    model = _backbone(config, classes, from_timm=from_timm)
     # ImageNet's weights have ImageNet's stem; a checkpoint of ours has its own.
     ours = our_settings(Path(file)) if file is not None else None
     stem_is_in_the_file = ours is not None and ours["stem"] == config.model.stem
@@ -123,11 +121,93 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
     if config.model.stem == "cifar" and not stem_is_in_the_file:
         _use_cifar_stem(model, name)
     features = _check_image_size(model, name, config.data.image_size).shape[1]
-    if config.model.head == "cosine":
-        head = CosineHead(features, config.model.embedding_dim, classes, config.loss.scale)
-        model = nn.Sequential(OrderedDict(backbone=model, head=head))
+    for size in sorted({config.image_size_in(epoch) for epoch in range(1, config.train.epochs)}):
+        _check_image_size(model, name, size, key="first_image_size")
+    model = _with_head(model, features, config, classes)
     _use_small_convolutions(model)
     return model
+
+
+def _backbone(config: Config, classes: int, *, from_timm: bool) -> nn.Module:
+    """timm's network, with the classifier if it is to have timm's; `from_timm` with its ImageNet weights."""
+    name = config.model.backbone
+    rates = {key: rate for key in DROP_RATES if (rate := getattr(config.model, key))}
+    try:
+        outputs = classes if config.model.head == "linear" else 0  # 0: timm gives the pooled features
+        model = timm.create_model(name, pretrained=from_timm, num_classes=outputs, **rates)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        for key, rate in rates.items():
+            if isinstance(error, TypeError) and f"'{key}'" in reason:
+                raise UsageError(_takes_no(key, rate, name)) from None
+        if from_timm:
+            raise DataError(_no_weights(name, reason)) from None
+        raise UsageError(f"model.backbone = {name}: timm cannot build it here: {reason}") from None
+    for key, rate in rates.items():
+        if not _takes(model, key):
+            raise UsageError(_takes_no(key, rate, name))
+    return model
+
+
+def _with_head(model: nn.Module, features: int, config: Config, classes: int) -> nn.Module:
+    """The backbone, and behind it the cosine head if there is to be one."""
+    if config.model.head == "linear":
+        return model
+    head = CosineHead(features, config.model.embedding_dim, classes, config.loss.scale)
+    return nn.Sequential(OrderedDict(backbone=model, head=head))
+
+
+def outline(config: Config, classes: int) -> dict[str, Tensor]:
+    """The tensors of the network that `create_model` builds, by name, without memory for what is in them.
+
+    Raises `UsageError` for a backbone or stem that there is not.
+    """
+    check_backbone(config.model.backbone)
+    with _WithoutMemory():
+        model = _backbone(config, classes, from_timm=False)
+        if config.model.stem == "cifar":
+            _use_cifar_stem(model, config.model.backbone)
+        model = _with_head(model, getattr(model, "head_hidden_size", 0), config, classes)
+    tensors: dict[str, Tensor] = model.state_dict()
+    return tensors
+
+
+class _WithoutMemory(TorchFunctionMode):
+    """Within this context weights are made on PyTorch's meta device, where a tensor is a shape and no more.
+
+    Unlike `torch.device("meta")` it leaves alone what a network computes while it is built, as rates from
+    `torch.linspace`: no number can be had back from the meta device.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
+def initialize(model: nn.Module, images: Tensor) -> None:
+    """Let a new network that begins from training images look at some: (N, 3, S, S) float32, as it will see them."""
+    backbone = getattr(model, "backbone", model)
+    if isinstance(backbone, networks.Airbench):
+        backbone.initialize(images)
+
+
+DROP_RATES = ("drop_rate", "drop_path_rate")
+
+
+def _takes(model: nn.Module, key: str) -> bool:
+    """Whether a drop-out rate has reached any part of the network: some of timm's swallow what they do not know."""
+    if key == "drop_path_rate":
+        return any(getattr(module, "drop_prob", 0) for module in model.modules())
+    return any(getattr(m, "drop_rate", 0) or (isinstance(m, _DropoutNd) and m.p) for m in model.modules())
+
+
+def _takes_no(key: str, rate: float, name: str) -> str:
+    what = {"drop_rate": "drop-out", "drop_path_rate": "stochastic depth"}[key]
+    return f"model.{key} = {rate:g}: {name} has no {what}; leave it at 0, or use another backbone, such as resnet18"
 
 
 def _no_weights(name: str, reason: str) -> str:
@@ -182,19 +262,23 @@ def _use_cifar_stem(model: nn.Module, name: str) -> None:
     """Replace the 7x7 stride-2 convolution and the pooling by one 3x3 convolution of stride 1.
 
     As in the CIFAR experiments of "Deep Residual Learning" (He et al., 2015): 32x32 images keep their
-    resolution until the first strided stage.
+    resolution until the first strided stage. A deep stem has 3x3 convolutions already, and takes no stride.
     """
     conv1 = getattr(model, "conv1", None)
-    if not isinstance(conv1, nn.Conv2d) or not hasattr(model, "maxpool"):
+    first: object = conv1[0] if isinstance(conv1, nn.Sequential) else conv1
+    if not isinstance(first, nn.Conv2d) or not hasattr(model, "maxpool"):
         raise UsageError(
             f"model.stem = cifar: {name} has no ResNet stem to replace; use model.stem=imagenet, or a ResNet"
         )
-    model.conv1 = nn.Conv2d(3, conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
-    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    if isinstance(conv1, nn.Conv2d):
+        model.conv1 = nn.Conv2d(3, conv1.out_channels, kernel_size=3, stride=1, padding=1, bias=False)
+        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    else:
+        first.stride = (1, 1)
     model.maxpool = nn.Identity()
 
 
-def _check_image_size(model: nn.Module, name: str, image_size: int) -> Tensor:
+def _check_image_size(model: nn.Module, name: str, image_size: int, key: str = "image_size") -> Tensor:
     """Try one blank image, so that a size that the network cannot take is a word and not a traceback."""
     training = model.training
     try:
@@ -203,7 +287,7 @@ def _check_image_size(model: nn.Module, name: str, image_size: int) -> Tensor:
             return output
     except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(
-            f"data.image_size = {image_size}: {name} cannot take it ({' '.join(str(error).split())[:120]})"
+            f"data.{key} = {image_size}: {name} cannot take it ({' '.join(str(error).split())[:120]})"
         ) from None
     finally:
         model.train(training)

@@ -114,7 +114,8 @@ def freeze(model: nn.Module, stages: Sequence[Stage], kept: Sequence[Stage], *, 
     """Let only the stages `kept` learn. Without `adapt` the others stay in evaluation mode from now on."""
     for stage in stages:
         for parameter in stage.parameters(model):
-            parameter.requires_grad_(stage in kept)
+            if stage not in kept:  # what the network itself holds fixed, such as whitening, stays so
+                parameter.requires_grad_(False)
     if adapt:
         return
     for module in model.modules():

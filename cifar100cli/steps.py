@@ -181,8 +181,9 @@ class CapturedSteps(Steps):
 
     def _lay_out(self, plan: Plan) -> None:
         """In the memory that the graph knows."""
-        if not self.plan.drawn:
-            self.plan = plan
+        if not self.plan.drawn or plan.image_size != self.plan.image_size:
+            # Images that have grown need a graph of their own. They never shrink: the last one's memory is free again.
+            self.plan, self.graph, self.left = plan, None, WARM_UP
             return
         self.plan.positions.copy_(plan.positions)
         for ours, new in zip(self.plan.drawn, plan.drawn, strict=True):

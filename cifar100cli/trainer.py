@@ -100,6 +100,8 @@ def fit(
         chosen_on = SPLIT_OF[config.train.select]
         if chosen_on is None or row[f"{chosen_on}_top1"] > state.best_top1:
             state.best_epoch, state.best_top1 = epoch, row[f"{chosen_on}_top1"] if chosen_on else -1.0
+        if config.data.first_image_size is not None:
+            row["image_size"] = config.image_size_in(epoch)
         row["seconds"] = round(time.perf_counter() - started, 3)
         row["images_per_second"] = round(loaders.train.count / train_seconds, 1)
         row["peak_memory_bytes"] = peak_memory(loaders.train.device)

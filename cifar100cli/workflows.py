@@ -4,6 +4,7 @@ import contextlib
 import errno
 import shlex
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     loader = job.loaders.train
     training = trainer.prepare_steps(job.model, job.task, loader, optimizer, job.config, job.precision)
     job.model.train()
-    plan = loader.plan(1)
+    plan = replace(loader.plan(1), image_size=None)  # the images as large as they get
     loss, _ = training.step(plan, loader.shares[0], loader.weights[0])
     return {
         "dry_run": True,

@@ -18,6 +18,7 @@ LEVELS = (
         "synthetic",
         "augment",
         "losses",
+        "networks",
         "weights",
         "stages",
         "devices",

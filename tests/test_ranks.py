@@ -35,7 +35,7 @@ def test_shares_make_the_batches_of_one(count: int, batch_size: int, number: int
     random = np.random.default_rng(0)
     split = Split(random.integers(0, 256, (count, 3, 32, 32), np.uint8), np.arange(count))
 
-    def loader(**keys: int) -> DeviceLoader:
+    def loader(**keys: Any) -> DeviceLoader:
         return DeviceLoader(
             split, batch_size, CPU, Preprocessing(32), shuffle=True, policy=augment.crop_flip, least=number, **keys
         )
