@@ -1,6 +1,8 @@
 """Files of weights and training state: what comes back, and what is refused."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,6 +93,34 @@ def test_descriptions_that_are_not_right(saved: Path, about: dict[str, object], 
         checkpoint.load_model(saved)
     assert str(saved) in str(refusal.value)
     assert "\n" not in str(refusal.value)
+
+
+def test_a_huge_network_of_a_few_bytes_takes_no_memory(tmp_path: Path) -> None:
+    """Each has gigabytes of weights by its name: refused in a process that takes less than a quarter of one for all."""
+    names = ("vit_giant_patch14_224", "eva_giant_patch14_224", "resnetv2_152x4_bit")
+    for name in names:
+        config = {"model": {"backbone": name}, "data": {"image_size": 224}}
+        about = make_card(image_size=224, config=config).model_dump(mode="json")
+        save_file({"fc.weight": torch.zeros(3, 64)}, tmp_path / f"{name}.safetensors", {KEY: json.dumps(about)})
+    script = """
+import resource, sys
+from cifar100cli import checkpoint, cli
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+before = peak()
+for name in sys.argv[1:]:
+    sys.argv = ["cifar100", "evaluate", f"{name}.safetensors", "--device", "cpu"]
+    try:
+        cli.main()
+    except SystemExit as leaving:
+        print(leaving.code, peak() - before)
+"""
+    command = [sys.executable, "-c", script, *names]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    lines = finished.stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["3"] * len(names), finished.stderr
+    assert finished.stderr.count("does not fit the model: it lacks") == len(names)
+    assert int(lines[-1].split()[1]) < 2**18  # KiB
 
 
 def test_weights_that_do_not_fit(saved: Path) -> None:

@@ -90,6 +90,14 @@ def test_scalars_mean_what_a_user_means(tmp_path: Path, text: str, key: str, val
         ("model: {pretrained: perhaps}", ["model.pretrained", "perhaps", "true or false"]),
         ("data: {fraction: 0}", ["data.fraction", "above 0", "at most 1"]),
         ("data: {image_size: 8}", ["data.image_size", "8", "16"]),
+        ("data: {first_image_size: 24}", ["data.first_image_size", "24", "a multiple of 16"]),
+        ("data: {first_image_size: 32}", ["data.first_image_size = 32", "smaller than data.image_size = 32"]),
+        ("data: {first_image_size: 16, grow_until: 1}", ["data.grow_until", "below 1"]),
+        (
+            "{data: {first_image_size: 16}, finetune: {cache: on}}",
+            ["finetune.cache = on", "leave out data.first_image_size"],
+        ),
+        ("model: {drop_rate: 1}", ["model.drop_rate", "1", "below 1"]),
         ("augment: off", ["augment", "off", "policy"]),
         ("augment: {flip: alternating}", ["augment.flip = alternating", "flip or crop_flip, not none"]),
         ("augment: {policy: flip, crop_padding: 2}", ["augment.crop_padding = 2", "crop_flip, not flip"]),
@@ -127,6 +135,25 @@ def test_refused_in_one_line(tmp_path: Path, text: str, words: list[str]) -> Non
     assert len(message) < 400
     for word in words:
         assert word in message
+
+
+@pytest.mark.parametrize(
+    ("first", "whole", "until", "epochs", "expected"),
+    [
+        (None, 32, 0.5, 3, [32, 32, 32]),
+        (16, 32, 0.5, 4, [16, 16, 32, 32]),
+        (16, 32, 0.99, 3, [16, 16, 32]),
+        (16, 32, 0.5, 1, [32]),
+        (128, 224, 0.75, 8, [128, 144, 160, 176, 192, 208, 224, 224]),
+        (32, 100, 0.5, 10, [32, 32, 48, 64, 80, 100, 100, 100, 100, 100]),
+    ],
+)
+def test_images_grow_evenly_and_end_whole(
+    first: int | None, whole: int, until: float, epochs: int, expected: list[int]
+) -> None:
+    keys = {"image_size": whole, "first_image_size": first, "grow_until": until}
+    config = Config.model_validate({"data": keys, "train": {"epochs": epochs}})
+    assert [config.image_size_in(epoch) for epoch in range(1, epochs + 1)] == expected
 
 
 def test_overrides_name_where_they_come_from(tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ import torch
 from torch import nn
 
 from cifar100cli import checkpoint, export, synthetic
+from cifar100cli.card import Card
+from cifar100cli.config import Config
+from cifar100cli.models import create_model
 from tests.conftest import TINY, Cli
 
 
@@ -57,6 +60,34 @@ def test_the_graph_computes_what_the_model_does(run: str, run_cli: Cli) -> None:
     (given,) = session.get_inputs()
     assert (given.name, given.type, given.shape[1:]) == ("images", "tensor(uint8)", [3, 32, 32])
     assert isinstance(given.shape[0], str), "a batch of any size"
+
+
+@pytest.mark.parametrize("name", ["resnet9", "airbench94", "wrn16_4"])
+def test_networks_of_our_own(tmp_path: Path, name: str) -> None:
+    """Untrained, with batch statistics of noise."""
+    torch.manual_seed(0)
+    config = Config.model_validate({"model": {"backbone": name, "drop_rate": 0.3}})
+    model = create_model(config, classes=3)
+    with torch.no_grad():
+        model(torch.randn(16, 3, 32, 32))
+    card = Card(
+        format=1,
+        preset="mine",
+        dataset="cifar10",
+        classes=("a", "b", "c"),
+        image_size=32,
+        mean=(0.5, 0.5, 0.5),
+        std=(0.25, 0.25, 0.25),
+        config=config.model_dump(mode="json"),
+    )
+    checkpoint.save_model(tmp_path / "model.safetensors", model, card)
+    export.export(tmp_path / "model.safetensors", tmp_path / "model.onnx")
+    images = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])
+    (found,) = session.run(None, {"images": images})
+    with torch.inference_mode():
+        expected = model.eval()((torch.from_numpy(images) / 255 - 0.5) / 0.25)
+    assert found == pytest.approx(expected.numpy(), abs=1e-4)
 
 
 @pytest.fixture

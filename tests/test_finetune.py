@@ -149,6 +149,14 @@ def test_a_table_too_large_for_memory_is_mapped(tmp_path: Path, weights: Path, m
         jobs.prepare(preset(weights), where(tmp_path / "full"), Silent())
 
 
+def test_growing_images_are_not_kept(tmp_path: Path, weights: Path) -> None:
+    watcher = Silent()
+    growing = preset(weights, {"cache": "auto"}, data={"first_image_size": 16})
+    workflows.train(growing, where(tmp_path), watcher)
+    assert any("the images grow" in line for line in watcher.said)
+    assert [row["image_size"] for row in only_run(tmp_path).metrics()] == [16, 16, 32]
+
+
 def test_free_memory_is_a_sensible_number() -> None:
     assert 2**26 < computed.free_memory() < 2**44
 

@@ -1,15 +1,19 @@
 """Networks: the stem, the head, the refusals."""
 
+from pathlib import Path
+
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
+from timm.layers import DropPath  # type: ignore[attr-defined]
 from torch import nn
 from torch.nn import functional as F
 
 from cifar100cli import models
 from cifar100cli.config import Config
 from cifar100cli.errors import UsageError
-from cifar100cli.models import CosineHead, count_parameters, create_model
+from cifar100cli.models import CosineHead, count_parameters, create_model, outline
 
 
 def make_config(**keys: object) -> Config:
@@ -36,6 +40,97 @@ def test_cifar_stem_keeps_the_resolution() -> None:
     assert features.shape == (1, 512, 4, 4)
 
 
+@pytest.mark.parametrize(
+    ("name", "channels"),
+    [
+        *(("resnet18", 64), ("resnet34", 64), ("resnet50", 64), ("resnext50_32x4d", 64), ("wide_resnet50_2", 64)),
+        *(("resnet18d", 64), ("resnet26t", 64), ("seresnet50", 64), ("resnetaa50d", 64), ("test_resnet", 32)),
+    ],
+)
+def test_the_cifar_stem_of_resnets(name: str, channels: int) -> None:
+    model = create_model(make_config(backbone=name, stem="cifar"), classes=10).eval()
+    seen: list[torch.Size] = []
+    model.get_submodule("layer1").register_forward_pre_hook(lambda _, given: seen.append(given[0].shape))
+    with torch.inference_mode():
+        model(torch.zeros(1, 3, 32, 32))
+    assert seen == [(1, channels, 32, 32)]
+
+
+def test_the_cifar_stem_is_counted() -> None:
+    """A 7x7 convolution of 3 and 64 channels less, a 3x3 more."""
+    assert count_parameters(create_model(make_config(stem="cifar"), classes=100)) == 11_220_132
+    assert 11_220_132 == 11_227_812 - 64 * 3 * 7 * 7 + 64 * 3 * 3 * 3
+
+
+@pytest.mark.parametrize(("name", "new"), [("resnet18", {"conv1.weight"}), ("resnet18d", set())])
+def test_the_cifar_stem_keeps_the_weights_of_the_rest(tmp_path: Path, name: str, new: set[str]) -> None:
+    torch.manual_seed(0)
+    weights = timm.create_model(name, num_classes=1000).state_dict()
+    save_file(weights, tmp_path / "weights.safetensors")
+    config = make_config(backbone=name, stem="cifar", pretrained=True, weights=str(tmp_path / "weights.safetensors"))
+    found = create_model(config, classes=10).state_dict()
+    body = {key for key in weights if not key.startswith("fc.")}
+    assert {key for key in body if not torch.equal(found[key], weights[key])} == new
+
+
+def test_drop_rates_reach_the_network() -> None:
+    model = create_model(make_config(drop_rate=0.2, drop_path_rate=0.7), classes=10)
+    assert model.drop_rate == 0.2
+    rates = [module.drop_prob for module in model.modules() if isinstance(module, DropPath)]
+    assert rates == pytest.approx([0.1 * block for block in range(1, 8)])  # and 0 in the first of eight blocks
+    inputs = torch.randn(4, 3, 32, 32)
+    with torch.no_grad():
+        assert not torch.equal(model(inputs), model(inputs))
+        assert torch.equal(model.eval()(inputs), model(inputs))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "keys", "words"),
+    [
+        ("vgg11", {"drop_path_rate": 0.1}, r"model\.drop_path_rate = 0\.1: vgg11 has no stochastic depth"),
+        ("resnet9", {"drop_path_rate": 0.2}, r"model\.drop_path_rate = 0\.2: resnet9 has no stochastic depth"),
+    ],
+)
+def test_drop_rates_that_a_network_does_not_take(backbone: str, keys: dict[str, float], words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        create_model(make_config(backbone=backbone, **keys), classes=10)
+
+
+def test_a_rate_that_is_swallowed_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    build = timm.create_model
+    monkeypatch.setattr(timm, "create_model", lambda name, **more: build(name, num_classes=more["num_classes"]))
+    for key in ("drop_rate", "drop_path_rate"):
+        with pytest.raises(UsageError, match=rf"model\.{key} = 0\.1: resnet18 has no"):
+            create_model(make_config(**{key: 0.1}), classes=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        *(("resnet18", 32), ("test_vit", 160), ("convnext_atto", 32), ("mobilenetv3_small_050", 32), ("wrn16_4", 32)),
+        *(("airbench94", 32), ("swin_tiny_patch4_window7_224", 224), ("tf_efficientnet_lite0", 32)),
+    ],
+)
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_the_outline_is_the_networks(name: str, size: int, head: str) -> None:
+    config = Config.model_validate(
+        {"model": {"backbone": name, "head": head, "embedding_dim": 16}, "data": {"image_size": size}}
+    )
+    network = create_model(config, classes=7)
+    found, expected = (
+        {key: (tensor.shape, tensor.dtype) for key, tensor in tensors.items()}
+        for tensors in (outline(config, 7), network.state_dict())
+    )
+    assert found == expected
+
+
+def test_growing_images_are_tried_before_training() -> None:
+    sizes = {"image_size": 224, "first_image_size": 208}
+    config = Config.model_validate({"model": {"backbone": "vit_tiny_patch16_224"}, "data": sizes})
+    with pytest.raises(UsageError, match=r"data\.first_image_size = 208: vit_tiny_patch16_224 cannot take it"):
+        create_model(config, classes=10)
+
+
 def test_what_is_frozen_does_not_count_as_trainable() -> None:
     model = create_model(Config(), classes=10)
     assert count_parameters(model, trainable=True) == count_parameters(model)
@@ -51,6 +146,7 @@ def test_what_is_frozen_does_not_count_as_trainable() -> None:
         ({"backbone": "zzzzzzzzzz"}, "list_models"),
         ({"backbone": "vit_tiny_patch16_224"}, "data.image_size = 32"),
         ({"backbone": "mobilenetv3_small_050", "stem": "cifar"}, "model.stem"),
+        ({"backbone": "resnet9", "stem": "cifar"}, "model.stem"),
     ],
 )
 def test_refused(keys: dict[str, str], words: str) -> None:

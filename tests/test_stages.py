@@ -30,6 +30,9 @@ NAMES = {
     "convnext_atto": ["stem", *(f"stages.{index}" for index in range(4)), "head.fc"],
     "regnety_002": ["stem", "s1", "s2", "s3", "s4", "head.fc"],
     "mobilenetv3_small_050": ["stem", *(f"blocks.{index}" for index in range(6)), "classifier"],
+    "wrn16_4": ["stem", "layer1", "layer2", "layer3", "fc"],
+    "resnet9": ["stem", "layer1", "layer2", "layer3", "fc"],
+    "airbench94": ["stem", "layer1", "layer2", "layer3", "fc"],
     "densenet121": ["stem", *(f"features.denseblock{number}" for number in range(1, 5)), "classifier"],
 }
 
@@ -121,6 +124,14 @@ def test_frozen_means_frozen(name: str, adapt: bool) -> None:
             assert moved >= {n for n in before[stage.name] if n.endswith("weight")}
         else:
             assert moved == (statistics if adapt else set())
+
+
+def test_what_a_network_holds_fixed_stays_so() -> None:
+    model, stages = build("airbench94", size=32)
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert fixed == {"stem.conv.weight", *(f"layer{n}.norm{m}.weight" for n in (1, 2, 3) for m in (1, 2))}
+    freeze(model, stages, learning(stages, "all", "airbench94"), adapt=False)
+    assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == fixed
 
 
 def test_drop_out_in_a_frozen_stage_is_off() -> None:

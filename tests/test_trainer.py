@@ -21,7 +21,7 @@ from cifar100cli.config import Preset
 from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
 from cifar100cli.groups import everything
 from cifar100cli.jobs import Where
-from cifar100cli.loader import Batch, DeviceLoader
+from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.optim import create_optimizer
 from cifar100cli.steps import Glance, Training
 from cifar100cli.tasks import StepOutput
@@ -91,6 +91,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "adaptive sam, linear": {
         "optimizer": {"sam_rho": 0.5, "sam_adaptive": True},
         "schedule": {"name": "linear", "final": 0.1},
+    },
+    "drop-out, stochastic depth, growing images": {
+        "model": {"drop_rate": 0.2, "drop_path_rate": 0.5},
+        "data": {"first_image_size": 16},
     },
 }
 
@@ -518,6 +522,31 @@ def test_a_glance_is_what_the_epoch_says_in_the_end(tmp_path: Path) -> None:
     assert [glance.images for glance in known] == list(range(50, rows[0]["images"] + 1, 50))
     assert known[-1].loss == pytest.approx(rows[0]["train_loss"], rel=1e-6)
     assert known[-1].top1 == pytest.approx(rows[0]["train_top1"])
+
+
+def test_images_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training sees small ones first; every look at the test set sees them whole, and so does the checkpoint."""
+    seen: list[tuple[int, int]] = []
+    batch = DeviceLoader.batch
+
+    def spy(self: DeviceLoader, plan: Plan, rows: Any) -> Batch:
+        made = batch(self, plan, rows)
+        seen.append((self.count, made.inputs.shape[-1]))
+        return made
+
+    monkeypatch.setattr(DeviceLoader, "batch", spy)
+    preset = make_preset(
+        data={"image_size": 64, "first_image_size": 32, "grow_until": 0.8},
+        train={"epochs": 5, "select": "best_test"},
+    )
+    workflows.train(preset, where(tmp_path), Silent())
+    run = only_run(tmp_path)
+    # 32 + 32 (e - 1) / 4, in steps of 16; after 0.8 of 5 epochs, and in the last epoch at any rate, 64
+    assert [row["image_size"] for row in run.metrics()] == [32, 32, 48, 48, 64]
+    assert [size for count, size in seen if count == 400] == [32] * 14 + [48] * 14 + [64] * 7
+    assert {size for count, size in seen if count == 200} == {64}
+    assert checkpoint.load_model(run.path).card.image_size == 64
+    assert workflows.dry_run(preset, where(tmp_path), Silent())["batch"] == [64, 3, 64, 64]
 
 
 def test_state_is_plain(tmp_path: Path) -> None:
