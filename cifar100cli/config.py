@@ -99,15 +99,8 @@ class Augment(Section):
 
     def idle(self) -> str | None:
         """What is set and has no part in this policy, in words."""
-        for key, policies in (
-            ("flip", ("flip", "crop_flip")),
-            ("crop_padding", ("crop_flip",)),
-            ("padding_mode", ("crop_flip",)),
-            ("backend", ("one_of",)),
-        ):
-            if getattr(self, key) != type(self).model_fields[key].default and self.policy not in policies:
-                meant = " or ".join(policies)
-                return f"augment.{key} = {getattr(self, key)} is for augment.policy = {meant}, not {self.policy}"
+        if self.backend != "batched" and self.policy != "one_of":
+            return f"augment.backend = {self.backend} is for augment.policy = one_of, not {self.policy}"
         if self.policy == "flip" and self.flip == "none":
             return "augment.flip = none leaves nothing of augment.policy = flip; use augment.policy = none"
         return None
