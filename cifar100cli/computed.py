@@ -4,12 +4,14 @@ Small tables are kept on the disk in parts, so that a stop loses at most one par
 nothing again. Large ones are held for the run: on the device, in memory, or in a file without a name.
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -29,6 +31,7 @@ from cifar100cli.runs import replacing
 FORMAT = 1  # of a part; in its key
 PART = 5000  # images
 KEPT = 2**30  # bytes of the largest table that is kept on the disk
+STALE = 3600  # seconds that no part takes to be written
 SHARE = 0.5  # of the memory that is free, which a table may take
 
 
@@ -90,6 +93,7 @@ def table(
     if not missing and ranks.count() == 1:
         speaker.say(f"{title}: kept in {folder}, nothing to compute")
         return whole
+    _tidy(folder)
     with speaker.progress(title, sum(end - start for *_, start, end in missing)) as advance:
         for index, version, start, end in missing:
             for first in range(start, end, batch_size):
@@ -104,6 +108,14 @@ def table(
     for number, (index, _, start, end) in enumerate(parts):
         ranks.hand_out(whole[index, start:end], owner=number % ranks.count())
     return whole
+
+
+def _tidy(folder: Path) -> None:
+    """Remove what killed processes have left half-written; another one may be writing a part right now."""
+    with contextlib.suppress(OSError):
+        for left in [*folder.glob(".*.tmp"), *folder.glob(".tmp*")]:  # ours, and safetensors'
+            if time.time() - left.stat().st_mtime > STALE:
+                left.unlink()
 
 
 def _path(folder: Path, version: Callable[[Tensor], Tensor], start: int) -> Path:

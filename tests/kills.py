@@ -258,8 +258,7 @@ def disturb(
             restarts = 0 if how.signals else chance.choice((0, 2))
             child = started_ranks(command, folder, how.ranks, restarts, fatal)
         else:
-            hook = killer(folder / "runs", fatal) if fatal is not None else lambda *_: None
-            child = started(command, folder, functools.partial(sys.addaudithook, hook))
+            child = started(command, folder, functools.partial(_before, folder, fatal, how))
         twice = False
         if disturbing and fatal is None:
             time.sleep(chance.uniform(0, seconds))
@@ -297,6 +296,13 @@ def disturb(
                 -3000:
             ]
     raise AssertionError("does not end")
+
+
+def _before(folder: Path, fatal: int | None, how: Manner) -> None:
+    if fatal is not None:
+        sys.addaudithook(killer(folder / "runs", fatal))
+    if how.signals:  # tables are computed, and this can be stopped too
+        os.environ["CIFAR100_CACHE_DIR"] = str(folder / "cache")
 
 
 def _kill_a_rank(folder: Path, chance: random.Random) -> bool:

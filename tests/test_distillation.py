@@ -1,6 +1,8 @@
 """Distillation: the formulas in float64, and a teacher that is looked up beside one that runs in every step."""
 
 import json
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -245,6 +247,19 @@ def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, t
     watcher = Silent()
     workflows.train(student(teacher_run, train={"epochs": 1}), where(tmp_path), watcher)
     assert sum("cannot be written to" in text for text in watcher.said) == 1
+
+
+def test_what_a_killed_process_left_in_the_cache_goes(tmp_path: Path, teacher_run: Path) -> None:
+    """But not what another process may be writing right now."""
+    workflows.train(student(teacher_run, train={"epochs": 1}), where(tmp_path), Silent())
+    (part,) = (tmp_path / "cache").glob("*/*.safetensors")
+    old, new = part.parent / f".{part.name}.abc.tmp", part.parent / f".{part.name}.def.tmp"
+    for path, hours in ((old, 2), (new, 0)):
+        path.write_bytes(b"half")
+        os.utime(path, (time.time() - hours * 3600,) * 2)
+    part.unlink()
+    workflows.train(student(teacher_run, train={"epochs": 1}), where(tmp_path), Silent())
+    assert (part.exists(), old.exists(), new.exists()) == (True, False, True)
 
 
 @pytest.mark.parametrize(
