@@ -19,7 +19,7 @@ from pathlib import Path
 from tests.faults import fill, mounted
 from tests.kills import GO_ON, ended, last_words, only_run, started
 
-ROOM = 64  # MiB of the file system
+ROOM = 320  # MiB of the file system: four times a model's weights, twice
 
 
 def command(precision: str, backbone: str, fraction: float, epochs: int) -> list[str]:
@@ -46,6 +46,7 @@ def suffer(arguments: Sequence[str], folder: Path, data_dir: Path, seconds: floa
             time.sleep(chance.uniform(0.05, 1) * seconds / 2)
             os.kill(child, signal.SIGKILL)
             code = ended(child, 600)
+            assert code in (0, -signal.SIGKILL), last_words(folder)
             if code == -signal.SIGKILL:
                 killed += 1
                 print(f"  SIGKILL {killed} after {time.monotonic() - began:.1f} s", flush=True)
@@ -62,6 +63,7 @@ def suffer(arguments: Sequence[str], folder: Path, data_dir: Path, seconds: floa
             was_full = True
         else:
             code = ended(child, 600)
+            assert code == 0, last_words(folder)
         if code == 0:
             assert was_full, "it was over before the disk was full"
             return
