@@ -1,5 +1,7 @@
 """Groups of weights against timm's own, and the matrices that are a network's hidden layers."""
 
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -7,9 +9,11 @@ import timm
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
+from cifar100cli import jobs
 from cifar100cli.errors import UsageError
 from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.models import CosineHead, classifiers
+from tests.conftest import Silent, make_preset, where
 
 NETWORKS = ("resnet18", "test_vit", "test_convnext", "test_efficientnet", "test_vit2")
 
@@ -128,3 +132,52 @@ def test_the_first_layer_is_timms_stem(name: str) -> None:
 def test_frozen_weights_are_not_hidden() -> None:
     model = network("resnet18").requires_grad_(False)
     assert hidden_weights(model, ["fc"]) == []
+
+
+# ---------------------------------------------------------------------------------------------------- in a run
+
+
+def prepared(tmp_path: Path, **sections: dict[str, Any]) -> tuple[jobs.Job, Silent]:
+    watcher = Silent()
+    return jobs.prepare(make_preset(**sections), where(tmp_path), watcher), watcher
+
+
+@pytest.mark.usefixtures("small_synthetic")
+@pytest.mark.parametrize("head", ["linear", "cosine"])
+def test_a_run_has_all_kinds_of_groups(tmp_path: Path, head: str) -> None:
+    optimizer = {"name": "muon", "lr": 0.1, "layer_decay": 0.5, "decay_norms": False}
+    job, watcher = prepared(tmp_path, optimizer=optimizer, model={"head": head})
+    found = named(job.model, job.groups)
+    assert set(found) == {name for name, _ in job.model.named_parameters()}
+    for name, parameter in job.model.named_parameters():
+        in_head = name.startswith(("fc", "head"))
+        assert found[name].decay == (parameter.ndim > 1), name
+        reads_pixels = name.removeprefix("backbone.") == "conv1.0.weight"
+        assert found[name].hidden == (parameter.ndim == 4 and not reads_pixels), name
+        assert (found[name].scale == 1) == in_head, name
+    depth = -math.log2(min(group.scale for group in job.groups))
+    rate = f"{0.1 * 0.5**depth:.2g}"
+    assert watcher.said == [f"layers: {depth + 1:.0f}; the rate falls from 0.1 at the head to {rate} at the stem"]
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_run_as_ever_has_one_group(tmp_path: Path) -> None:
+    job, watcher = prepared(tmp_path)
+    assert job.groups == everything(job.model)
+    assert watcher.said == []
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_stages_keep_their_rates_when_they_are_parted(tmp_path: Path) -> None:
+    finetune = {"unfreeze": "layer4", "stage_decay": 0.1}
+    job, _ = prepared(tmp_path, optimizer={"name": "muon", "decay_norms": False}, finetune=finetune)
+    found = named(job.model, job.groups)
+    assert {name for name, group in found.items() if group.scale == 1} == {"fc.weight", "fc.bias"}
+    assert {group.scale for group in job.groups} == {1, 0.1}
+    assert {group.hidden for group in job.groups if group.scale == 0.1} == {True, False}
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_muon_without_a_matrix(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"optimizer\.name = muon: no matrix of a hidden layer.*use adamw"):
+        prepared(tmp_path, optimizer={"name": "muon"}, finetune={"unfreeze": "fc"})

@@ -285,8 +285,8 @@ class Trained:
         return runs.RunDir.open(path)
 
 
-def trained(folder: Path, fate: str, restarts: int = 0) -> Trained:
-    finished = launch(folder, TRAIN, fate, *ARGUMENTS, restarts=restarts)
+def trained(folder: Path, fate: str, *more: str, restarts: int = 0) -> Trained:
+    finished = launch(folder, TRAIN, fate, *ARGUMENTS, *more, restarts=restarts)
     return Trained(finished.returncode, finished.stdout, finished.stderr, folder)
 
 
@@ -313,6 +313,22 @@ def test_two_ranks_train_as_one(unbroken: Trained, run_cli: Cli, tmp_path: Path)
     single = json.loads(alone.out)
     assert result["test"]["loss"] == pytest.approx(single["test"]["loss"], rel=1e-4)
     assert {file.name for file in unbroken.run.path.iterdir()} == set(runs.FILES)
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_two_ranks_climb_as_one(run_cli: Cli, tmp_path: Path) -> None:
+    """SAM's way up is that of all ranks' gradients, and Muon orthogonalises their mean."""
+    more = ("--optimizer", "muon", "--set", "optimizer.sam_rho=0.1", "--epochs", "2")
+    (tmp_path / "together").mkdir()
+    together = trained(tmp_path / "together", "live", *more)
+    assert together.code == 0, together.err
+    alone = run_cli(*ARGUMENTS, *more)
+    assert alone.code == 0, alone.err
+    (path,) = runs.find_runs(tmp_path / "runs")
+    ours, theirs = together.run.metrics(), runs.RunDir(path).metrics()
+    assert len(ours) == 2
+    for key in ("train_loss", "test_loss"):
+        assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-4), key
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_word(tmp_path: Path) -> None:
