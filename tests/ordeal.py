@@ -35,15 +35,17 @@ def command(precision: str, backbone: str, fraction: float, epochs: int) -> list
 
 
 def suffer(arguments: Sequence[str], folder: Path, data_dir: Path, seconds: float, kills: int, seed: int) -> None:
-    """Run the command through so many kills and one full disk, and say what happens."""
+    """Run the command through so many kills and one full disk, an epoch of `seconds` apart or so; say what happens."""
     chance = random.Random(seed)
     todo, killed, was_full = list(arguments), 0, False
     runs = folder / "runs"
     while True:
+        (folder / "log").unlink(missing_ok=True)
         began = time.monotonic()
         child = started(todo, folder, data_dir=data_dir)
         if killed < kills and (was_full or killed < kills // 2):
-            time.sleep(chance.uniform(0.05, 1) * seconds / 2)
+            _wait_for_training(folder)
+            time.sleep(chance.uniform(0, 1.2) * seconds)
             os.kill(child, signal.SIGKILL)
             code = ended(child, 600)
             assert code in (0, -signal.SIGKILL), last_words(folder)
@@ -51,12 +53,13 @@ def suffer(arguments: Sequence[str], folder: Path, data_dir: Path, seconds: floa
                 killed += 1
                 print(f"  SIGKILL {killed} after {time.monotonic() - began:.1f} s", flush=True)
         elif not was_full:
-            time.sleep(chance.uniform(0, 1) * seconds / 2)
+            _wait_for_training(folder)
+            time.sleep(chance.uniform(0, 1.2) * seconds)
             ballast = fill(runs, leave=300_000)
             code = ended(child, 600)
             print(f"  the disk was full after {time.monotonic() - began:.1f} s: exit code {code}")
             print(f"    {last_words(folder)}", flush=True)
-            assert code == 1
+            assert code == 1, "it was over before the disk was full; give it more --epochs"
             assert "No space left on device" in last_words(folder)
             assert not list(runs.glob("*/*/.*")), "left over"
             ballast.unlink()
@@ -65,12 +68,19 @@ def suffer(arguments: Sequence[str], folder: Path, data_dir: Path, seconds: floa
             code = ended(child, 600)
             assert code == 0, last_words(folder)
         if code == 0:
-            assert was_full, "it was over before the disk was full"
+            assert (was_full, killed) == (True, kills), f"over after {killed} kills; give it more --epochs"
             return
         begun = list(runs.glob("*/*/config.yaml"))
         found = GO_ON.search(last_words(folder))
         todo = ["train", "--resume", found[1].split()[-1] if found else "last"] if begun else list(arguments)
         todo += ["--device", "cpu"] if begun else []
+
+
+def _wait_for_training(folder: Path) -> None:
+    """Until the process that has begun last is about to train."""
+    log = folder / "log"
+    while not log.exists() or "seed 0\n" not in log.read_text():
+        time.sleep(0.01)
 
 
 def sha256(path: Path) -> str:
@@ -84,7 +94,7 @@ def main() -> None:
     parser.add_argument("--data-dir", type=Path, required=True)
     parser.add_argument("--backbone", default="resnet10t")
     parser.add_argument("--fraction", type=float, default=0.05)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--kills", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
@@ -108,7 +118,7 @@ def main() -> None:
             assert mounted(hurt / "runs", f"size={ROOM}m"), "a file system cannot be mounted here"
             try:
                 data_dir = options.data_dir.absolute()
-                suffer(arguments, hurt, data_dir, seconds, options.kills, options.seed)
+                suffer(arguments, hurt, data_dir, seconds / options.epochs, options.kills, options.seed)
                 same = True
                 for file in ("model.safetensors", "state.safetensors", "predictions.csv"):
                     left, right = (sha256(only_run(folder) / file) for folder in (whole, hurt))
