@@ -121,8 +121,9 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
     if config.model.stem == "cifar" and not stem_is_in_the_file:
         _use_cifar_stem(model, name)
     features = _check_image_size(model, name, config.data.image_size).shape[1]
-    for size in sorted({config.image_size_in(epoch) for epoch in range(1, config.train.epochs)}):
-        _check_image_size(model, name, size, key="first_image_size")
+    if config.data.first_image_size is not None:
+        for size in sorted({config.image_size_in(epoch) for epoch in range(1, config.train.epochs)}):
+            _check_image_size(model, name, size, key="first_image_size")
     model = _with_head(model, features, config, classes)
     _use_small_convolutions(model)
     return model
