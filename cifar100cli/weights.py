@@ -23,6 +23,7 @@ from cifar100cli.errors import DataError
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # DataParallel, torch.compile, Lightning, our cosine head
 _LEGACY = 5  # pickles at the head of a file of PyTorch's before 1.6
+_LONGEST_NAME = 200  # of a function or class
 _MOST_PARTS = 1000  # of a tuple: shapes, strides and the arguments of a tensor have a few
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTER = "num_batches_tracked"  # of batch norm; of no use here, and older files lack it
@@ -66,33 +67,34 @@ def _read_pytorch(path: Path) -> object:
             for part in parts:
                 if part.filename.endswith(".pkl"):
                     with archive.open(part) as file:
-                        _check_tuples(path, file, 1)
+                        _check_pickles(path, file, 1)
     else:
         with path.open("rb") as file:
-            _check_tuples(path, file, _LEGACY)
+            _check_pickles(path, file, _LEGACY)
     with path.open("rb") as file, warnings.catch_warnings():  # of a path, PyTorch would believe the ending
         warnings.simplefilter("ignore")  # about storages of old files
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
-def _check_tuples(path: Path, file: IO[bytes], pickles: int) -> None:
-    """Refuse pickles with a tuple of very many parts, those of the tuples within it included. Nothing is unpickled.
+def _check_pickles(path: Path, file: IO[bytes], count: int) -> None:
+    """Refuse broken pickles, and those that PyTorch's reader would run none of, but choke on."""
+    for _ in range(count):
+        try:
+            trap = _trap_in(file)
+        except (ValueError, LookupError) as error:
+            trap = f"it holds more than tensors, or is no PyTorch file ({_short(str(error))})"
+        if trap:
+            _refuse(path, f"refused: {trap}")
 
-    As the key of a dictionary it is hashed, which Python does part by part however often one is named again, and
-    level by level until the stack overflows; PyTorch's reader does not mind. What else is wrong is for that to say.
+
+def _trap_in(file: IO[bytes]) -> str | None:
+    """What a pickle would hold its reader up with, if anything; nothing is unpickled.
+
+    A tuple of tuples, as the key of a dictionary, is hashed part by part however often one is named again, and level
+    by level until the stack overflows. A long name of something unknown stands in the message that refuses it, which
+    PyTorch searches in a time that grows with the square of the name.
     """
-    try:
-        for _ in range(pickles):
-            if _largest_tuple(file) > _MOST_PARTS:
-                _refuse(path, "refused: it holds a tuple of very many parts")
-    except (ValueError, LookupError) as error:
-        if isinstance(error, DataError):
-            raise
-
-
-def _largest_tuple(file: IO[bytes]) -> int:
-    """The parts of a pickle's largest tuple, as far as one is larger than _MOST_PARTS."""
-    stack: list[int] = []  # the parts of each value; of a mark, -1
+    stack: list[int] = []  # the parts of each value, none for what is imported; of a mark, -1
     memo: dict[int, int] = {}
     for opcode, argument, _ in pickletools.genops(file):
         name = opcode.name
@@ -100,20 +102,26 @@ def _largest_tuple(file: IO[bytes]) -> int:
             memo[len(memo) if argument is None else int(argument)] = stack[-1]
         elif name in ("GET", "BINGET", "LONG_BINGET"):
             stack.append(memo[int(argument or 0)])
+        elif name == "GLOBAL":
+            if len(str(argument)) > _LONGEST_NAME:
+                return "it asks for a name without end"
+            stack.append(0)
         else:
+            if name in ("REDUCE", "NEWOBJ") and stack[-2]:
+                return "it calls something that is no function"
             parts = 1
             for kind in reversed(opcode.stack_before):
                 if kind is pickletools.stackslice:
                     continue
                 while (popped := stack.pop()) >= 0 and kind is pickletools.markobject:
-                    parts += popped
-                parts += max(popped, 0)
+                    parts += max(popped, 1)
+                parts += max(popped, 1)
             if not name.startswith("TUPLE"):
                 parts = 1
             elif parts > _MOST_PARTS:
-                return parts
+                return "it holds a tuple of very many parts"
             stack.extend(-1 if kind is pickletools.markobject else parts for kind in opcode.stack_after)
-    return 0
+    return None
 
 
 def _short(text: str) -> str:

@@ -9,6 +9,7 @@ memory, or twenty seconds for one input end the script with the input that did i
 
 import argparse
 import contextlib
+import faulthandler
 import functools
 import gzip
 import io
@@ -17,7 +18,6 @@ import pickle
 import random
 import re
 import resource
-import signal
 import sys
 import tarfile
 import tempfile
@@ -304,6 +304,7 @@ def pretrained() -> Reader:
     corpus += [buffer.getvalue(), (10**8).to_bytes(8, "little") + b"{", (2).to_bytes(8, "little") + b"{}"]
     corpus.append(b"\x80\x02}" + b"K\x01" + b"\x85" * 10_000 + b"K\x01s.")
     corpus.append(b"\x80\x02" + b"]" * 10_000 + b"a" * 9_999 + b".")
+    corpus += [b"\x80\x02c" + b"x" * 100_000 + b"\ny\n.", b"\x80\x02X\xff\xff\0\0" + b"x" * 65_535 + b")R."]
 
     def read(content: bytes, folder: Path) -> None:
         path = folder / "weights"
@@ -387,7 +388,7 @@ def torment(name: str, reader: Reader, inputs: int, seed: int) -> str:
             folder = Path(root) / str(number)
             folder.mkdir()
             began = time.monotonic()
-            signal.alarm(SECONDS)
+            faulthandler.dump_traceback_later(SECONDS, exit=True)  # no reader can swallow it
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
@@ -396,13 +397,13 @@ def torment(name: str, reader: Reader, inputs: int, seed: int) -> str:
             except reader.refusals:
                 refused += 1
             except BaseException:
-                signal.alarm(0)
+                faulthandler.cancel_dump_traceback_later()
                 kept = Path(tempfile.gettempdir()) / f"fuzz-{name.replace(' ', '-')}-{number}"
                 kept.write_bytes(content)
                 traceback.print_exc()
                 sys.exit(f"{name}: input {number}, kept as {kept}")
             finally:
-                signal.alarm(0)
+                faulthandler.cancel_dump_traceback_later()
             slowest = max(slowest, time.monotonic() - began)
             if attempts or Path("owned").exists():
                 sys.exit(f"{name}: input {number} of seed {seed} tried {attempts or 'to touch a file'}")

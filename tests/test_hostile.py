@@ -456,6 +456,25 @@ def test_weights_whose_name_is_a_tuple_of_tuples(tmp_path: Path, kind: str, zipp
         weights.read_weights(path)
 
 
+LONG = b"x" * 1_000_000
+NAMELESS = {
+    "global": b"c" + LONG + b"\ny\n.",
+    "no ASCII": b"c\xc3\xa4" + LONG + b"\ny\n.",
+    "function": b"X" + len(LONG).to_bytes(4, "little") + LONG + b")R.",
+    "class": b"X" + len(LONG).to_bytes(4, "little") + LONG + b"q\x000h\x00)\x81.",
+}
+
+
+@pytest.mark.parametrize("kind", NAMELESS)
+def test_weights_that_ask_for_a_long_name(tmp_path: Path, kind: str) -> None:
+    """Found by `tests.fuzz`, as its slowest input: PyTorch's message on a million letters takes it hours."""
+    torch.save({"a": torch.zeros(3)}, tmp_path / "weights.pth")
+    content = b"\x80\x02" + NAMELESS[kind]
+    rewritten(tmp_path / "weights.pth", lambda name, old: content if name == "data.pkl" else old)
+    with pytest.raises(DataError, match=r"without end|no function|ascii"):
+        weights.read_weights(tmp_path / "weights.pth")
+
+
 def test_weights_whose_name_is_a_nested_list(tmp_path: Path) -> None:
     """Found by `tests.fuzz`: it was shown, however deep."""
     torch.save({"a": torch.zeros(3)}, tmp_path / "weights.pth")
