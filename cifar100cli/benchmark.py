@@ -18,13 +18,14 @@ import torch
 
 from cifar100cli import __version__, devices, machine, metrics, trainer
 from cifar100cli.checkpoint import load_model
-from cifar100cli.config import Config, Preset
+from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.flops import step_flops
 from cifar100cli.jobs import Job, Watcher, Where, evaluation_loader, prepare
 from cifar100cli.loader import Batch, DeviceLoader, Plan, evaluation_batch_size
 from cifar100cli.optim import create_optimizer
 from cifar100cli.plain import PlainLoop
+from cifar100cli.schema import Config
 from cifar100cli.steps import Steps, create_steps
 
 TRAINING_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-100 and of CIFAR-10

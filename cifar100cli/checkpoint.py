@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from cifar100cli.averaging import Average
 from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
-from cifar100cli.config import Config, parse_config
+from cifar100cli.config import parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model, outline
 from cifar100cli.runs import MODEL, find_model, replacing
+from cifar100cli.schema import Config
 
 FORMAT = 1  # of a model's file; a newer one is refused
 # Of a training state. Going on from one of another format would draw other batches than the run began with.

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from rich.live import Live
     from rich.progress import Progress
 
-    from cifar100cli.config import Config
+    from cifar100cli.schema import Config
     from cifar100cli.stages import StageRow
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1

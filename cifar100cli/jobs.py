@@ -14,7 +14,7 @@ from cifar100cli.augment import Views
 from cifar100cli.card import Card
 from cifar100cli.checkpoint import Checkpoint, Saved
 from cifar100cli.computed import Speaker
-from cifar100cli.config import Config, Distillation, Finetune, Preset
+from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.flops import forward_flops
@@ -22,6 +22,7 @@ from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weig
 from cifar100cli.loader import DeviceLoader, Features, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone, classifiers, create_model, initialize
 from cifar100cli.policies import create_policy
+from cifar100cli.schema import Config, Distillation, Finetune
 from cifar100cli.stages import Parted, Stage, StageRow, freeze, learning, stage_rows, stages_of
 from cifar100cli.steps import Manner
 from cifar100cli.tasks import DistillationTask, Task, Teacher, create_task

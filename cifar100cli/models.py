@@ -18,8 +18,8 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from cifar100cli import networks
-from cifar100cli.config import Config
 from cifar100cli.errors import DataError, UsageError
+from cifar100cli.schema import Config
 from cifar100cli.weights import load_backbone, our_settings
 
 

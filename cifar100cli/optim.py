@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cifar100cli.config import Optimizer
 from cifar100cli.groups import Group
 from cifar100cli.muon import Muon
+from cifar100cli.schema import Optimizer
 
 
 def create_optimizer(config: Optimizer, groups: Sequence[Group], precision: str = "fp32") -> torch.optim.Optimizer:

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from cifar100cli.albumentations_backend import AlbumentationsOneOf
 from cifar100cli.augment import Policy, alternating_flip, flip, in_turn, none, random_crop
 from cifar100cli.auto_augment import rand_augment, trivial_augment
-from cifar100cli.config import Augment
 from cifar100cli.erasing import Color, cutout, random_erasing
 from cifar100cli.mixing import Mixed
 from cifar100cli.one_of import one_of
+from cifar100cli.schema import Augment
 
 
 def create_policy(config: Augment, mean: Sequence[float]) -> Policy:

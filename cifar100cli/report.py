@@ -9,10 +9,11 @@ from typing import Any
 
 from cifar100cli import ablation, noise
 from cifar100cli.ablation import Ablation, Effect
-from cifar100cli.config import SPLIT_OF, Config, differences, preset_names, shipped
+from cifar100cli.config import differences, preset_names, shipped
 from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import RunDir, find_runs
+from cifar100cli.schema import SPLIT_OF, Config
 
 TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "synthetic": "Synthetic (drawn) data"}
 SPLITS = {"train": "training", "val": "held-out", "test": "test"}

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any, Self
 
 from cifar100cli.bounded import parse_json, read_file, walk
-from cifar100cli.config import Config, differences, read_config
+from cifar100cli.config import differences, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
+from cifar100cli.schema import Config
 
 FORMAT = 1  # of a run folder; a newer one is refused
 

@@ -2,7 +2,7 @@
 
 import math
 
-from cifar100cli.config import Schedule
+from cifar100cli.schema import Schedule
 
 
 def learning_rate(peak: float, schedule: Schedule, step: int, steps_per_epoch: int, epochs: int) -> float:

@@ -12,7 +12,7 @@ from cifar100cli.console import percent
 
 if TYPE_CHECKING:
     from cifar100cli.ablation import Ablation
-    from cifar100cli.config import Config, Published
+    from cifar100cli.schema import Config, Published
 
 
 def dry_run(result: Mapping[str, Any], json: bool) -> None:

@@ -8,9 +8,9 @@ from typing import Protocol
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar100cli.config import Distillation, Loss
 from cifar100cli.loader import Batch
 from cifar100cli.losses import arcface, cosface, decoupled_distillation, distillation, standardized
+from cifar100cli.schema import Distillation, Loss
 
 
 @dataclass(frozen=True)

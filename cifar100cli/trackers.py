@@ -13,8 +13,8 @@ from cifar100cli.errors import UsageError
 
 if TYPE_CHECKING:
     from cifar100cli.checkpoint import TrainState
-    from cifar100cli.config import Config
     from cifar100cli.jobs import Watcher
+    from cifar100cli.schema import Config
 
 NOT_A_FIGURE = ("epoch",)
 

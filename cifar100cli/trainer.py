@@ -14,7 +14,6 @@ from cifar100cli import batch_norm, checkpoint, metrics, ranks
 from cifar100cli.averaging import Average
 from cifar100cli.card import Card
 from cifar100cli.checkpoint import TrainState
-from cifar100cli.config import SPLIT_OF, Config
 from cifar100cli.devices import autocast, peak_memory
 from cifar100cli.errors import DataError, DivergedError
 from cifar100cli.groups import Group
@@ -22,6 +21,7 @@ from cifar100cli.loader import DeviceLoader, derived_seed
 from cifar100cli.optim import create_optimizer, set_learning_rate
 from cifar100cli.runs import MODEL, STATE, RunDir
 from cifar100cli.schedule import learning_rate
+from cifar100cli.schema import SPLIT_OF, Config
 from cifar100cli.steps import Glance, Manner, Steps, Training, create_steps
 from cifar100cli.tasks import Task
 

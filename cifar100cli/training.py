@@ -11,9 +11,10 @@ from cifar100cli.options import expand
 
 if TYPE_CHECKING:
     from cifar100cli.ablation import Ablation
-    from cifar100cli.config import Config, Override, Preset
+    from cifar100cli.config import Override, Preset
     from cifar100cli.jobs import Where
     from cifar100cli.runs import RunDir
+    from cifar100cli.schema import Config
 
 
 def train(given: Mapping[str, Any], default_preset: str) -> None:
@@ -130,7 +131,7 @@ def _tracked(display: console.TrainingDisplay, log: list[str] | None) -> tracker
 
 def _in_turn(preset: "Preset", count: int) -> list["Preset"]:
     """The preset with its own seed and those that follow it."""
-    from cifar100cli.config import MOST_SEEDS
+    from cifar100cli.schema import MOST_SEEDS
 
     first = preset.config.seed
     if first + count > MOST_SEEDS:

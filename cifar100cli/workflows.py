@@ -14,12 +14,13 @@ import torch
 from cifar100cli import checkpoint, devices, evaluation, images, machine, metrics, ranks, trainer
 from cifar100cli.card import Card
 from cifar100cli.checkpoint import TrainState
-from cifar100cli.config import SPLIT_OF, Config, Preset, differences
+from cifar100cli.config import Preset, differences
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
 from cifar100cli.jobs import Job, Watcher, Where, prepare
 from cifar100cli.models import count_parameters
 from cifar100cli.optim import create_optimizer
 from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, STATE, RunDir, begun_by
+from cifar100cli.schema import SPLIT_OF, Config
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept

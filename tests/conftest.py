@@ -18,9 +18,10 @@ from cifar100cli import cli, fetch, runs, synthetic
 from cifar100cli.augment import Epoch, Policy
 from cifar100cli.averaging import Average
 from cifar100cli.checkpoint import TrainState
-from cifar100cli.config import Config, Preset
+from cifar100cli.config import Preset
 from cifar100cli.jobs import Where
 from cifar100cli.runs import RunDir
+from cifar100cli.schema import Config
 from cifar100cli.stages import StageRow
 from cifar100cli.steps import Glance
 from tests.weather import Server

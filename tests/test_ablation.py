@@ -10,8 +10,9 @@ from scipy import stats
 
 from cifar100cli import ablation, noise, page, report, report_text, runs
 from cifar100cli.ablation import Ablation, Effect
-from cifar100cli.config import Config, differences, flat, load_preset, preset_names
+from cifar100cli.config import differences, flat, load_preset, preset_names
 from cifar100cli.errors import UsageError
+from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli
 from tests.test_page import Page, check_form
 from tests.test_report import make_run

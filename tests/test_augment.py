@@ -11,10 +11,10 @@ from torchvision.transforms.v2 import functional as reference
 
 from cifar100cli import augment
 from cifar100cli.augment import Border, Epoch, Views
-from cifar100cli.config import Augment
 from cifar100cli.datasets import Split
 from cifar100cli.loader import DeviceLoader, Preprocessing
 from cifar100cli.policies import color_of, create_policy
+from cifar100cli.schema import Augment
 from tests.conftest import EVERYTHING, epoch_of, varied
 
 CPU = torch.device("cpu")

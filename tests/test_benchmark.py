@@ -12,7 +12,8 @@ from torch import nn
 
 from cifar100cli import benchmark, erasing, flops, plain
 from cifar100cli.benchmark import Sides
-from cifar100cli.config import Augment, Preset
+from cifar100cli.config import Preset
+from cifar100cli.schema import Augment
 from tests.conftest import Cli, Silent, epoch_of, make_preset, where
 
 

@@ -14,11 +14,11 @@ from cifar100cli import checkpoint, runs
 from cifar100cli.averaging import Average
 from cifar100cli.card import KEY, Card
 from cifar100cli.checkpoint import TrainState
-from cifar100cli.config import Config
 from cifar100cli.errors import DataError
 from cifar100cli.groups import everything
 from cifar100cli.models import create_model
 from cifar100cli.optim import create_optimizer
+from cifar100cli.schema import Config
 from tests.conftest import Trained
 
 CONFIG = Config.model_validate({"model": {"backbone": "test_resnet"}})

@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cifar100cli.config import Config, Override, differences, load_preset, preset_names, presets_folder, shipped_presets
+from cifar100cli.config import Override, differences, load_preset, preset_names, presets_folder, shipped_presets
 from cifar100cli.errors import UsageError
+from cifar100cli.schema import Config
 
 
 def load(tmp_path: Path, text: str, *overrides: Override) -> Config:

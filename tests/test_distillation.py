@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar100cli import checkpoint, computed, jobs, losses, runs, teachers, workflows
-from cifar100cli.config import Distillation, Preset
+from cifar100cli.config import Preset
 from cifar100cli.errors import DataError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch
+from cifar100cli.schema import Distillation
 from cifar100cli.tasks import ClassificationTask, DistillationTask, MarginTask
 from tests.conftest import EVERYTHING, TINY, Cli, Silent, StopAfter, make_preset, only_run, where
 

@@ -13,8 +13,8 @@ from torch import nn
 
 from cifar100cli import checkpoint, export, synthetic
 from cifar100cli.card import Card
-from cifar100cli.config import Config
 from cifar100cli.models import create_model
+from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli
 
 

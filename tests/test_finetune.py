@@ -13,9 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from cifar100cli import checkpoint, computed, evaluation, jobs, runs, workflows
 from cifar100cli.card import Card
-from cifar100cli.config import Config, Preset, load_preset
+from cifar100cli.config import Preset, load_preset
 from cifar100cli.errors import RunInterrupted, UsageError
 from cifar100cli.models import create_model
+from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli, Silent, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")

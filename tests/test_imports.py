@@ -10,8 +10,8 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 # From the bottom up; a file may import what stands in a line above its own.
 LEVELS = (
     {"__init__", "errors"},
-    {"bounded"},
-    {"ranks", "card", "interrupts", "unpickle"},
+    {"bounded", "safe_yaml"},
+    {"ranks", "card", "interrupts", "schema", "unpickle"},
     {
         "config",
         "fetch",

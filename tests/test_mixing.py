@@ -15,11 +15,11 @@ from torchvision.transforms import v2
 
 from cifar100cli import losses, mixing
 from cifar100cli.augment import none
-from cifar100cli.config import Augment, Distillation, Loss
 from cifar100cli.datasets import Split
 from cifar100cli.loader import Batch, DeviceLoader, Mixture, Preprocessing
 from cifar100cli.mixing import Mixed
 from cifar100cli.policies import create_policy
+from cifar100cli.schema import Augment, Distillation, Loss
 from cifar100cli.tasks import DistillationTask, create_task
 from tests.conftest import distance_of_distributions, epoch_of
 

@@ -11,9 +11,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from cifar100cli import models
-from cifar100cli.config import Config
 from cifar100cli.errors import UsageError
 from cifar100cli.models import CosineHead, count_parameters, create_model, outline
+from cifar100cli.schema import Config
 
 
 def make_config(**keys: object) -> Config:

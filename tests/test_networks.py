@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar100cli import jobs, networks, trainer, workflows
-from cifar100cli.config import Config
 from cifar100cli.errors import UsageError
 from cifar100cli.models import check_backbone, create_model, initialize
 from cifar100cli.networks import NAMES, Airbench, WideResNet
 from cifar100cli.optim import create_optimizer
+from cifar100cli.schema import Config
 from cifar100cli.steps import create_steps
 from tests.conftest import Silent, StopAfter, make_preset, only_run, where
 

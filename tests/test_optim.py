@@ -10,10 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cifar100cli.config import Optimizer
 from cifar100cli.groups import Group, divided, everything, hidden_weights, without_decay
 from cifar100cli.muon import Muon, orthogonalised
 from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.schema import Optimizer
 
 
 def make_model() -> nn.Module:

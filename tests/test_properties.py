@@ -23,10 +23,11 @@ from safetensors.torch import save_file
 from cifar100cli import checkpoint, console, page, report, report_text, runs, unpack
 from cifar100cli.analysis import read_predictions
 from cifar100cli.card import KEY
-from cifar100cli.config import Config, Schedule, load_preset
+from cifar100cli.config import load_preset
 from cifar100cli.download import OFFICIAL
 from cifar100cli.errors import CifarError, DataError, UsageError
 from cifar100cli.schedule import learning_rate
+from cifar100cli.schema import Config, Schedule
 from cifar100cli.unpickle import PickleError, read_pickle
 from tests.test_checkpoint import make_card, make_model
 from tests.test_report import make_run

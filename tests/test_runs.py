@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from cifar100cli import runs
-from cifar100cli.config import Config
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import RunDir
+from cifar100cli.schema import Config
 
 
 def make_run(root: Path, epochs: int = 0, preset: str = "mine") -> RunDir:

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
-from cifar100cli.config import Config
 from cifar100cli.errors import UsageError
 from cifar100cli.groups import Group
 from cifar100cli.models import classifiers, create_model
 from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.schema import Config
 from cifar100cli.stages import Parted, Stage, freeze, learning, stage_rows, stages_of
 
 

@@ -11,9 +11,9 @@ import torchvision
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cifar100cli.config import Config
 from cifar100cli.errors import DataError
 from cifar100cli.models import create_model
+from cifar100cli.schema import Config
 from cifar100cli.weights import read_weights
 from tests.conftest import TINY, Cli
 
