@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
     Whoever looks sees the old file or the whole new one, also after a crash: the bytes are on the disk
     before the name is. A link is followed, and a device such as /dev/stdout is written to as it is.
     """
-    path = path.resolve()
+    named, path = path, path.resolve()
     if path.exists() and not path.is_file() and not path.is_dir():
         yield path
         return
@@ -63,7 +63,7 @@ def replacing(path: Path) -> Iterator[Path]:
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     except OSError as error:
-        raise OSError(error.errno, error.strerror, str(path)) from None
+        raise OSError(error.errno, error.strerror, str(named)) from None
     temporary = Path(name)
     try:
         os.close(handle)
@@ -75,7 +75,7 @@ def replacing(path: Path) -> Iterator[Path]:
     except OSError as error:
         _remove_quietly(temporary)
         if error.errno and (error.filename is None or str(error.filename) == name):
-            raise OSError(error.errno, error.strerror, str(path)) from None  # the name that the user knows
+            raise OSError(error.errno, error.strerror, str(named)) from None
         raise
     except BaseException:
         _remove_quietly(temporary)
@@ -301,6 +301,8 @@ class RunDir:
         except Timeout:
             raise FolderError(f"{self.path}: another process is training this run right now") from None
         try:
+            if not (self.path / CONFIG).is_file():  # which it has had; filelock makes a folder anew that has gone
+                raise FolderError(f"{self.path}: the run's folder is gone, and so is the run: begin it anew")
             for pattern in (".*.tmp", ".tmp*"):  # half-written by a process that was killed: ours, and safetensors'
                 for left in self.path.glob(pattern):
                     left.unlink(missing_ok=True)
@@ -308,6 +310,8 @@ class RunDir:
         finally:
             _remove_quietly(self.path / LOCK)
             lock.release()
+            with contextlib.suppress(OSError):
+                self.path.rmdir()  # only if nothing is in it
 
     @property
     def in_use(self) -> bool:

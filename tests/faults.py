@@ -281,7 +281,7 @@ def sweep(
                 tally.injected[kind] += 1
                 tally.failed += code
                 scene.after(folder, code)
-            except (AssertionError, OSError) as error:
+            except Exception as error:
                 raise AssertionError(f"{place}: {error}\n{text[-2000:]}") from error
             shutil.rmtree(folder)
         say(f"{name}: {kind} at every {every}. of {operations} operations")

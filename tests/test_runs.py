@@ -1,15 +1,18 @@
 """Run folders: made once, never overwritten, read with suspicion."""
 
+import contextlib
 import csv
 import json
 import os
+import shutil
 import threading
+import time
 from pathlib import Path
 
 import pytest
 
 from cifar100cli import runs
-from cifar100cli.errors import CifarError, DataError
+from cifar100cli.errors import CifarError, DataError, FolderError
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
 
@@ -126,6 +129,47 @@ def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
     assert not second.in_use
     assert runs.latest_unfinished(tmp_path) == second
     assert not list(second.path.glob(".*"))
+
+
+def test_a_run_that_somebody_removed_is_not_made_anew(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    shutil.rmtree(run.path)
+    with pytest.raises(FolderError, match="is gone"), run.exclusively():
+        pass
+    assert not run.path.exists()
+
+
+def test_lines_that_vanish_while_training(tmp_path: Path) -> None:
+    run = make_run(tmp_path, epochs=2)
+    (run.path / runs.METRICS).unlink()
+    with pytest.raises(DataError, match="missing or broken before epoch 3"):
+        run.append_metrics({"epoch": 3, "train_loss": 1.0})
+    assert not (run.path / runs.METRICS).exists()
+
+
+def test_a_lock_on_a_file_that_is_removed_is_none(tmp_path: Path) -> None:
+    """Whoever waits for the file of a holder, who removes it, must not get it beside one who makes a new one."""
+    run = make_run(tmp_path)
+    inside, most, total = 0, 0, 0
+    guard = threading.Lock()
+
+    def hold() -> None:
+        nonlocal inside, most, total
+        for _ in range(25):
+            with contextlib.suppress(FolderError), run.exclusively(patience=5):
+                with guard:
+                    inside, total = inside + 1, total + 1
+                    most = max(most, inside)
+                time.sleep(0.0005)
+                with guard:
+                    inside -= 1
+
+    threads = [threading.Thread(target=hold) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (most, total) == (1, 100)
 
 
 def test_a_stray_file_above_the_runs_hides_none(tmp_path: Path) -> None:
