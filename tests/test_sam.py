@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
+from cifar100cli.averaging import Average
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
@@ -47,8 +48,17 @@ def in_float64(model: nn.Module, batch: Batch) -> StepOutput:
 
 
 def training(model: nn.Module, optimizer: torch.optim.Optimizer, ready: list[Batch], **keys: Any) -> Training:
-    keys = {"grad_clip": 0.0, **keys}
-    return Training(model, model, in_float64, Ready(ready), optimizer, cast=contextlib.nullcontext, **keys)
+    return Training(
+        model=model,
+        network=model,
+        task=in_float64,
+        loader=Ready(ready),
+        optimizer=optimizer,
+        cast=contextlib.nullcontext,
+        average=Average(model, 0),
+        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        **{"grad_clip": 0.0, **keys},
+    )
 
 
 def norm(tensors: list[Tensor]) -> Tensor:
