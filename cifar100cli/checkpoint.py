@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from cifar100cli import interrupts
 from cifar100cli.averaging import Average
 from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
 from cifar100cli.config import parse_config
@@ -191,6 +192,7 @@ def restore(saved: Saved, trained: Trained) -> TrainState:
     return state
 
 
+@interrupts.held_back()
 def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     # One key only: safetensors writes several in an order that changes from process to process, and the same
     # training must end in the same bytes.
@@ -218,6 +220,7 @@ def read_state(path: Path) -> Saved:
     return saved
 
 
+@interrupts.held_back()
 def finished_epochs(path: Path) -> int:
     """How many epochs of a run a training state has in it; 0 where there is none that could be gone on from."""
     try:
@@ -232,6 +235,7 @@ def _is_state(about: Mapping[str, Any]) -> bool:
     return "best_epoch" in about
 
 
+@interrupts.held_back()
 def read(path: Path) -> Saved:
     """Read a file of ours. Raises `DataError` for one that is missing, broken, foreign or newer than this version."""
     check_header(path)

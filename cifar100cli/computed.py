@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cifar100cli import ranks
+from cifar100cli import interrupts, ranks
 from cifar100cli.augment import Views
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import DeviceLoader
@@ -122,6 +122,7 @@ def _path(folder: Path, version: Callable[[Tensor], Tensor], start: int) -> Path
     return folder / f"{version.__name__}-{start:06}.safetensors"
 
 
+@interrupts.held_back()
 def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
     """A part, or None when it is not there or not whole."""
     try:
@@ -131,6 +132,7 @@ def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | No
     return part if part.shape == shape and part.dtype == dtype and bool(torch.isfinite(part).all()) else None
 
 
+@interrupts.held_back()
 def _write(path: Path, part: Tensor) -> str | None:
     """Save a part; returns why it could not be saved."""
     try:

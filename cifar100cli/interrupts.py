@@ -16,6 +16,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 GRACE = 3.0  # seconds in which torchrun passes on what a terminal has sent to its ranks already
 
 _at_once = False
+_held_back = 0
+_pending: KeyboardInterrupt | None = None
 
 
 @contextlib.contextmanager
@@ -29,12 +31,16 @@ def orderly(say: Callable[[str], None], *, grace: float = 0.0) -> Iterator[None]
     stopped = False
 
     def stop(number: int, frame: FrameType | None) -> None:
+        global _pending
         nonlocal stopped
         if _at_once:
             _leave(number, say, "interrupted")
         if not stopped:  # else whatever is being put in order is not disturbed; the thread decides
             stopped = True
-            raise Terminated("terminated") if number == signal.SIGTERM else KeyboardInterrupt
+            told = Terminated("terminated") if number == signal.SIGTERM else KeyboardInterrupt()
+            if not _held_back:
+                raise told
+            _pending = told
 
     def again(unraisable: Any) -> None:
         """Python drops what is raised while an object is being finalised: send the signal again, in a moment."""
@@ -69,6 +75,20 @@ def at_once() -> Iterator[None]:
         yield
     finally:
         _at_once = False
+
+
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Within, the first signal waits: safetensors, say, takes an exception in the middle of it for a broken file."""
+    global _held_back, _pending
+    _held_back += 1
+    try:
+        yield
+    finally:
+        _held_back -= 1
+        if not _held_back and _pending is not None:
+            told, _pending = _pending, None
+            raise told
 
 
 class _Listener:

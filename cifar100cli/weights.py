@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
+from cifar100cli import interrupts
 from cifar100cli.card import check_header, parse_metadata
 from cifar100cli.errors import DataError
 
@@ -29,6 +30,7 @@ _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTER = "num_batches_tracked"  # of batch norm; of no use here, and older files lack it
 
 
+@interrupts.held_back()
 def read_weights(path: Path) -> dict[str, Tensor]:
     """The tensors of a file by name: safetensors, or a PyTorch file under `weights_only=True`.
 
@@ -156,6 +158,7 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
     return tensors
 
 
+@interrupts.held_back()
 def our_settings(path: Path) -> Mapping[str, str] | None:
     """What a checkpoint of ours says of its network (`backbone`, `stem`), or None for a file of another kind."""
     try:

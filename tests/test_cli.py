@@ -587,8 +587,9 @@ from cifar100cli import trainer
 from cifar100cli.__main__ import main
 
 def one_long_call(*_):
+    matrix = torch.rand(6000, 6000, dtype=torch.float64)
     print("calling", file=sys.stderr, flush=True)
-    torch.linalg.svd(torch.rand(6000, 6000, dtype=torch.float64))
+    torch.linalg.svd(matrix)
     print("called", file=sys.stderr, flush=True)
 
 trainer.train_epoch = one_long_call
@@ -635,6 +636,31 @@ with interrupts.orderly(console.last_word):
 """
     finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (finished.stdout, finished.stderr) == ("interrupted\n", "")
+
+
+def test_a_signal_that_waits(tmp_path: Path) -> None:
+    """For safetensors, which would take an exception in the middle of its work for a broken file."""
+    script = """
+import os, signal, time
+from cifar100cli import console, errors, interrupts
+
+@interrupts.held_back()
+def read():
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)
+    with interrupts.held_back():
+        print("waits")
+    print("waits")
+
+with interrupts.orderly(console.last_word):
+    try:
+        read()
+        print("goes on")
+    except errors.Terminated:
+        print("terminated")
+"""
+    finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (finished.stdout.split(), finished.stderr) == (["waits", "waits", "terminated"], "")
 
 
 def test_a_signal_while_pytorch_is_imported(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import json
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -147,29 +146,26 @@ def test_lines_that_vanish_while_training(tmp_path: Path) -> None:
     assert not (run.path / runs.METRICS).exists()
 
 
-def test_a_lock_on_a_file_that_is_removed_is_none(tmp_path: Path) -> None:
-    """Whoever waits for the file of a holder, who removes it, must not get it beside one who makes a new one."""
+def test_a_lock_on_a_file_that_is_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who has opened a file that its holder then removes must not go on beside one who has made a new file."""
+    fcntl = pytest.importorskip("fcntl")
     run = make_run(tmp_path)
-    inside, most, total = 0, 0, 0
-    guard = threading.Lock()
+    holder, next_one = contextlib.ExitStack(), contextlib.ExitStack()
+    holder.enter_context(run.exclusively())
+    flock, overtaken = fcntl.flock, False
 
-    def hold() -> None:
-        nonlocal inside, most, total
-        for _ in range(25):
-            with contextlib.suppress(FolderError), run.exclusively(patience=5):
-                with guard:
-                    inside, total = inside + 1, total + 1
-                    most = max(most, inside)
-                time.sleep(0.0005)
-                with guard:
-                    inside -= 1
+    def overtaking(file: int, operation: int) -> None:
+        nonlocal overtaken
+        if not overtaken:
+            overtaken = True
+            holder.close()
+            next_one.enter_context(run.exclusively())
+        flock(file, operation)
 
-    threads = [threading.Thread(target=hold) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert (most, total) == (1, 100)
+    monkeypatch.setattr(fcntl, "flock", overtaking)
+    with next_one, pytest.raises(FolderError, match="another process"), run.exclusively(patience=0.1):
+        pass
+    assert overtaken
 
 
 def test_a_stray_file_above_the_runs_hides_none(tmp_path: Path) -> None:
