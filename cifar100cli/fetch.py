@@ -204,6 +204,15 @@ class _Https(HTTPSHandler):
 class _WebRedirects(HTTPRedirectHandler):
     """Follows redirects, but not out of the web; urllib itself would go on to ftp."""
 
+    def http_error_302(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message) -> Any:
+        try:
+            return super().http_error_302(req, fp, code, msg, headers)  # type: ignore[arg-type]
+        except BaseException:
+            fp.close()  # which urllib leaves to whoever collects the garbage, where the new address cannot be
+            raise
+
+    http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302
+
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:

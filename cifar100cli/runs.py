@@ -321,7 +321,7 @@ class RunDir:
         try:
             with self.exclusively(patience=0):
                 return False
-        except FolderError:
+        except CifarError:  # held, or no place to hold it
             return True
 
 
