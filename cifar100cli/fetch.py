@@ -207,8 +207,8 @@ class _WebRedirects(HTTPRedirectHandler):
     def http_error_302(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message) -> Any:
         try:
             return super().http_error_302(req, fp, code, msg, headers)  # type: ignore[arg-type]
-        except BaseException:
-            fp.close()  # which urllib leaves to whoever collects the garbage, where the new address cannot be
+        except ValueError:  # the new address cannot be, and urllib leaves the answer to whoever collects the garbage
+            fp.close()
             raise
 
     http_error_301 = http_error_303 = http_error_307 = http_error_308 = http_error_302

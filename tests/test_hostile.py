@@ -8,7 +8,7 @@ import socket
 import struct
 import warnings
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -156,17 +156,24 @@ def test_ranks_that_are_none(tmp_path: Path, ranks: str) -> None:
 
 
 @pytest.fixture
-def deep(tmp_path: Path) -> Path:
-    """A folder so deep that functions which call themselves for each level give up."""
-    here = Path.cwd()
+def deep(tmp_path: Path) -> Iterator[Path]:
+    """A folder so deep that functions which call themselves for each level give up, such as pytest's own cleaning."""
+    here, levels = Path.cwd(), 1500
     root = tmp_path / "deep"
     root.mkdir()
     os.chdir(root)
-    for _ in range(1500):
+    for _ in range(levels):
         Path("a").mkdir()
         os.chdir("a")
     os.chdir(here)
-    return root
+    yield root
+    os.chdir(root)
+    for _ in range(levels):
+        os.chdir("a")
+    for _ in range(levels):
+        os.chdir("..")
+        Path("a").rmdir()
+    os.chdir(here)
 
 
 def test_folders_that_are_too_deep(deep: Path) -> None:
