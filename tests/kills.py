@@ -283,6 +283,9 @@ def disturb(
         tally.kills += how.ranks == 1 or how.signals or fatal is not None
         tally.before_files += fatal is not None
         begun = [path for path in folder.glob("runs/*/*") if (path / "config.yaml").exists()]
+        if list(folder.glob("runs/*/*/result.json")):  # it was complete, and nothing is left to go on with
+            (only_run(folder) / ".lock").unlink(missing_ok=True)
+            return
         # Whoever is killed before the run can be gone on with begins anew, as a user would.
         command = ["train", "--resume", "last"] if begun else list(recipe)
         if how.signals and how.ranks == 1:
@@ -298,7 +301,7 @@ def disturb(
                 told = [line for line in text.splitlines() if line.startswith("error: interrupted: ")]
                 assert all(GO_ON.search(line) for line in told), text[-3000:]
                 assert len(told) <= attempt + 1, text[-3000:]
-    raise AssertionError("does not end")
+    raise AssertionError(f"does not end: {(folder / 'log').read_text()[-2000:]}")
 
 
 def _before(folder: Path, fatal: int | None, how: Manner) -> None:
