@@ -5,7 +5,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -106,15 +106,23 @@ def read_image(source: Path) -> NDArray[np.uint8]:
 def _content(source: Path) -> bytes:
     try:
         if source == STANDARD_INPUT:
-            content = sys.stdin.buffer.read(MOST_BYTES + 1)
+            content = _read(sys.stdin.buffer)
         else:
             with source.open("rb") as file:
-                content = file.read(MOST_BYTES + 1)
+                content = _read(file)
     except OSError as error:
         raise DataError(error.strerror or str(error)) from None
     if len(content) > MOST_BYTES:
         raise DataError(f"has more than {MOST_BYTES // 10**6} MB")
     return content
+
+
+def _read(file: BinaryIO) -> bytes:
+    """All of a file, or a little more than is allowed. In pieces: one read takes the memory for the most at once."""
+    content = io.BytesIO()
+    while content.tell() <= MOST_BYTES and (piece := file.read(1 << 20)):
+        content.write(piece)
+    return content.getvalue()
 
 
 def _in_colour(image: "Picture") -> "Picture":
