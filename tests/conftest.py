@@ -1,6 +1,7 @@
 """Shared fixtures: a small drawn data set, the command line in-process, and full-size pretend CIFAR files."""
 
 import contextlib
+import os
 import pickle
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,6 +45,12 @@ EVERYTHING: dict[str, Any] = {
 }
 
 
+def pytest_configure() -> None:
+    """The user's folders are not for tests, nor for the processes that tests start."""
+    for name in ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR", "FORCE_COLOR"):
+        os.environ.pop(name, None)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command left behind."""
@@ -71,10 +78,8 @@ def small_synthetic(few_drawings: synthetic.Drawn, monkeypatch: pytest.MonkeyPat
 
 @pytest.fixture
 def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
-    """The command line in this process, in an empty folder, without the user's environment."""
+    """The command line in this process, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    for name in ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR", "FORCE_COLOR"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
     def run(*arguments: str | Path) -> Outcome:
