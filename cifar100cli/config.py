@@ -18,7 +18,7 @@ from pydantic.fields import FieldInfo
 from cifar100cli import safe_yaml
 from cifar100cli.bounded import read_file
 from cifar100cli.errors import UsageError
-from cifar100cli.schema import Config, Section
+from cifar100cli.schema import DESCRIBING, Config, Section
 
 DEFAULT_PRESET = "quickstart"
 LARGEST_PRESET = 64 * 1024  # bytes; ours are under two thousand
@@ -151,9 +151,8 @@ def flat(config: Config) -> dict[str, object]:
 
     A section that may be missing and is, stands there with its defaults, but for its first key, which is None.
     """
-    describing = ("description", "published")
     return {
-        key: value for key, value in _leaves(_with_sections(config.model_dump())) if key.split(".")[0] not in describing
+        key: value for key, value in _leaves(_with_sections(config.model_dump())) if key.split(".")[0] not in DESCRIBING
     }
 
 
@@ -162,7 +161,7 @@ def optional_sections() -> list[str]:
     return [
         name
         for name, field in Config.model_fields.items()
-        if field.default is None and _section_of(field.annotation) is not None and name != "published"
+        if field.default is None and _section_of(field.annotation) is not None and name not in DESCRIBING
     ]
 
 
@@ -170,7 +169,7 @@ def _with_sections(keys: dict[str, Any]) -> dict[str, Any]:
     """Optional sections that are not there as their defaults, without the first key."""
     for name, field in Config.model_fields.items():
         section = _section_of(field.annotation)
-        if section is not None and keys[name] is None and name != "published":
+        if section is not None and keys[name] is None and name not in DESCRIBING:
             keys[name] = {**section().model_dump(), next(iter(section.model_fields)): None}
     return keys
 

@@ -174,6 +174,12 @@ def percent(fraction: float | None, digits: int = 2) -> str:
     return "-" if fraction is None else f"{100 * fraction:.{digits}f}%"
 
 
+def expected(top1: float, runs: int | None, deviation: float | None = None) -> str:
+    """What a preset of ours has reached, or what it is meant to reach where nobody has run it."""
+    spread = f" ±{100 * deviation:.2f}" if deviation is not None else ""
+    return f"{percent(top1)}{spread} ({several(runs, 'run') if runs else 'a goal: not run yet'})"
+
+
 def several(number: int, noun: str) -> str:
     """1 epoch, 2 epochs."""
     return f"{number:,} {noun}" + ("" if number == 1 else "s")

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from cifar100cli import ranks
+from cifar100cli import depthwise, ranks
 from cifar100cli.errors import UsageError
 
 Cast = Callable[[], AbstractContextManager[object]]  # a context for a forward pass
@@ -74,6 +74,8 @@ def autocast(device: torch.device, precision: str) -> Cast:
     """A context for the forward pass: matrix products in `precision`, weights and sums in float32."""
     if precision == "fp32":
         return contextlib.nullcontext
+    if precision == "bf16" and device.type == "cpu":
+        return depthwise.bf16_on_cpu
     return lambda: torch.autocast(device.type, DTYPES[precision])
 
 

@@ -346,7 +346,16 @@ class Airbench(SmallNetwork):
 
 # ---------------------------------------------------------------------------------------------------- by name
 
-NAMES = ("wrn16_4", "wrn28_10", "wrn40_2", "preact_resnet18", "resnet9", "airbench94", "airbench96")
+NAMES = (
+    "wrn16_4",
+    "wrn28_10",
+    "wrn40_2",
+    "preact_resnet18",
+    "resnet9",
+    "airbench94",
+    "airbench94_512",
+    "airbench96",
+)
 default_cfgs = generate_default_cfgs(
     {
         name: {
@@ -403,6 +412,12 @@ def resnet9(pretrained: bool = False, **more: Any) -> nn.Module:
 def airbench94(pretrained: bool = False, **more: Any) -> nn.Module:
     """airbench's small network: 2.0 million weights. Its batch statistics move quickly, for runs of ten epochs."""
     return _build(Airbench, "airbench94", pretrained, widths=(64, 256, 256), deep=False, momentum=0.4, **more)
+
+
+@register_model
+def airbench94_512(pretrained: bool = False, **more: Any) -> nn.Module:
+    """airbench94 with a last group of twice the width, for 100 classes: 4.6 million weights."""
+    return _build(Airbench, "airbench94_512", pretrained, widths=(64, 256, 512), deep=False, momentum=0.3, **more)
 
 
 @register_model

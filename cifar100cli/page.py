@@ -78,6 +78,7 @@ def render(report: Report, data_dir: Path | None = None) -> str:
         left_out=len(drawn) < len(report.rows) or len(details) < len(report.rows),
         most=DETAILED,
         protocols=PROTOCOLS,
+        expected=console.expected,
         titles=TITLES,
         version=__version__,
         today=date.today().isoformat(),

@@ -27,7 +27,8 @@ class Row:
     """The complete runs that share a preset and all settings but the seed.
 
     `changes` says where they depart from the shipped preset, which has `shipped` there; figures of different settings
-    are never averaged. `delta` is ours minus published, as a fraction, and only on the preset's own data set. `curves`
+    are never averaged. `expected_top1` is what a preset of ours reached in `expected_runs` runs, or with 0 of them is
+    meant to reach. `delta` is ours minus published, as a fraction, and only on the preset's own data set. `curves`
     has losses and accuracies by epoch, as means over the runs; what was not measured in every epoch is not there.
     `noise` is how far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds.
     """
@@ -38,6 +39,8 @@ class Row:
     dataset: str
     published_top1: float | None
     published_epoch: int | None
+    expected_top1: float | None
+    expected_runs: int | None
     n: int
     top1_mean: float
     top1_std: float | None
@@ -131,7 +134,7 @@ def collect(folders: Sequence[Path]) -> Report:
         if isinstance(run, Unusable):
             unusable.append(run)
         else:
-            settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None})
+            settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None, "expected": None})
             groups.setdefault(f"{run.preset}\n{settings.model_dump_json()}", []).append(run)
     ours = set(preset_names())
 
@@ -185,6 +188,8 @@ def _row(group: list[_Complete]) -> Row:
         dataset=config.data.dataset,
         published_top1=published.top1 if published else None,
         published_epoch=published.epoch if published else None,
+        expected_top1=config.expected.top1 if config.expected else None,
+        expected_runs=config.expected.runs if config.expected else None,
         n=len(group),
         top1_mean=mean,
         top1_std=noise.deviation(top1),

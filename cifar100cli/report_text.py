@@ -151,6 +151,11 @@ def _notes(report: Report) -> list[str]:
         notes.append("best on test: the epoch was chosen on the test set itself, as the tutorial does; it flatters.")
     if any(row.dataset == "synthetic" for row in report.rows):
         notes.append("synthetic: drawn shapes; these figures say nothing about CIFAR-100.")
+    notes += [
+        f"{row.preset}: expected {console.expected(row.expected_top1, row.expected_runs)}."
+        for row in report.rows
+        if row.expected_top1 is not None and not row.changes
+    ]
     if any(row.changes for row in report.rows):
         notes.append("in brackets: settings that are not the preset's; the published figure is for the preset's.")
     return notes + ablation_notes(report.ablations)

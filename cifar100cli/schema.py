@@ -11,6 +11,7 @@ from cifar100cli.errors import UsageError
 
 SPLIT_OF = {"best_test": "test", "best_val": "val", "last": None}  # what `train.select` chooses the epoch on
 MOST_SEEDS = 2**32
+DESCRIBING = ("description", "published", "expected")  # the keys that say what a preset is, and set nothing
 
 
 def _refuse_bool(value: object) -> object:
@@ -35,6 +36,16 @@ class Published(Section):
     top1: Number = Field(ge=0, le=1, description="test accuracy, as a fraction")
     epoch: Integer | None = Field(None, ge=1, description="the epoch that it was reached in")
     source: str = Field("", description="where it stands")
+
+
+class Expected(Section):
+    """What a preset of ours reaches, or is meant to reach where it has not been run."""
+
+    top1: Number = Field(ge=0, le=1, description="test accuracy, as a fraction: the mean of the runs, or the goal")
+    deviation: Number | None = Field(None, ge=0, le=1, description="of the runs, as a fraction")
+    runs: Integer = Field(0, ge=0, description="so many have shown it; 0: it is a goal, and has not been run")
+    time: str = Field("", description="how long a run takes, and on what")
+    source: str = Field("", description="where the recipe is from")
 
 
 class Data(Section):
@@ -208,6 +219,7 @@ class Config(Section):
 
     description: str = ""
     published: Published | None = None
+    expected: Expected | None = None
     seed: Integer = Field(0, ge=0, lt=MOST_SEEDS)
     data: Data = Data()
     augment: Augment = Augment()

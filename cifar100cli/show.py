@@ -12,7 +12,7 @@ from cifar100cli.console import percent
 
 if TYPE_CHECKING:
     from cifar100cli.ablation import Ablation
-    from cifar100cli.schema import Config, Published
+    from cifar100cli.schema import Config
 
 
 def dry_run(result: Mapping[str, Any], json: bool) -> None:
@@ -29,8 +29,8 @@ def dry_run(result: Mapping[str, Any], json: bool) -> None:
     console.result("nothing was written (dry run)")
 
 
-def training(result: Mapping[str, Any], published: "Published | None", json: bool) -> None:
-    """The end of a training run: its figures, the published one, and what one would type next."""
+def training(result: Mapping[str, Any], preset: "Config", json: bool) -> None:
+    """The end of a training run: its figures, those of the preset, and what one would type next."""
     if json:
         console.result_json(result)
         return
@@ -46,7 +46,7 @@ def training(result: Mapping[str, Any], published: "Published | None", json: boo
         f"top-5 {percent(test['top5'])}, loss {test['loss']:.4f}"
     )
     console.result(f"selected: {how}")
-    _beside(test["top1"], published, result["dataset"])
+    _beside(test["top1"], preset, result["dataset"])
     console.result(
         f"{console.several(result['epochs'], 'epoch')} in {console.duration(result['seconds'])}, "
         f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {_where(result)}"
@@ -55,8 +55,11 @@ def training(result: Mapping[str, Any], published: "Published | None", json: boo
     _next(result["run_dir"])
 
 
-def _beside(top1: float, published: "Published | None", dataset: str) -> None:
-    """The published figure, and how far from it this one is."""
+def _beside(top1: float, preset: "Config", dataset: str) -> None:
+    """The figure that is published or expected, and how far from a published one this one is."""
+    published, expected = preset.published, preset.expected
+    if expected is not None and dataset == preset.data.dataset:
+        console.result(f"expected of the preset: {console.expected(expected.top1, expected.runs, expected.deviation)}")
     if published is None or dataset == "synthetic":
         return
     at = f" at epoch {published.epoch}" if published.epoch else ""
@@ -71,9 +74,9 @@ def _next(run: str) -> None:
     console.result("      cifar100 report" + ("" if root == "runs" else f" {shlex.quote(root)}"))
 
 
-def seeds(results: Sequence[Mapping[str, Any]], published: "Published | None", json: bool) -> None:
+def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) -> None:
     """Runs that differ in their seeds alone: each, and their mean and (sample) deviation."""
-    first = results[0]
+    first, published = results[0], preset.published
     top1 = [result["test"]["top1"] for result in results]
     mean, deviation = fmean(top1), stdev(top1)
     if json:
@@ -106,7 +109,7 @@ def seeds(results: Sequence[Mapping[str, Any]], published: "Published | None", j
     )
     how = console.PROTOCOLS[first["select"]]
     console.result(f"mean {percent(mean)}, deviation {100 * deviation:.2f} points over {len(results)} seeds ({how})")
-    _beside(mean, published, first["dataset"])
+    _beside(mean, preset, first["dataset"])
     _next(first["run_dir"])
 
 
@@ -288,16 +291,24 @@ def presets(configs: Mapping[str, "Config"], json: bool) -> None:
         return
     console.table(
         "",
-        ("preset", "published", "epochs", "chosen by", "what it is"),
+        ("preset", "published", "expected", "epochs", "chosen by", "what it is"),
         [
             (
                 name,
                 percent(config.published.top1) if config.published else "-",
+                _expected(config),
                 str(config.train.epochs),
                 console.PROTOCOLS[config.train.select],
                 config.description,
             )
             for name, config in configs.items()
         ],
-        right=(1, 2),
+        right=(1, 2, 3),
     )
+    console.result("?: a goal; nobody has run it yet")
+
+
+def _expected(preset: "Config") -> str:
+    """In a table's cell, where there is no room for words: a question mark on what was not run."""
+    expected = preset.expected
+    return "-" if expected is None else percent(expected.top1) + ("" if expected.runs else "?")

@@ -79,9 +79,9 @@ def train(given: Mapping[str, Any], default_preset: str) -> None:
                 console.log(f"still to do after this run: --seed {rest[0].config.seed} --seeds {len(rest)}")
             raise
     if len(results) == 1:
-        show.training(results[0], chosen.config.published, json)
+        show.training(results[0], chosen.config, json)
     else:
-        show.seeds(results, chosen.config.published, json)
+        show.seeds(results, chosen.config, json)
 
 
 def _ablate(
@@ -162,7 +162,7 @@ def _resume(given: Mapping[str, Any], overrides: list["Override"]) -> None:
     workflows.refuse_other_settings(run, asked, own)
     with console.TrainingDisplay(run.preset) as display, _tracked(display, given["log"]) as watcher:
         result = workflows.resume(run, where, watcher)
-    show.training(result, own.published, given["json"])
+    show.training(result, own, given["json"])
 
 
 def _run_to_resume(

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 LEVELS = (
     {"__init__", "errors"},
     {"bounded", "safe_yaml"},
-    {"ranks", "card", "interrupts", "schema", "unpickle"},
+    {"ranks", "card", "depthwise", "interrupts", "schema", "unpickle"},
     {
         "config",
         "fetch",

@@ -28,11 +28,18 @@ def test_commands_and_flags_exist(run_cli: Cli, command: str) -> None:
 
 
 def test_the_table_of_presets_is_complete_and_right() -> None:
-    rows = dict(re.findall(r"^\| `([\w-]+)` \| ([\d.]+%|-) \|", README, flags=re.MULTILINE))
-    assert sorted(rows) == preset_names()
-    for name, figure in rows.items():
-        published = load_preset(name).config.published
+    rows = re.findall(r"^\| `([\w-]+)` \| ([\d.]+%|-) \| ([^|]+) \|", README, flags=re.MULTILINE)
+    assert sorted(name for name, *_ in rows) == preset_names()
+    for name, figure, hoped in rows:
+        published, expected = load_preset(name).config.published, load_preset(name).config.expected
         assert figure == (f"{published.top1:.2%}" if published else "-")
+        if expected is None:
+            assert hoped == "-"
+        elif expected.runs:
+            spread = f" ±{100 * expected.deviation:.2f}" if expected.deviation is not None else ""
+            assert hoped == f"{expected.top1:.2%}{spread}, n = {expected.runs}"
+        else:
+            assert hoped == f"{expected.top1:.1%}, not run"
 
 
 def test_files_are_named_as_they_are() -> None:
