@@ -203,6 +203,7 @@ def test_presets(run_cli: Cli) -> None:
     listed = run_cli("presets").out
     for name in ("quickstart", "resnet18-baseline", "resnet18-wd01", "resnet18-lbsmooth", "44.26%"):
         assert name in listed
+    assert re.search(r"^wrn28-10-sam +- +86\.00%\? ", listed, re.MULTILINE), "a goal, and marked as such"
     names = [preset["name"] for preset in json.loads(run_cli("presets", "--json").out)["presets"]]
     assert "resnet18-baseline" in names
     assert yaml.safe_load(run_cli("presets", "resnet18-wd01").out)["optimizer"]["weight_decay"] == 0.1

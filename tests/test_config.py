@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cifar100cli.config import Override, differences, load_preset, preset_names, presets_folder, shipped_presets
+from cifar100cli.config import Override, differences, flat, load_preset, preset_names, presets_folder, shipped_presets
 from cifar100cli.errors import UsageError
 from cifar100cli.schema import Config
 
@@ -248,3 +248,16 @@ def test_only_the_tutorials_presets_choose_on_the_test_set() -> None:
     for name, config in shipped_presets():
         of_the_tutorial = config.published is not None and config.published.source.startswith("tutorial")
         assert (config.train.select == "best_test") == of_the_tutorial, name
+
+
+def test_what_is_expected_has_a_source_and_a_time() -> None:
+    """And only figures that runs have shown have a deviation."""
+    for name, config in shipped_presets():
+        expected = config.expected
+        if expected is None:
+            continue
+        assert config.published is None, name
+        assert expected.source, name
+        assert expected.time, name
+        assert expected.runs > 1 or expected.deviation is None, name
+        assert "expected.top1" not in flat(config), "it sets nothing, and no two presets differ in it"

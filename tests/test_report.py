@@ -13,6 +13,7 @@ import pytest
 from cifar100cli import page, report, report_text, runs
 from cifar100cli.config import Override, load_preset
 from cifar100cli.runs import RunDir
+from cifar100cli.schema import Expected
 
 
 def make_run(root: Path, preset: str, top1: float, seed: int = 0, **settings: Any) -> RunDir:
@@ -51,6 +52,26 @@ def test_seeds_are_averaged(tmp_path: Path) -> None:
     assert (row.published_top1, row.published_epoch, row.select) == (0.4426, 186, "best_test")
     assert len(row.runs) == 3
     assert row.changes == {}
+
+
+@pytest.mark.parametrize(("runs", "words"), [(0, "(a goal: not run yet)"), (3, "(3 runs)")])
+def test_what_a_preset_is_meant_to_reach(tmp_path: Path, runs: int, words: str) -> None:
+    config = load_preset("wrn28-10-sam").config
+    own = config.model_copy(update={"expected": Expected(top1=0.86, runs=runs)})
+    run = make_run(tmp_path, "wrn28-10-sam", 0.85)
+    (run.path / "config.yaml").write_text(own.to_yaml(), encoding="utf-8")
+    other = make_run(tmp_path, "wrn28-10-sam", 0.5, train__epochs=3)
+    found = report.collect([tmp_path])
+    row = next(row for row in found.rows if row.runs == [str(run.path)])
+    assert (row.published_top1, row.delta, row.changes) == (None, None, {})
+    assert (row.expected_top1, row.expected_runs) == (0.86, runs)
+    text = report_text.render(found, "table")
+    assert text.count(f"expected 86.00% {words}") == 1, "and not beside settings that are not the preset's"
+    assert page.render(found).count(f"expected 86.00% {words}") == 1
+    with_more = dict.fromkeys(("expected_top1", "expected_runs"), "")
+    (first, second) = csv.DictReader(io.StringIO(report_text.render(found, "csv")))
+    assert with_more.keys() <= first.keys() == second.keys()
+    assert other.complete
 
 
 def test_other_settings_are_other_rows(tmp_path: Path) -> None:
