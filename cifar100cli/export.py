@@ -11,34 +11,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
 from cifar100cli import __version__, checkpoint
 from cifar100cli.card import Card
 from cifar100cli.checkpoint import Checkpoint
+from cifar100cli.classifier import ImagesToLogits
 from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.images import SIDE
-from cifar100cli.loader import Preprocessing
 from cifar100cli.models import as_pytorch_computes
 from cifar100cli.runs import replacing
 
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of a logit, and of its size where that is more than one
 CHECKED = (1, 7, 32)  # images at a time
-
-
-class ImagesToLogits(nn.Module):
-    """A network with its preprocessing: (N, 3, 32, 32) uint8 in RGB to (N, classes) float32."""
-
-    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        self.model = model
-        self.preprocessing = preprocessing
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits of images."""
-        logits: Tensor = self.model(self.preprocessing(images))
-        return logits.float()
 
 
 def check_extra() -> None:

@@ -78,7 +78,7 @@ def read_image(source: Path) -> NDArray[np.uint8]:
     What is transparent is shown on white. A picture of 32x32 pixels is taken as it is. Raises `DataError` for what
     is no image, is broken, or has more than MOST_PIXELS pixels.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import Image, UnidentifiedImageError
 
     content = _content(source)
     try:
@@ -90,8 +90,7 @@ def read_image(source: Path) -> NDArray[np.uint8]:
                 width, height = image.size
                 if width * height > MOST_PIXELS:  # read from its head; nothing is decoded yet
                     raise DataError(f"is said to have {width:,} x {height:,} pixels, which is too much")
-                upright = ImageOps.exif_transpose(image)
-                small = ImageOps.fit(_in_colour(upright), (SIDE, SIDE), Image.Resampling.BICUBIC)
+                return small_square(image)
     except UnidentifiedImageError:
         raise DataError("no image, or of a kind that is not read here") from None
     except Image.DecompressionBombError:
@@ -100,6 +99,14 @@ def read_image(source: Path) -> NDArray[np.uint8]:
         raise
     except Exception as error:  # decoders are many, and each has its own words for a file that lies
         raise DataError(f"broken ({' '.join(str(error).split())[:100] or type(error).__name__})") from None
+
+
+def small_square(picture: "Picture") -> NDArray[np.uint8]:
+    """A picture of Pillow's as (3, 32, 32) uint8: upright, in colour, its middle square, made smaller with care."""
+    from PIL import Image, ImageOps
+
+    upright = ImageOps.exif_transpose(picture)
+    small = ImageOps.fit(_in_colour(upright), (SIDE, SIDE), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
 
 

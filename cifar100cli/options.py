@@ -159,7 +159,7 @@ def overrides(given: Mapping[str, Any]) -> list["Override"]:
         found[key] = Override(key, value, flag)
     if given.get("init") is not None:
         _start_from(given["init"], found)
-    return _with_pretrained(found)
+    return with_pretrained(found)
 
 
 def _start_from(init: str, found: dict[str, "Override"]) -> None:
@@ -178,7 +178,7 @@ def _start_from(init: str, found: dict[str, "Override"]) -> None:
     found["model.weights"] = Override("model.weights", str(find_model(expand(Path(init))).absolute()), flag)
 
 
-def _with_pretrained(found: dict[str, "Override"]) -> list["Override"]:
+def with_pretrained(found: dict[str, "Override"]) -> list["Override"]:
     """Naming weights means starting from them."""
     from cifar100cli.config import Override
 

@@ -46,7 +46,7 @@ def _user_cache() -> Path:
     return user_cache_path("cifar100", appauthor=False)
 
 
-def _cache_dir() -> Path:
+def cache_dir() -> Path:
     """Where a teacher's logits are kept."""
     named = os.environ.get("CIFAR100_CACHE_DIR")
     return expand(Path(named)) if named else _user_cache() / "computed"
@@ -65,7 +65,7 @@ def where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None =
     with console.waiting("starting PyTorch ..."), interrupts.at_once():
         from cifar100cli import machine, workflows  # noqa: F401 - workflows for the command, where all is imported
         from cifar100cli.jobs import Where
-    found = Where(data_folder(data_dir, run), expand(runs_dir), _cache_dir(), device)
+    found = Where(data_folder(data_dir, run), expand(runs_dir), cache_dir(), device)
     console.detail(f"data folder {found.data_dir.absolute()}, runs folder {found.runs_dir.absolute()}")
     console.detail(machine.in_one_line(device))
     return found

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from cifar100cli import checkpoint, devices, evaluation, images, machine, metrics, ranks, trainer
-from cifar100cli.card import Card
 from cifar100cli.checkpoint import TrainState
+from cifar100cli.classifier import PICTURES, Classifier
 from cifar100cli.config import Preset, differences
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
 from cifar100cli.jobs import Job, Watcher, Where, prepare
@@ -23,7 +23,6 @@ from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, STATE, RunDir, begun_by
 from cifar100cli.schema import SPLIT_OF, Config
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
 
 # ------------------------------------------------------------------------------------------------ training
 
@@ -242,9 +241,7 @@ def predict(path: Path, sources: Sequence[Path], where: Where, watcher: Watcher,
     A file that is no image is skipped, and stands under `skipped` with the reason.
     """
     files = images.find_images(sources)
-    saved = checkpoint.load_model(path)
-    model, device, cast = evaluation.ready(saved, where)
-    card = saved.card
+    classifier = Classifier(checkpoint.load_model(path), where)
     found: list[dict[str, Any]] = []
     skipped = []
     with watcher.progress("pictures", len(files)) as advance:
@@ -257,24 +254,13 @@ def predict(path: Path, sources: Sequence[Path], where: Where, watcher: Watcher,
                 except DataError as error:
                     skipped.append({"image": str(file), "reason": str(error)})
                 advance(1)
-            if not names:
-                continue
-            batch = torch.from_numpy(np.stack(pixels)).to(device)
-            with torch.inference_mode(), cast():
-                logits = model(saved.preprocessing(batch))
-            probabilities, order = logits.double().softmax(1).cpu().topk(min(top, len(card.classes)), dim=1)
-            for name, shares, labels in zip(names, probabilities.tolist(), order.tolist(), strict=True):
-                guesses = [_guess(card, label, share) for label, share in zip(labels, shares, strict=True)]
-                found.append({"image": name, "top": guesses})
+            if names:
+                guesses = classifier.guesses(torch.from_numpy(np.stack(pixels)), top)
+                found += [{"image": name, "top": best} for name, best in zip(names, guesses, strict=True)]
     return {
-        "checkpoint": str(saved.path),
-        "preset": card.preset,
-        "dataset": card.dataset,
+        "checkpoint": str(classifier.path),
+        "preset": classifier.card.preset,
+        "dataset": classifier.card.dataset,
         "images": found,
         "skipped": skipped,
     }
-
-
-def _guess(card: Card, label: int, probability: float) -> dict[str, Any]:
-    superclass = card.superclasses[card.superclass_of[label]] if card.superclass_of else None
-    return {"class": card.classes[label], "probability": probability, "superclass": superclass}

@@ -13,6 +13,7 @@ from torch import nn
 
 from cifar100cli import checkpoint, export, synthetic
 from cifar100cli.card import Card
+from cifar100cli.classifier import ImagesToLogits
 from cifar100cli.models import create_model
 from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli
@@ -100,7 +101,7 @@ def plain(run_cli: Cli, small_synthetic: synthetic.Drawn) -> str:
 def test_a_graph_that_is_wrong_gets_no_name(plain: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     write = export._write
 
-    def other_weights(network: export.ImagesToLogits, *arguments: Any) -> int:
+    def other_weights(network: ImagesToLogits, *arguments: Any) -> int:
         opset = write(network, *arguments)
         with torch.no_grad():
             next(network.parameters()).add_(0.01)

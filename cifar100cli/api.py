@@ -1,0 +1,166 @@
+"""What the commands do, for Python; `cifar100cli` itself gives these names.
+
+Paths are strings or `Path`s. The folders are those of the commands: an argument, else `CIFAR100_RUNS_DIR` and
+`CIFAR100_DATA_DIR`, else `runs` here and the user's cache. Nothing is printed unless `progress` is true, and then to
+stderr. What goes wrong is raised: a `CifarError`, whose message names options as the command line does.
+"""
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+from cifar100cli import checkpoint, config, console, evaluation, places, runs, workflows
+from cifar100cli.checkpoint import TrainState
+from cifar100cli.classifier import Classifier
+from cifar100cli.config import DEFAULT_PRESET, Override, Preset
+from cifar100cli.errors import UsageError
+from cifar100cli.jobs import Watcher, Where
+from cifar100cli.options import expand, with_pretrained
+from cifar100cli.runs import RunDir
+from cifar100cli.schema import Config
+from cifar100cli.stages import StageRow
+from cifar100cli.steps import Glance
+
+AnyPath = str | Path
+
+
+def load_preset(name: AnyPath = DEFAULT_PRESET, overrides: Mapping[str, object] | None = None) -> Preset:
+    """A shipped preset by its name, or one of a YAML file, with `overrides` by the keys of `--set`.
+
+    As in `load_preset("resnet18-baseline", {"train.epochs": 10, "optimizer.lr": 3e-4})`. `preset.config` has all of
+    it, frozen; `preset.config.to_yaml()` is what `--print-config` prints.
+
+    Raises `UsageError` for a name, key, type or value that is not right.
+    """
+    found = {key: Override(key, _plain(value), "overrides") for key, value in (overrides or {}).items()}
+    return config.load_preset(str(name), with_pretrained(found))
+
+
+def train(
+    preset: Preset,
+    *,
+    runs_dir: AnyPath | None = None,
+    data_dir: AnyPath | None = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Train a preset in a new run folder, as `cifar100 train` does, to the same bits.
+
+    Returns the content of the run's `result.json`: `["run_dir"]` is the folder, `["test"]["top1"]` the accuracy as a
+    fraction. `device` is auto, cpu, cuda, cuda:N or mps. Presets that distil or fine-tune train here too.
+
+    Raises `UsageError` for a device or settings that cannot be, `DataError` for images or weights that are missing or
+    broken, `DivergedError` where the loss stops being finite, `CifarError` where there is no memory or room, and on
+    Ctrl-C `RunInterrupted`, a `KeyboardInterrupt`, whose `run_dir` can be given to `resume`.
+    """
+    where = _where(device, data_dir, runs_dir=runs_dir)
+    runs.check_writable(where.runs_dir)
+    with _watcher(preset.name, progress) as watcher:
+        return workflows.train(preset, where, watcher)
+
+
+def resume(
+    run: AnyPath, *, data_dir: AnyPath | None = None, device: str = "auto", progress: bool = False
+) -> dict[str, Any]:
+    """Go on with a run that was stopped, to the bits of one that was not; returns what `train` does.
+
+    The data folder and the device are those that the run began with, unless others are named. A complete run is only
+    read. Raises what `train` does, and `DataError` for a folder that is no run of ours or cannot be gone on with.
+    """
+    opened = RunDir.open(expand(Path(run)))
+    if device == "auto":
+        device = opened.recorded("device") or device
+    where = _where(device, data_dir, run=opened.path)
+    with _watcher(opened.preset, progress) as watcher:
+        return workflows.resume(opened, where, watcher)
+
+
+def evaluate(
+    models: AnyPath | Sequence[AnyPath],
+    *,
+    split: str = "test",
+    tta: bool = False,
+    predictions: AnyPath | None = None,
+    data_dir: AnyPath | None = None,
+    device: str = "auto",
+    progress: bool = False,
+) -> dict[str, Any]:
+    """Measure a run folder or .safetensors file, or several as an ensemble, as `cifar100 evaluate` does.
+
+    Returns what `evaluate --json` prints: `count`, `top1`, `top5`, `loss`, `ece`, `superclass_top1`,
+    `per_class` {name: top1}, `confusions`, ... `split` is test, val (what the run held out) or train. `tta` averages
+    over six views of each image. `predictions` names a CSV file to be written, a line an image.
+
+    Raises `UsageError` for a split that there is not, `DataError` for models or images that are missing, broken, or
+    do not go together.
+    """
+    if split not in evaluation.PARTING:
+        raise UsageError(f"split = {split}: must be one of {', '.join(evaluation.PARTING)}")
+    paths = [expand(Path(model)) for model in ([models] if isinstance(models, str | Path) else models)]
+    if not paths:
+        raise UsageError("models: name at least one run folder or .safetensors file")
+    table = places.check_output("predictions", Path(predictions)) if predictions is not None else None
+    where = _where(device, data_dir, run=paths[0])
+    with _watcher("evaluate", progress) as watcher:
+        return evaluation.evaluate(paths, where, watcher, split, table, tta=tta)
+
+
+def load_model(run: AnyPath, *, device: str = "auto") -> Classifier:
+    """The trained model of a run folder or .safetensors file, ready for use.
+
+    `model(images)` takes uint8 RGB images (N, 3, H, W) and gives logits (N, classes) in float32; `model.classes` names
+    them; `model.predict(pictures)` says what is in files or pictures of Pillow's. No data set is needed.
+
+    Raises `DataError` for a file that is missing, broken or foreign, `UsageError` for a device that is not here.
+    """
+    where = _where(device)
+    return Classifier(checkpoint.load_model(expand(Path(run))), where)
+
+
+# ------------------------------------------------------------------------------------------------ within
+
+
+def _plain(value: object) -> object:
+    """A value as a preset's YAML could have it; a file is named by its whole path, as the options do."""
+    return str(expand(value).absolute()) if isinstance(value, Path) else value
+
+
+def _where(
+    device: str, data_dir: AnyPath | None = None, *, runs_dir: AnyPath | None = None, run: Path | None = None
+) -> Where:
+    places.check_device(device)
+    data_dir = data_dir or os.environ.get("CIFAR100_DATA_DIR") or None
+    return Where(
+        places.data_folder(Path(data_dir) if data_dir is not None else None, run),
+        expand(Path(runs_dir or os.environ.get("CIFAR100_RUNS_DIR") or "runs")),
+        places.cache_dir(),
+        device,
+    )
+
+
+def _watcher(name: str, progress: bool) -> AbstractContextManager[Watcher]:
+    """What the commands show, or nothing."""
+    return console.TrainingDisplay(name) if progress else contextlib.nullcontext(_Silence())
+
+
+class _Silence:
+    """A watcher that shows nothing."""
+
+    def say(self, text: str) -> None: ...
+
+    @contextlib.contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+        yield lambda count: None
+
+    def stages(self, rows: Sequence[StageRow]) -> None: ...
+
+    def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None: ...
+
+    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None: ...
+
+    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
+
+    def finish(self, result: Mapping[str, Any]) -> None: ...

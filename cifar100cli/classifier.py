@@ -1,0 +1,121 @@
+"""A trained model for use: uint8 images in, logits or classes in words out."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL.Image import Image as Picture
+from torch import Tensor, nn
+
+from cifar100cli import devices, evaluation, images
+from cifar100cli.checkpoint import Checkpoint
+from cifar100cli.errors import DataError, UsageError
+from cifar100cli.images import SIDE
+from cifar100cli.jobs import Where
+from cifar100cli.loader import Preprocessing
+
+PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
+
+
+class ImagesToLogits(nn.Module):
+    """A network with its preprocessing: (N, 3, 32, 32) uint8 in RGB to (N, classes) float32."""
+
+    def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        self.model = model
+        self.preprocessing = preprocessing
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits of images."""
+        logits: Tensor = self.model(self.preprocessing(images))
+        return logits.float()
+
+
+class Classifier(ImagesToLogits):
+    """A trained model, in evaluation mode, on its device, in the precision that it was trained in.
+
+    `model(images)` gives logits: resizing and normalisation are inside, and gradients flow as in any module.
+    `model.predict(pictures)` says what is in pictures. `model.model` is the bare network.
+    """
+
+    def __init__(self, saved: Checkpoint, where: Where) -> None:
+        network, _, _ = evaluation.ready(saved, where)
+        super().__init__(network, saved.preprocessing)
+        self.path, self.card = saved.path, saved.card
+        self._precision = saved.config.train.precision
+        self.eval()
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The names of the classes, in the order of the logits."""
+        return self.card.classes
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.parameters()).device
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(N, 3, H, W) uint8 in RGB, on any device, to logits (N, classes) float32 on the model's device.
+
+        The model has seen images of 32x32 pixels. Of others the middle square is made so small, as `predict` does it,
+        one by one on the host. Raises `UsageError` for another type or shape.
+        """
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
+            raise UsageError(f"images are uint8 (N, 3, H, W), and not {images.dtype} {tuple(images.shape)}")
+        if images.shape[-2:] != (SIDE, SIDE):
+            images = _small(images)
+        device = self.device
+        cast = devices.autocast(device, devices.resolve_precision(self._precision, device))
+        with cast():
+            return super().forward(images.to(device))
+
+    def predict(self, pictures: Sequence[str | Path | Picture], top: int = 5) -> list[list[dict[str, Any]]]:
+        """The `top` most likely classes of each picture: files, or pictures of Pillow's, of any size and kind.
+
+        Each class is `{"class": its name, "probability": 0 to 1, "superclass": its name or None}`, the likeliest first.
+        Raises `DataError` for a file that is missing or no image, and `UsageError` for one name in place of a list.
+        """
+        if isinstance(pictures, str | Path | Picture):
+            raise UsageError("pictures are a list: predict([picture])")
+        if top < 1:
+            raise UsageError(f"top = {top}: must be at least 1")
+        if not pictures:
+            return []
+        return self.guesses(torch.from_numpy(np.stack([_pixels(picture) for picture in pictures])), top)
+
+    @torch.inference_mode()
+    def guesses(self, images: Tensor, top: int) -> list[list[dict[str, Any]]]:
+        """The `top` most likely classes of images as `forward` takes them, in `predict`'s form."""
+        logits = torch.cat([self(some).cpu() for some in torch.split(images, PICTURES)])
+        probabilities, order = logits.double().softmax(1).topk(min(top, len(self.classes)), dim=1)
+        return [
+            [self._guess(label, share) for label, share in zip(labels, shares, strict=True)]
+            for labels, shares in zip(order.tolist(), probabilities.tolist(), strict=True)
+        ]
+
+    def _guess(self, label: int, probability: float) -> dict[str, Any]:
+        card = self.card
+        superclass = card.superclasses[card.superclass_of[label]] if card.superclass_of else None
+        return {"class": card.classes[label], "probability": probability, "superclass": superclass}
+
+
+def _small(pixels: Tensor) -> Tensor:
+    """(N, 3, H, W) uint8 as (N, 3, 32, 32)."""
+    from PIL import Image
+
+    found = [images.small_square(Image.fromarray(one)) for one in pixels.permute(0, 2, 3, 1).cpu().numpy()]
+    return torch.from_numpy(np.stack(found))
+
+
+def _pixels(picture: str | Path | Picture) -> NDArray[np.uint8]:
+    """(3, 32, 32) uint8."""
+    if isinstance(picture, Picture):
+        return images.small_square(picture)
+    try:
+        return images.read_image(Path(picture))
+    except DataError as error:
+        raise DataError(f"{picture}: {error}") from None

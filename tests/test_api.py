@@ -1,0 +1,328 @@
+"""The library: what the commands do, to the same bits, in silence, with exceptions in place of exit codes."""
+
+import copy
+import inspect
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn import functional as F
+
+import cifar100cli
+from cifar100cli import (
+    CifarError,
+    Classifier,
+    DataError,
+    Preset,
+    RunInterrupted,
+    UsageError,
+    api,
+    evaluate,
+    load_model,
+    load_preset,
+    preset_names,
+    resume,
+    synthetic,
+    train,
+)
+from cifar100cli.config import read_config
+from cifar100cli.models import create_model
+from tests.conftest import TINY, Cli, StopAfter
+
+OVERRIDES: dict[str, object] = {
+    "data.dataset": "synthetic",
+    "model.backbone": "test_resnet",
+    "data.batch_size": 64,
+    "train.precision": "fp32",
+    "train.epochs": 2,
+}
+
+
+@pytest.fixture
+def run(run_cli: Cli, small_synthetic: synthetic.Drawn) -> Path:
+    """A run that the command line made, normalised and at 48 pixels, in the folder that is current."""
+    outcome = run_cli("train", *TINY, "--epochs", "2", "--image-size", "48", "--json")
+    assert outcome.code == 0, outcome.err
+    return Path(json.loads(outcome.out)["run_dir"])
+
+
+def picture(width: int, height: int) -> Image.Image:
+    random = np.random.default_rng(width)
+    small = random.integers(0, 256, (height // 8, width // 8, 3), np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def lasting(result: dict[str, Any]) -> dict[str, Any]:
+    """What of a result is the same whenever and wherever it was made."""
+    changing = ("run_dir", "seconds", "images_per_second", "peak_memory_bytes", "checkpoint")
+    return {key: value for key, value in result.items() if key not in changing}
+
+
+# ------------------------------------------------------------------------------------------------ the names
+
+
+def test_every_name_can_be_had_and_says_what_it_is() -> None:
+    for name in cifar100cli.__all__:
+        found = getattr(cifar100cli, name)
+        assert len(inspect.getdoc(found) or "") > 20, name
+        assert name in dir(cifar100cli)
+    for function in (train, resume, evaluate, load_model, load_preset):
+        assert "Raises" in (inspect.getdoc(function) or "")
+        assert function.__module__ == api.__name__
+    assert sorted(cifar100cli.__all__, key=lambda name: (name[0].islower(), name)) == cifar100cli.__all__
+
+
+def test_other_names_are_no_attributes() -> None:
+    with pytest.raises(AttributeError, match="nothing_such"):
+        _ = cifar100cli.nothing_such
+    assert not hasattr(cifar100cli, "torch")
+
+
+def test_importing_the_package_imports_no_torch(tmp_path: Path) -> None:
+    script = """
+import sys
+import cifar100cli
+from cifar100cli import CifarError, Preset, preset_names
+assert "quickstart" in preset_names() and "train" in dir(cifar100cli)
+assert not {"torch", "timm", "torchvision", "typer", "rich"} & set(sys.modules)
+from cifar100cli import *
+assert "torch" in sys.modules and load_model and train
+"""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    finished = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, env=environment, check=False
+    )
+    assert finished.returncode == 0, finished.stderr
+    assert finished.stdout + finished.stderr == ""
+
+
+# ---------------------------------------------------------------------------------------------- the presets
+
+
+def test_presets_are_those_of_the_command_line(run_cli: Cli, tmp_path: Path) -> None:
+    assert preset_names() == list(json.loads(run_cli("presets", "--json").out))
+    printed = run_cli("train", "--preset", "resnet18-baseline", "--lr", "3e-4", "--epochs", "10", "--print-config").out
+    ours = load_preset("resnet18-baseline", {"optimizer.lr": 3e-4, "train.epochs": 10})
+    assert isinstance(ours, Preset)
+    assert ours.config.to_yaml().strip() == printed.strip()
+    file = tmp_path / "mine.yaml"
+    file.write_text(printed)
+    for path in (file, str(file)):
+        assert load_preset(path) == Preset("mine", ours.config)
+    assert load_preset().name == "quickstart"
+
+
+def test_naming_weights_means_starting_from_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = load_preset("resnet18-baseline", {"model.weights": Path("w.safetensors")}).config.model
+    assert (model.pretrained, model.weights) == (True, str(tmp_path / "w.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "words"),
+    [
+        ("resnet18-basline", {}, "did you mean resnet18-baseline"),
+        ("nowhere.yaml", {}, "no such file"),
+        ("quickstart", {"lr": 1}, r"unknown key 'lr' in overrides; did you mean optimizer\.lr"),
+        ("quickstart", {"optimizer.lr": -1}, r"optimizer\.lr = -1 \(overrides\): must be a number, above 0"),
+        ("quickstart", {"train.epochs": True}, "a whole number"),
+        ("quickstart", {"optimizer.betas": object()}, "two numbers"),
+    ],
+)
+def test_mistakes_in_presets_are_value_errors(name: str, overrides: dict[str, object], words: str) -> None:
+    with pytest.raises(UsageError, match=words) as raised:
+        load_preset(name, overrides)
+    assert isinstance(raised.value, CifarError)
+    assert isinstance(raised.value, ValueError)
+
+
+# --------------------------------------------------------------------------------------- training, measuring
+
+
+def test_train_is_the_commands_to_the_byte_and_silent(
+    run_cli: Cli, small_synthetic: synthetic.Drawn, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    commands = json.loads(run_cli("train", *TINY, "--epochs", "2", "--json").out)
+    capfd.readouterr()
+    ours = train(load_preset("quickstart", OVERRIDES), runs_dir=tmp_path / "ours", device="cpu")
+    assert capfd.readouterr() == ("", "")
+    for name in ("model.safetensors", "state.safetensors", "predictions.csv", "config.yaml"):
+        assert (Path(ours["run_dir"]) / name).read_bytes() == (Path(commands["run_dir"]) / name).read_bytes(), name
+    assert lasting(ours) == lasting(commands)
+    assert ours == json.loads((Path(ours["run_dir"]) / "result.json").read_text())
+    assert Path(ours["run_dir"]).parent == tmp_path / "ours" / "quickstart"
+
+
+def test_progress_is_what_the_command_shows(
+    run_cli: Cli, small_synthetic: synthetic.Drawn, capfd: pytest.CaptureFixture[str]
+) -> None:
+    result = train(load_preset("quickstart", OVERRIDES), device="cpu", progress=True)
+    shown = capfd.readouterr()
+    assert shown.out == ""
+    assert [line[:9] for line in shown.err.splitlines() if line.startswith("epoch")] == ["epoch 1/2", "epoch 2/2"]
+    assert Path(result["run_dir"]).parts[0] == "runs"
+
+
+def test_folders_of_the_environment(
+    run_cli: Cli, small_synthetic: synthetic.Drawn, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("CIFAR100_RUNS_DIR", "elsewhere")
+    result = train(load_preset("quickstart", OVERRIDES | {"train.epochs": 1}), device="cpu")
+    assert Path(result["run_dir"]).parts[0] == "elsewhere"
+    monkeypatch.setenv("CIFAR100_DATA_DIR", str(tmp_path / "nowhere"))
+    with pytest.raises(DataError, match="nowhere"):
+        train(load_preset("resnet18-baseline"), device="cpu")
+
+
+def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    preset = Preset("quickstart", read_config(run / "config.yaml"))
+    with monkeypatch.context() as patched:
+        patched.setattr(api, "_Silence", lambda: StopAfter(9))  # seven steps an epoch
+        with pytest.raises(RunInterrupted) as stopped:
+            train(preset, runs_dir=str(tmp_path / "ours"), device="cpu")
+    begun = stopped.value.run_dir
+    assert begun is not None
+    assert stopped.value.finished == 1
+    capfd.readouterr()
+    result = resume(begun)
+    assert capfd.readouterr() == ("", "")
+    assert (begun / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
+    assert resume(str(begun)) == result
+    assert lasting(result) == lasting(json.loads((run / "result.json").read_text()))
+
+
+def test_evaluate_agrees_with_the_result_and_the_command(
+    run: Path, run_cli: Cli, capfd: pytest.CaptureFixture[str]
+) -> None:
+    found = evaluate(run, predictions="test.csv", device="cpu")
+    assert capfd.readouterr() == ("", "")
+    result = json.loads((run / "result.json").read_text())
+    assert {key: found[key] for key in result["test"]} == result["test"]
+    assert Path("test.csv").read_bytes() == (run / "predictions.csv").read_bytes()
+    assert found == json.loads(run_cli("evaluate", run, "--device", "cpu", "--json").out)
+    both = evaluate([run / "model.safetensors"], split="train", tta=True, device="cpu")
+    asked = run_cli("evaluate", run / "model.safetensors", "--split", "train", "--tta", "--device", "cpu", "--json")
+    assert both == json.loads(asked.out)
+
+
+# ------------------------------------------------------------------------------------------------- the model
+
+
+def test_a_loaded_model_computes_what_torch_does(run: Path, small_synthetic: synthetic.Drawn) -> None:
+    """The network, built and filled by hand, on pixels prepared by hand."""
+    model = load_model(run, device="cpu")
+    assert isinstance(model, Classifier)
+    assert not model.training
+    assert model.classes == small_synthetic.classes
+    images = torch.from_numpy(small_synthetic.test[0][:32])
+    config = read_config(run / "config.yaml")
+    network = create_model(config, 100, pretrained=False).eval()
+    network.load_state_dict(load_file(run / "model.safetensors"))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (model.card.mean, model.card.std))
+    inputs = F.interpolate((images / 255 - mean) / std, size=(48, 48), mode="bilinear", align_corners=False)
+    with torch.inference_mode():
+        expected = network(inputs)
+        logits = model(images)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_predictions_are_those_of_the_command(run: Path, run_cli: Cli, capfd: pytest.CaptureFixture[str]) -> None:
+    pictures = [picture(32, 32), picture(200, 120), picture(24, 56)]
+    names = [Path(f"{number}.png") for number in range(len(pictures))]
+    for one, name in zip(pictures, names, strict=True):
+        one.save(name)
+    commands = json.loads(run_cli("predict", run, *names, "--top", "3", "--device", "cpu", "--json").out)
+    capfd.readouterr()
+    model = load_model(run / "model.safetensors", device="cpu")
+    from_files, from_memory = model.predict(names, top=3), model.predict(pictures, top=3)
+    assert capfd.readouterr() == ("", "")
+    assert from_files == from_memory == [one["top"] for one in commands["images"]]
+    # As arrays, too: of any size, and each as if it were alone.
+    for one, expected in zip(pictures, from_files, strict=True):
+        pixels = torch.from_numpy(np.array(one)).permute(2, 0, 1)[None]
+        with torch.inference_mode():
+            shares = model(pixels).softmax(1)
+        assert model.classes[int(shares.argmax(1))] == expected[0]["class"]
+        assert shares.max().item() == pytest.approx(expected[0]["probability"], rel=1e-4)
+    assert [[guess["class"] for guess in top] for top in model.predict([str(names[0])], top=1)] == [
+        [from_files[0][0]["class"]]
+    ]
+    assert model.predict([]) == []
+    assert len(model.predict([pictures[0]] * 70, top=1000)) == 70
+    assert len(model.predict(pictures, top=1000)[0]) == 100
+
+
+def test_a_model_is_a_module(run: Path) -> None:
+    """Gradients flow, and it can be copied and pickled."""
+    model = load_model(run, device="cpu")
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    logits = model(images)
+    logits.sum().backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own
+        assert torch.equal(other(images), logits)
+        assert other.classes == model.classes
+
+
+@pytest.mark.parametrize(
+    "images",
+    [
+        torch.zeros(1, 3, 32, 32),
+        torch.zeros(3, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 32, 32, 3, dtype=torch.uint8),
+        torch.zeros(0, 3, 32, 32, dtype=torch.uint8),
+        torch.zeros(1, 3, 0, 32, dtype=torch.uint8),
+    ],
+)
+def test_other_tensors_are_refused(kept: Classifier, images: torch.Tensor) -> None:
+    with pytest.raises(UsageError, match=r"images are uint8 \(N, 3, H, W\), and not torch\."):
+        kept(images)
+
+
+@pytest.fixture
+def kept() -> Classifier:
+    """A model of an earlier version; its data set is not here, and not needed."""
+    return load_model(Path(__file__).parent / "kept" / "run-format-1", device="cpu")
+
+
+def test_mistakes_are_raised(kept: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    preset = load_preset()
+    Path("notes.txt").write_text("no image")
+    Path("file").write_text("no folder")
+    with pytest.raises(UsageError, match="device"):
+        train(preset, device="gpu")
+    with pytest.raises(UsageError, match="cuda:99"):
+        load_model(kept.path, device="cuda:99")
+    with pytest.raises(CifarError, match="not a folder"):
+        train(preset, runs_dir="file", device="cpu")
+    for missing in (load_model, evaluate, resume):
+        with pytest.raises(DataError, match="nowhere"):
+            missing("nowhere")
+    with pytest.raises(UsageError, match="dev"):
+        evaluate(kept.path, split="dev")
+    with pytest.raises(UsageError, match="at least one"):
+        evaluate([])
+    with pytest.raises(UsageError, match="no such folder"):
+        evaluate(kept.path, predictions="nowhere/x.csv")
+    with pytest.raises(DataError, match=r"notes\.txt: no image"):
+        kept.predict(["notes.txt"])
+    with pytest.raises(DataError, match=r"none\.png: No such file"):
+        kept.predict([Path("none.png")])
+    with pytest.raises(UsageError, match="a list"):
+        kept.predict("notes.txt")
+    with pytest.raises(UsageError, match="top = 0"):
+        kept.predict([picture(32, 32)], top=0)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes.txt"]
