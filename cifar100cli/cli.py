@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from cifar100cli import __version__, console, interrupts, options, places, ranks, show, training
+from cifar100cli import __version__, completion, console, interrupts, options, places, ranks, show, training
 from cifar100cli.errors import (
     CifarError,
     DataError,
@@ -180,7 +180,12 @@ def _one_process() -> None:
 @app.command()
 def download(
     dataset: Annotated[
-        list[str] | None, typer.Option(metavar="cifar100|cifar10", help="May be repeated; default: cifar100.")
+        list[str] | None,
+        typer.Option(
+            metavar="cifar100|cifar10",
+            help="May be repeated; default: cifar100.",
+            autocompletion=completion.words("cifar100", "cifar10"),
+        ),
     ] = None,
     data_dir: options.DataDir = None,
     url: Annotated[
@@ -417,7 +422,11 @@ def _study_preset(unfreeze: str | None, epochs: str | None) -> str:
 def evaluate(
     checkpoints: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN|CHECKPOINT...", help="Run folders or .safetensors files; several are an ensemble."),
+        typer.Argument(
+            metavar="RUN|CHECKPOINT...",
+            help="Run folders or .safetensors files; several are an ensemble.",
+            autocompletion=completion.trained,
+        ),
     ],
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images to measure on.")] = "test",
     tta: Annotated[
@@ -456,7 +465,7 @@ def evaluate(
 
 @app.command()
 def predict(
-    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a .safetensors file.")],
+    checkpoint: options.Model,
     images: Annotated[
         list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, folders of pictures, or - for standard input.")
     ],
@@ -496,7 +505,7 @@ def predict(
 
 @app.command()
 def export(
-    checkpoint: Annotated[Path, typer.Argument(metavar="RUN|CHECKPOINT", help="A run folder, or a .safetensors file.")],
+    checkpoint: options.Model,
     out: Annotated[Path, typer.Option(metavar="FILE.onnx", help="Where to write the graph.")],
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -570,7 +579,9 @@ def bench(
 
 @app.command()
 def presets(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="Show this one as YAML.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="NAME", help="Show this one as YAML.", autocompletion=completion.presets)
+    ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

@@ -218,6 +218,19 @@ def _field(key: str) -> FieldInfo | None:
     return dict(_fields()).get(key)
 
 
+def keys() -> list[str]:
+    """Every key that `--set` takes; what only describes is left out."""
+    return [key for key, _ in _fields() if key.split(".")[0] not in DESCRIBING]
+
+
+def choices(key: str) -> tuple[str, ...]:
+    """The words that a key may be, where it is one of a few."""
+    field = _field(key)
+    assert field is not None
+    assert get_origin(field.annotation) is Literal
+    return get_args(field.annotation)
+
+
 def _nearest_key(key: str) -> str:
     known = [name for name, _ in _fields()]
     sections = [name for name, field in Config.model_fields.items() if _section_of(field.annotation)]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cifar100cli import console
+from cifar100cli import completion, console
 from cifar100cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,8 +24,8 @@ def _verbosity(level: int) -> Callable[[bool], None]:
     return set_level
 
 
-def _text(metavar: str, description: str) -> Any:
-    return typer.Option(metavar=metavar, help=description)
+def _text(metavar: str, description: str, complete: completion.Complete | None = None) -> Any:
+    return typer.Option(metavar=metavar, help=description, autocompletion=complete)
 
 
 # Of every command.
@@ -47,11 +47,23 @@ DataDir = Annotated[
 RunsDir = Annotated[
     Path, typer.Option("--out", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders go.")
 ]
-Device = Annotated[str, _text("NAME", "auto, cpu, cuda, cuda:N or mps.")]
+Device = Annotated[
+    str, _text("NAME", "auto, cpu, cuda, cuda:N or mps.", completion.words("auto", "cpu", "cuda", "mps"))
+]
+
+# Of the commands that use a trained model.
+Model = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN|CHECKPOINT",
+        help="A run folder, or a .safetensors file.",
+        autocompletion=completion.trained,
+    ),
+]
 
 # Of the commands that train.
-Preset = Annotated[str | None, _text("NAME|FILE", "One of `cifar100 presets`, or a YAML file.")]
-Dataset = Annotated[str | None, _text("NAME", "cifar100, cifar10 or synthetic.")]
+Preset = Annotated[str | None, _text("NAME|FILE", "One of `cifar100 presets`, or a YAML file.", completion.presets)]
+Dataset = Annotated[str | None, _text("NAME", "cifar100, cifar10 or synthetic.", completion.values("data.dataset"))]
 Backbone = Annotated[str | None, _text("NAME", "Any image model that timm knows.")]
 Pretrained = Annotated[
     bool | None, typer.Option("--pretrained/--no-pretrained", help="Start from ImageNet weights, or do not.")
@@ -61,21 +73,40 @@ Weights = Annotated[
 ]
 ImageSize = Annotated[str | None, _text("N", "Side in pixels.")]
 BatchSize = Annotated[str | None, _text("N", "Images in a training step.")]
-AugmentPolicy = Annotated[str | None, _text("POLICY", "none, flip, crop_flip or one_of; augment.* adds more.")]
-LossName = Annotated[str | None, _text("NAME", "cross_entropy, arcface or cosface.")]
+AugmentPolicy = Annotated[
+    str | None,
+    _text("POLICY", "none, flip, crop_flip or one_of; augment.* adds more.", completion.values("augment.policy")),
+]
+LossName = Annotated[str | None, _text("NAME", "cross_entropy, arcface or cosface.", completion.values("loss.name"))]
 LabelSmoothing = Annotated[str | None, _text("X", "From 0 to below 1.")]
-OptimizerName = Annotated[str | None, _text("NAME", "adamw, adam, sgd or muon.")]
+OptimizerName = Annotated[str | None, _text("NAME", "adamw, adam, sgd or muon.", completion.values("optimizer.name"))]
 LearningRate = Annotated[str | None, _text("X", "Learning rate.")]
 WeightDecay = Annotated[str | None, _text("X", "Weight decay.")]
-Teacher = Annotated[Path | None, _text("RUN|CHECKPOINT", "A trained model of ours with the same classes.")]
+Teacher = Annotated[
+    Path | None, _text("RUN|CHECKPOINT", "A trained model of ours with the same classes.", completion.trained)
+]
 Alpha = Annotated[str | None, _text("A", "Weight of the teacher; the labels have 1 - A. [preset: 0.7]")]
 Temperature = Annotated[str | None, _text("T", "Both softmaxes are taken at logits / T. [preset: 4]")]
-Unfreeze = Annotated[str | None, _text("STAGE", "fc, layer4 (and fc), layer3 (and both), all, or a stage's own name.")]
+Unfreeze = Annotated[
+    str | None,
+    _text(
+        "STAGE",
+        "fc, layer4 (and fc), layer3 (and both), all, or a stage's own name.",
+        completion.words("fc", "layer4", "layer3", "all"),
+    ),
+]
 Init = Annotated[
     str | None,
-    _text("imagenet|none|RUN|CHECKPOINT", "What to start from; a run's head is replaced. [preset: imagenet]"),
+    _text(
+        "imagenet|none|RUN|CHECKPOINT",
+        "What to start from; a run's head is replaced. [preset: imagenet]",
+        completion.starts,
+    ),
 ]
-BatchNorm = Annotated[str | None, _text("frozen|adapt", "Whether frozen stages' statistics move. [preset: frozen]")]
+BatchNorm = Annotated[
+    str | None,
+    _text("frozen|adapt", "Whether frozen stages' statistics move. [preset: frozen]", completion.values("finetune.bn")),
+]
 Fraction = Annotated[str | None, _text("F", "Share of each class's training images, above 0 up to 1.")]
 Cache = Annotated[
     bool | None, typer.Option("--cache/--no-cache", help="Run the frozen part once. [preset: where possible]")
@@ -86,12 +117,22 @@ Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="So many runs in tu
 Ablate = Annotated[
     str | None, _text("BLOCK,BLOCK", "Train it as it is and without each of these (augment, ema, ...), and compare.")
 ]
-Settings = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Set any key; may be repeated.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Set any key; may be repeated.", autocompletion=completion.settings
+    ),
+]
 Log = Annotated[
     list[str] | None,
-    typer.Option("--log", metavar="tensorboard|wandb", help="Write the figures there too; may be repeated."),
+    typer.Option(
+        "--log",
+        metavar="tensorboard|wandb",
+        help="Write the figures there too; may be repeated.",
+        autocompletion=completion.words("tensorboard", "wandb"),
+    ),
 ]
-Resume = Annotated[str | None, _text("RUN|last", "Go on with a run that was stopped.")]
+Resume = Annotated[str | None, _text("RUN|last", "Go on with a run that was stopped.", completion.unfinished)]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check it all, take one step, write nothing.")]
 PrintConfig = Annotated[bool, typer.Option("--print-config", help="Print the resolved preset as YAML and exit.")]
 
