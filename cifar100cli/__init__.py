@@ -43,11 +43,13 @@ __all__ = [
 _ELSEWHERE = {"Classifier": "classifier", "Preset": "config", "preset_names": "config"}  # the others are in `api`
 
 
-def __getattr__(name: str) -> object:
-    """What is in `__all__`, imported when it is first asked for: PyTorch takes seconds, which `--help` has not."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"cifar100cli.{_ELSEWHERE.get(name, 'api')}"), name)
+if not TYPE_CHECKING:  # which would take every name for one of ours
+
+    def __getattr__(name: str) -> object:
+        """What is in `__all__`, imported when it is first asked for: PyTorch takes seconds, which `--help` has not."""
+        if name not in __all__:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"cifar100cli.{_ELSEWHERE.get(name, 'api')}"), name)
 
 
 def __dir__() -> list[str]:

@@ -5,6 +5,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from cifar100cli import runs
 from cifar100cli.config import load_preset, preset_names
@@ -12,6 +13,7 @@ from tests.conftest import Cli
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("cifar100 ")]
 
 
@@ -25,6 +27,15 @@ def test_commands_and_flags_exist(run_cli: Cli, command: str) -> None:
             assert re.search(rf"{argument}\b", shown.out), argument
     if "--preset" in arguments:
         load_preset(arguments[arguments.index("--preset") + 1])
+
+
+@pytest.mark.usefixtures("small_synthetic")
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_for_python_run(example: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As they stand, in a folder with a picture."""
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (300, 200), "orange").save("photo.jpg")
+    exec(example, {})  # noqa: S102 - our own
 
 
 def test_the_table_of_presets_is_complete_and_right() -> None:
