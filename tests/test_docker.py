@@ -1,0 +1,521 @@
+"""The container: its files read as docker reads them, and its scripts against a `docker` that notes what it is asked.
+
+No engine is needed, and no image is built.
+"""
+
+import csv
+import fnmatch
+import json
+import os
+import pty
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+
+from cifar100cli.config import preset_names
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "docker"
+VARIABLES = ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR", "HF_HOME")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+STUB = """#!{python}
+import json, os, sys, time
+with open(os.environ["STUB_LOG"], "a") as log:
+    log.write(json.dumps([os.getpid(), sys.argv[1:], os.environ.get("DOCKER_BUILDKIT")]) + "\\n")
+if sys.argv[1] == "version" and "STUB_NO_DAEMON" in os.environ:
+    sys.exit("some advice\\nCannot connect to the Docker daemon")
+if sys.argv[1] == "image" and "STUB_NO_IMAGE" in os.environ:
+    sys.exit("Error: No such image")
+if sys.argv[1] in ("run", "build"):
+    time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
+    sys.exit(int(os.environ.get("STUB_EXIT", "0")))
+"""
+
+
+@dataclass
+class Host:
+    """A machine with few programs: the scripts' own tools, and, if it has them, docker and a GPU."""
+
+    bin: Path
+    home: Path
+    log: Path
+
+    def install(self, name: str, text: str) -> None:
+        (self.bin / name).write_text(text)
+        (self.bin / name).chmod(0o755)
+
+    def environment(self, **variables: str) -> dict[str, str]:
+        return {"PATH": str(self.bin), "HOME": str(self.home), "STUB_LOG": str(self.log), **variables}
+
+    def run(self, script: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        command = [str(DOCKER / script), *arguments]
+        environment = self.environment(**variables)
+        return subprocess.run(
+            command,
+            env=environment,
+            cwd=self.home,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def calls(self, name: str) -> list[list[str]]:
+        """The arguments of every `docker NAME` so far."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [arguments for _, arguments, _ in map(json.loads, lines) if arguments[0] == name]
+
+    def only(self, name: str) -> list[str]:
+        (call,) = self.calls(name)
+        return call
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    made = Host(tmp_path / "bin", tmp_path / "home", tmp_path / "log")
+    made.bin.mkdir()
+    made.home.mkdir()
+    for tool in ("bash", "env", "dirname", "basename", "mkdir", "id", "cat", "chown"):
+        found = shutil.which(tool)
+        if found is None:
+            pytest.skip(f"there is no {tool} here")
+        (made.bin / tool).symlink_to(found)
+    made.install("docker", STUB.format(python=sys.executable))
+    return made
+
+
+def train(host: Host, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """`train.bash` with runs elsewhere than in this checkout."""
+    return host.run("train.bash", *arguments, **{"CIFAR100_RUNS_DIR": str(host.home / "runs"), **variables})
+
+
+def each(call: list[str], flag: str) -> list[str]:
+    """The values of a flag that may be given more than once."""
+    return [value for word, value in pairwise(call) if word == flag]
+
+
+def mounts(call: list[str]) -> dict[str, dict[str, str]]:
+    """Target: fields of each --mount, which are CSV."""
+    rows = [dict(field.partition("=")[::2] for field in next(csv.reader([value]))) for value in each(call, "--mount")]
+    return {row["target"]: row for row in rows}
+
+
+def test_training_is_one_docker_run(host: Host) -> None:
+    finished = train(host, "quickstart", "--epochs", "2")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    call = host.only("run")
+    image = call.index("cifar100:cpu")
+    assert call[image + 1 :] == ["train", "--preset", "quickstart", "--epochs", "2"]
+    options = call[:image]
+    assert {"--rm", "--init", "--shm-size", "--stop-timeout"} <= set(options)
+    assert not {"--gpus", "--tty", "--interactive", "--privileged"} & set(options)
+    assert each(call, "--env") == ["NO_COLOR", "FORCE_COLOR", "OMP_NUM_THREADS"]
+
+
+def test_folders_are_the_tools_own_and_made_beforehand(host: Host) -> None:
+    train(host, "quickstart")
+    cache = host.home / ".cache"
+    found = mounts(host.only("run"))
+    assert {target: Path(row["source"]) for target, row in found.items()} == {
+        "/cifar100/data": cache / "cifar100",
+        "/cifar100/runs": host.home / "runs",
+        "/cifar100/cache": cache / "cifar100" / "computed",
+        "/cifar100/huggingface": cache / "huggingface",
+    }
+    assert all(row["type"] == "bind" and Path(row["source"]).is_dir() for row in found.values())
+
+
+@pytest.mark.parametrize("name", ["plain", "a b", 'quo"te', "comma,comma", "colon:colon", "$(touch x)", "naïve"])
+def test_odd_names_of_folders_arrive_whole(host: Host, name: str) -> None:
+    folders = {variable: str(host.home / name / variable.lower()) for variable in VARIABLES}
+    assert train(host, "quickstart", **folders).returncode == 0
+    found = mounts(host.only("run"))
+    assert sorted(row["source"] for row in found.values()) == sorted(folders.values())
+    assert all(Path(folder).is_dir() for folder in folders.values())
+
+
+def test_relative_folders_are_those_of_the_caller(host: Host) -> None:
+    assert train(host, "quickstart", CIFAR100_RUNS_DIR="mine/runs").returncode == 0
+    assert mounts(host.only("run"))["/cifar100/runs"]["source"] == str(host.home / "mine" / "runs")
+
+
+def test_runs_are_in_this_repository_by_default(host: Host) -> None:
+    copy = host.home / "clone"
+    shutil.copytree(DOCKER, copy / "docker")
+    (copy / "presets").mkdir()
+    (copy / "presets" / "quickstart.yaml").touch()
+    subprocess.run([copy / "docker" / "train.bash", "quickstart"], env=host.environment(), cwd=host.home, check=True)
+    assert mounts(host.only("run"))["/cifar100/runs"]["source"] == str(copy / "runs")
+
+
+def test_odd_arguments_arrive_whole(host: Host) -> None:
+    odd = ["--set", "a.b=c d", "", "*", "$HOME", 'x"y', "--", "--gpu", "a\nb"]
+    assert train(host, "quickstart", *odd).returncode == 0
+    assert host.only("run")[-len(odd) :] == odd
+
+
+def test_a_preset_of_ones_own_is_mounted(host: Host) -> None:
+    (host.home / "a, b").mkdir()
+    (host.home / "a, b" / "mine.yaml").write_text("seed: 1\n")
+    assert train(host, "a, b/mine.yaml").returncode == 0
+    call = host.only("run")
+    assert call[-3:] == ["train", "--preset", "presets/mine.yaml"]
+    row = mounts(call)["/cifar100/presets/mine.yaml"]
+    assert row["source"] == str(host.home / "a, b" / "mine.yaml")
+    assert "readonly" in row
+
+
+def test_every_preset_of_ours_is_known(host: Host) -> None:
+    assert sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")) == preset_names()
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_gpu_is_used_where_there_is_one(host: Host, gpu: bool) -> None:
+    host.install("nvidia-smi", f"#!{host.bin / 'bash'}\nexit {0 if gpu else 9}\n")
+    train(host, "quickstart")
+    call = host.only("run")
+    kind = "gpu" if gpu else "cpu"
+    assert f"cifar100:{kind}" in call
+    assert each(call, "--gpus") == (["all"] if gpu else [])
+    host.run("build.bash")
+    assert f"cifar100:{kind}" in host.only("build")
+
+
+def test_the_choice_of_the_user_comes_first(host: Host) -> None:
+    host.install("nvidia-smi", f"#!{host.bin / 'bash'}\n")
+    train(host, "--cpu", "quickstart")
+    assert "cifar100:cpu" in host.only("run")
+    assert "--gpus" not in host.only("run")
+
+
+@pytest.mark.parametrize("code", [0, 2, 3, 130, 143])
+def test_exit_codes_are_passed_on(host: Host, code: int) -> None:
+    assert train(host, "quickstart", STUB_EXIT=str(code)).returncode == code
+    assert host.run("build.bash", STUB_EXIT=str(code)).returncode == code
+
+
+def test_signals_reach_docker_itself(host: Host) -> None:
+    """The script becomes docker: nothing stands between a signal and it."""
+    environment = host.environment(CIFAR100_RUNS_DIR=str(host.home / "runs"), STUB_SECONDS="60")
+    with subprocess.Popen([DOCKER / "train.bash", "quickstart"], env=environment) as running:
+        while not host.calls("run"):
+            assert running.poll() is None
+        pid = json.loads(host.log.read_text().splitlines()[-1])[0]
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(timeout=30) == -signal.SIGTERM
+    assert pid == running.pid
+
+
+def test_a_terminal_is_handed_on(host: Host) -> None:
+    ours, theirs = pty.openpty()
+    try:
+        environment = host.environment(CIFAR100_RUNS_DIR=str(host.home / "runs"))
+        for output in (theirs, subprocess.DEVNULL):
+            subprocess.run(
+                [DOCKER / "train.bash", "quickstart"], env=environment, stdin=theirs, stdout=output, check=True
+            )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    on_terminal, in_pipe = host.calls("run")
+    assert {"--interactive", "--tty"} <= set(on_terminal)
+    assert not {"--interactive", "--tty"} & set(in_pipe)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "name a preset"),
+        (["nope"], "nope: there is neither a preset nor a YAML file"),
+        (["../presets/quickstart"], "there is neither a preset nor"),
+        (["--epochs", "3", "quickstart"], "--epochs: options of `cifar100 train` come after the preset"),
+    ],
+)
+def test_mistakes_are_refused_before_docker_is_asked(host: Host, arguments: list[str], said: str) -> None:
+    finished = train(host, *arguments)
+    assert finished.returncode == 2
+    assert said in finished.stderr
+    assert finished.stderr.count("\n") == 1
+    assert not host.log.exists()
+    assert not (host.home / "runs").exists()
+
+
+@pytest.mark.parametrize("script", ["train.bash", "build.bash"])
+def test_docker_that_is_missing_or_asleep(host: Host, script: str) -> None:
+    arguments = ["quickstart"] if script == "train.bash" else []
+    asleep = host.run(script, *arguments, STUB_NO_DAEMON="1")
+    assert asleep.returncode == 1
+    assert asleep.stderr.count("\n") == 1
+    assert "is it started" in asleep.stderr
+    assert asleep.stderr.endswith("Cannot connect to the Docker daemon\n")
+    (host.bin / "docker").unlink()
+    missing = host.run(script, *arguments)
+    assert (missing.returncode, missing.stderr) == (
+        1,
+        f"docker/{script}: docker is not installed, or not on the PATH\n",
+    )
+
+
+def test_an_image_that_is_not_built_yet(host: Host) -> None:
+    finished = train(host, "quickstart", STUB_NO_IMAGE="1")
+    assert finished.returncode == 1
+    assert "build it: " in finished.stderr
+    assert "docker/build.bash --cpu" in finished.stderr
+    assert not host.calls("run")
+    assert not (host.home / "runs").exists()
+
+
+@pytest.mark.parametrize("script", ["train.bash", "build.bash"])
+def test_help_needs_no_docker(host: Host, script: str) -> None:
+    (host.bin / "docker").unlink()
+    finished = host.run(script, "--help")
+    assert (finished.returncode, finished.stderr) == (0, "")
+    assert finished.stdout.startswith(f"Usage: docker/{script}")
+    assert all(variable in finished.stdout for variable in VARIABLES) or script == "build.bash"
+
+
+def build_arguments(call: list[str]) -> dict[str, str]:
+    return dict(value.partition("=")[::2] for value in each(call, "--build-arg"))
+
+
+def test_building(host: Host) -> None:
+    assert host.run("build.bash", "--cpu", "--pull").returncode == 0
+    call = host.only("build")
+    assert call[-2:] == ["--pull", str(ROOT)]
+    assert call[call.index("--file") + 1] == str(DOCKER / "Dockerfile")
+    own = (str(os.getuid() or 1000), str(os.getgid() if os.getuid() else 1000))
+    assert build_arguments(call) == {"HOST_UID": own[0], "HOST_GID": own[1]}
+    assert "--secret" not in call
+    assert json.loads(host.log.read_text().splitlines()[-1])[2] == "1"
+
+
+def test_bases(host: Host) -> None:
+    host.run("build.bash", "--gpu")
+    host.run("build.bash", "--gpu", "--base", "somewhere/pytorch:25.03-py3")
+    default, named = map(build_arguments, host.calls("build"))
+    year, month = map(int, re.fullmatch(r"nvcr\.io/nvidia/pytorch:(\d+)\.(\d+)-py3", default["BASE"]).groups())  # type: ignore[union-attr]
+    assert (year, month) >= (26, 4)  # the first with a PyTorch that pyproject.toml takes
+    assert named["BASE"] == "somewhere/pytorch:25.03-py3"
+    assert host.run("build.bash", "--base").returncode == 2
+
+
+def test_sudo_is_not_root_in_the_container(host: Host) -> None:
+    host.run("build.bash", SUDO_UID="4321", SUDO_GID="8765")
+    host.run("build.bash", SUDO_UID="0", SUDO_GID="0")
+    by_sudo, by_root = map(build_arguments, host.calls("build"))
+    assert (by_sudo["HOST_UID"], by_sudo["HOST_GID"]) == ("4321", "8765")
+    assert (by_root["HOST_UID"], by_root["HOST_GID"]) == ("1000", "1000")
+
+
+def test_settings_of_pip_are_a_secret(host: Host) -> None:
+    file = host.home / "pip.conf"
+    file.write_text("[global]\n")
+    assert host.run("build.bash", PIP_CONFIG_FILE=str(file)).returncode == 0
+    call = host.only("build")
+    assert call[call.index("--secret") + 1] == f"id=pip.conf,src={file}"
+    assert host.run("build.bash", PIP_CONFIG_FILE=str(file) + "x").returncode == 2
+
+
+# The Dockerfile.
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+    text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE)
+    lines = re.sub(r"\\\n\s*", "", text).splitlines()
+    return [tuple(line.split(maxsplit=1)) for line in lines if line.strip()]  # type: ignore[misc]
+
+
+def values(name: str) -> list[str]:
+    return [value for instruction, value in instructions() if instruction == name]
+
+
+def environment() -> dict[str, str]:
+    return dict(pair.partition("=")[::2] for value in values("ENV") for pair in value.split())
+
+
+def test_bases_are_arguments_and_pinned() -> None:
+    defaults = dict(value.partition("=")[::2] for value in values("ARG"))
+    assert [value.split()[0] for value in values("FROM")] == ["${PYTHON}", "${BASE}"]
+    assert defaults["BASE"] == "${PYTHON}"
+    assert re.fullmatch(r"python:3\.\d+\.\d+-slim-[a-z]+", defaults["PYTHON"])
+
+
+def test_the_user_is_not_root() -> None:
+    defaults = dict(value.partition("=")[::2] for value in values("ARG"))
+    assert values("USER") == ["${HOST_UID}:${HOST_GID}"]
+    assert int(defaults["HOST_UID"]) > 0
+    assert any('test "${HOST_UID}" -ne 0' in value for value in values("RUN"))
+
+
+def test_no_secrets_and_nothing_from_afar() -> None:
+    text = (DOCKER / "Dockerfile").read_text(encoding="utf-8")
+    assert not values("ADD")
+    assert "://" not in text
+    assert not re.search(r"token|password\b(?!,)|api_?key", " ".join(values("ARG") + values("ENV")), re.IGNORECASE)
+    installing = [
+        value
+        for value in values("RUN")
+        if "pip install" in value and "--no-index --no-cache-dir --no-deps /d" not in value
+    ]
+    assert installing
+    assert all("--mount=type=secret,id=pip.conf" in value for value in installing)
+    assert not values("COPY")[0].startswith(".")
+
+
+def test_what_pip_installs_is_pinned() -> None:
+    installs = re.findall(r"pip install ([^;&|]*)", " ".join(values("RUN")))
+    assert len(installs) == 5
+    for arguments in installs:
+        named = [word for word in arguments.split() if not word.startswith("-")]
+        by_file = re.search(r"--(constraint|requirement) /tmp/\w+\.txt", arguments)
+        assert by_file or "--no-index" in arguments or all("==" in word for word in named), arguments
+        assert "--no-cache-dir" in arguments
+    pins = [line for line in (DOCKER / "requirements.txt").read_text().splitlines() if not line.startswith("#")]
+    assert all(re.match(r"[a-z0-9-]+==[\w.]+( ;|$)", line) for line in pins)
+    assert not any("://" in line for line in pins)
+
+
+def pinned(python: str) -> dict[str, str]:
+    """The image's versions on 64-bit Intel machines with this Python."""
+    lines = (DOCKER / "requirements.txt").read_text().splitlines()
+    machine = {"sys_platform": "linux", "platform_machine": "x86_64", "python_full_version": f"{python}.0"}
+    found = {}
+    for requirement in (Requirement(line) for line in lines if not line.startswith("#")):
+        if requirement.marker is None or requirement.marker.evaluate(machine):
+            assert requirement.name not in found
+            found[requirement.name] = str(requirement.specifier).removeprefix("==")
+    return found
+
+
+@pytest.mark.parametrize("python", ["3.12", "3.13"])
+def test_the_pins_are_what_pyproject_asks_for(python: str) -> None:
+    versions = pinned(python)
+    for requirement in map(Requirement, PROJECT["dependencies"]):
+        assert requirement.specifier.contains(versions[requirement.name]), requirement
+
+
+def test_the_bases_own_pytorch_stays_where_pyproject_allows_it() -> None:
+    (asked,) = re.findall(r'--no-index --no-cache-dir --no-deps ("torch.*?);', " ".join(values("RUN")))
+    bounds = [entry for entry in PROJECT["dependencies"] if entry.startswith("torch")]
+    assert re.findall(r'"([^"]+)"', asked) == bounds
+    # And nothing that belongs to it is installed beside it.
+    (pattern,) = re.findall(r"sed -E '/(.*)/d'", " ".join(values("RUN")))
+    left = {name for name, version in pinned("3.12").items() if not re.search(pattern, f"{name}=={version}")}
+    assert not {name for name in left if name.startswith(("torch", "nvidia", "cuda", "triton"))}
+    assert left >= {"numpy", "timm", "huggingface-hub", "sympy"}
+
+
+def test_folders_of_the_image() -> None:
+    found = environment()
+    folders = [found[variable] for variable in VARIABLES]
+    assert json.loads(values("VOLUME")[0]) == folders
+    made = next(value for value in values("RUN") if "install --directory" in value)
+    assert all(folder in made.split() for folder in folders)
+    assert found["CIFAR100_RUNS_DIR"] == f"{values('WORKDIR')[-1]}/runs"  # runs/... is the same inside and outside
+    assert values("ENTRYPOINT") == ['["cifar100"]']
+
+
+def ignored(path: str) -> bool:
+    """As docker: the last pattern that fits a path, or a folder above it, decides."""
+    result = False
+    parts = path.split("/")
+    above = ["/".join(parts[:count]) for count in range(1, len(parts) + 1)]
+    for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines():
+        if line and not line.startswith("#"):
+            pattern = line.removeprefix("!")
+            for folder in above:
+                name = folder.split("/")[-1] if pattern.startswith("**/") else folder
+                if name.count("/") == pattern.removeprefix("**/").count("/") and fnmatch.fnmatch(
+                    name, pattern.removeprefix("**/")
+                ):
+                    result = not line.startswith("!")
+    return result
+
+
+def test_what_docker_is_sent() -> None:
+    for value in values("COPY"):
+        *sources, _ = value.split()
+        assert all((ROOT / source).exists() and not ignored(source) for source in sources)
+    assert not ignored("docker/requirements.txt")
+    assert not ignored("cifar100cli/page.html.jinja")
+    kept_out = (".git", ".venv/bin/python", ".uv", "runs/x/model.safetensors", "data", "uv.lock", "tests/test_cli.py")
+    assert all(map(ignored, (*kept_out, ".env", "docker/train.bash", "cifar100cli/__pycache__/cli.cpython-312.pyc")))
+
+
+# The compose file.
+
+
+@pytest.fixture(scope="module")
+def services() -> dict[str, Any]:
+    text = (DOCKER / "compose.yaml").read_text(encoding="utf-8")
+    found: dict[str, Any] = yaml.safe_load(text)["services"]
+    return found
+
+
+def interpolate(text: str, variables: Mapping[str, str]) -> str:
+    """${NAME} and ${NAME:-default}, from the inside out."""
+    innermost = re.compile(r"\$\{(\w+)(?::-([^${}]*))?\}")
+    while found := innermost.search(text):
+        name, default = found.groups()
+        text = text[: found.start()] + (variables.get(name) or default or "") + text[found.end() :]
+    return text
+
+
+@pytest.mark.parametrize("kind", ["cpu", "gpu"])
+@pytest.mark.parametrize("named", [True, False])
+def test_compose_and_the_script_agree(host: Host, services: dict[str, Any], kind: str, named: bool) -> None:
+    variables = {variable: str(host.home / variable.lower()) for variable in VARIABLES} if named else {}
+    if not named:
+        variables["CIFAR100_RUNS_DIR"] = str(host.home / "runs")
+    train(host, f"--{kind}", "quickstart", **variables)
+    call = host.only("run")
+    service = services[kind]
+    assert service["profiles"] == [kind]
+    assert service["image"] == f"cifar100:{kind}"
+    assert service["image"] in call
+    told = {"HOME": str(host.home), **variables}
+    shared = {volume["target"]: interpolate(volume["source"], told) for volume in service["volumes"]}
+    assert shared == {target: row["source"] for target, row in mounts(call).items()}
+    assert all(volume["bind"] == {"create_host_path": False} for volume in service["volumes"])
+    flags = dict(pairwise(call))
+    assert service["init"] is True
+    assert service["shm_size"] == flags["--shm-size"]
+    assert service["stop_grace_period"] == "1m"
+    assert flags["--stop-timeout"] == "60"
+    assert service["environment"] == each(call, "--env")
+    devices = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+    assert [device["count"] for device in devices] == ([flags["--gpus"]] if kind == "gpu" else [])
+
+
+def test_compose_has_runs_where_the_script_has_them(services: dict[str, Any]) -> None:
+    (source,) = [volume["source"] for volume in services["cpu"]["volumes"] if volume["target"] == "/cifar100/runs"]
+    assert (DOCKER / interpolate(source, {})).resolve() == ROOT / "runs"
+
+
+# Linters, where there are some.
+
+
+@pytest.mark.parametrize(
+    "command", [["hadolint", "Dockerfile"], ["shellcheck", "build.bash", "train.bash"]], ids=lambda command: command[0]
+)
+def test_linters_find_nothing(command: list[str]) -> None:
+    beside_python = Path(sys.executable).parent / command[0]
+    tool = str(beside_python) if beside_python.exists() else shutil.which(command[0])
+    if tool is None:
+        pytest.skip(f"{command[0]} is not installed here")
+    finished = subprocess.run([tool, *command[1:]], cwd=DOCKER, capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stdout) == (0, "")
