@@ -306,8 +306,9 @@ def test_bases(host: Host) -> None:
     host.run("build.bash", "--gpu")
     host.run("build.bash", "--gpu", "--base", "somewhere/pytorch:25.03-py3")
     default, named = map(build_arguments, host.calls("build"))
-    year, month = map(int, re.fullmatch(r"nvcr\.io/nvidia/pytorch:(\d+)\.(\d+)-py3", default["BASE"]).groups())  # type: ignore[union-attr]
-    assert (year, month) >= (26, 4)  # the first with a PyTorch that pyproject.toml takes
+    tag = re.fullmatch(r"nvcr\.io/nvidia/pytorch:(\d+)\.(\d+)-py3", default["BASE"])
+    assert tag is not None
+    assert tuple(map(int, tag.groups())) >= (26, 4)  # the first with a PyTorch that pyproject.toml takes
     assert named["BASE"] == "somewhere/pytorch:25.03-py3"
     assert host.run("build.bash", "--base").returncode == 2
 
