@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from cifar100cli import __version__, devices, machine, metrics, trainer
+from cifar100cli.catalog import DATASETS
 from cifar100cli.checkpoint import load_model
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
@@ -62,7 +63,7 @@ def _without_files(config: Config) -> Config:
 
 def noise(config: Config, train: int, test: int) -> Dataset:
     """Images that show nothing, of the preset's data set's classes."""
-    classes = tuple(f"class {index}" for index in range(10 if config.data.dataset == "cifar10" else 100))
+    classes = tuple(f"class {index}" for index in range(DATASETS[config.data.dataset].classes))
     if config.distillation is not None:
         classes = load_model(Path(config.distillation.required_teacher())).card.classes
     random = np.random.default_rng(0)

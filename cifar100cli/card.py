@@ -2,11 +2,12 @@
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from cifar100cli.bounded import parse_json
+from cifar100cli.catalog import DatasetName
 from cifar100cli.errors import DataError
 
 KEY = "cifar100"  # of the metadata of our own safetensors files
@@ -25,7 +26,7 @@ class Card(BaseModel):
 
     format: int
     preset: str
-    dataset: Literal["cifar100", "cifar10", "synthetic"]
+    dataset: DatasetName
     classes: tuple[str, ...] = Field(min_length=2, max_length=MOST_CLASSES)
     superclasses: tuple[str, ...] = Field((), max_length=MOST_CLASSES)
     superclass_of: tuple[int, ...] = ()

@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperGroup
 
 from cifar100cli import __version__, completion, console, interrupts, options, places, ranks, show, training
+from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import (
     CifarError,
     DataError,
@@ -182,9 +183,9 @@ def download(
     dataset: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="cifar100|cifar10",
+            metavar="|".join(FOLDERS),
             help="May be repeated; default: cifar100.",
-            autocompletion=completion.words("cifar100", "cifar10"),
+            autocompletion=completion.words(*FOLDERS),
         ),
     ] = None,
     data_dir: options.DataDir = None,

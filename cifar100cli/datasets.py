@@ -13,13 +13,12 @@ from numpy.typing import NDArray
 
 from cifar100cli import synthetic
 from cifar100cli.bounded import read_file
+from cifar100cli.catalog import FOLDERS, TITLES
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.unpickle import PickleError, as_text, read_pickle
 
 LARGEST_FILE = 256 * 1024 * 1024  # bytes; CIFAR-100's training file has 155,249,918
 SPLIT_SEED = 20090408  # the day of the CIFAR report; held-out images are the same for every seed of a run
-
-TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "synthetic": "synthetic (drawn) data"}
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,6 @@ def read_cifar10(folder: Path) -> Dataset:
     return Dataset("cifar10", classes, train, batches[5])
 
 
-FOLDERS = {"cifar100": "cifar-100-python", "cifar10": "cifar-10-batches-py"}
 READERS = {"cifar100": read_cifar100, "cifar10": read_cifar10}
 
 

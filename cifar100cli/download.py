@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from filelock import FileLock, Timeout
 
 from cifar100cli.bounded import parse_json, read_file
+from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.fetch import GZIP_MAGIC, Log, Part, Progress, fetch, refuse_unusable
 from cifar100cli.unpack import unpack
@@ -61,7 +62,7 @@ class Installed:
 ARCHIVES: Mapping[str, Archive] = {
     "cifar100": Archive(
         dataset="cifar100",
-        folder="cifar-100-python",
+        folder=FOLDERS["cifar100"],
         url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
         size=169001437,
         sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
@@ -73,7 +74,7 @@ ARCHIVES: Mapping[str, Archive] = {
     ),
     "cifar10": Archive(
         dataset="cifar10",
-        folder="cifar-10-batches-py",
+        folder=FOLDERS["cifar10"],
         url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         size=170498071,
         sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",

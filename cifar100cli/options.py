@@ -3,13 +3,14 @@
 An option that sets a key is text here, and read and checked as a preset's YAML is: one message for one mistake.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cifar100cli import completion, console
+from cifar100cli.catalog import DATASETS
 from cifar100cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +27,12 @@ def _verbosity(level: int) -> Callable[[bool], None]:
 
 def _text(metavar: str, description: str, complete: completion.Complete | None = None) -> Any:
     return typer.Option(metavar=metavar, help=description, autocompletion=complete)
+
+
+def _either(words: Iterable[str]) -> str:
+    """All of them in words: a, b or c."""
+    *others, last = words
+    return f"{', '.join(others)} or {last}"
 
 
 # Of every command.
@@ -63,7 +70,7 @@ Model = Annotated[
 
 # Of the commands that train.
 Preset = Annotated[str | None, _text("NAME|FILE", "One of `cifar100 presets`, or a YAML file.", completion.presets)]
-Dataset = Annotated[str | None, _text("NAME", "cifar100, cifar10 or synthetic.", completion.values("data.dataset"))]
+Dataset = Annotated[str | None, _text("NAME", f"{_either(DATASETS)}.", completion.values("data.dataset"))]
 Backbone = Annotated[str | None, _text("NAME", "Any image model that timm knows.")]
 Pretrained = Annotated[
     bool | None, typer.Option("--pretrained/--no-pretrained", help="Start from ImageNet weights, or do not.")

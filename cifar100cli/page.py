@@ -16,6 +16,7 @@ from cifar100cli.ablation import Ablation
 from cifar100cli.analysis import Confusion, Predictions
 from cifar100cli.bounded import read_file
 from cifar100cli.card import Card, read_card
+from cifar100cli.catalog import TITLES
 from cifar100cli.charts import Bar, Line
 from cifar100cli.config import LARGEST_PRESET
 from cifar100cli.console import PROTOCOLS
@@ -23,7 +24,6 @@ from cifar100cli.datasets import Split
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.report import (
     SPLITS,
-    TITLES,
     Report,
     Row,
     effect_name,

@@ -15,7 +15,6 @@ from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import RunDir, find_runs
 from cifar100cli.schema import SPLIT_OF, Config
 
-TITLES = {"cifar100": "CIFAR-100", "cifar10": "CIFAR-10", "synthetic": "Synthetic (drawn) data"}
 SPLITS = {"train": "training", "val": "held-out", "test": "test"}
 FIXED = "-fixed"  # ends the name of the preset that stands beside the tutorial's with the evident repairs
 CURVES = tuple(f"{split}_{figure}" for split in ("train", "val", "test") for figure in ("loss", "top1"))

@@ -10,11 +10,11 @@ from pathlib import Path
 
 from cifar100cli import console
 from cifar100cli.ablation import Ablation, Effect
+from cifar100cli.catalog import TITLES
 from cifar100cli.console import PROTOCOLS, percent
 from cifar100cli.errors import UsageError
 from cifar100cli.report import (
     SPLITS,
-    TITLES,
     Pair,
     Report,
     Row,

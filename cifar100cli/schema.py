@@ -7,6 +7,7 @@ import annotated_types
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cifar100cli import safe_yaml
+from cifar100cli.catalog import DatasetName
 from cifar100cli.errors import UsageError
 
 SPLIT_OF = {"best_test": "test", "best_val": "val", "last": None}  # what `train.select` chooses the epoch on
@@ -51,7 +52,7 @@ class Expected(Section):
 class Data(Section):
     """Which images the model sees."""
 
-    dataset: Literal["cifar100", "cifar10", "synthetic"] = "cifar100"
+    dataset: DatasetName = "cifar100"
     image_size: Integer = Field(32, ge=16, le=1024, description="side in pixels; images are resized to it")
     batch_size: Integer = Field(250, ge=1, le=65536, description="images in a training step")
     fraction: Number = Field(1.0, gt=0, le=1, description="share of each class's training images that is used")

@@ -18,8 +18,9 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from cifar100cli import __version__, checkpoint, console, datasets, synthetic
+from cifar100cli import __version__, checkpoint, console, synthetic
 from cifar100cli.card import KEY
+from cifar100cli.catalog import FOLDERS
 from cifar100cli.runs import RunDir
 from tests.conftest import TINY, Cli
 
@@ -302,7 +303,7 @@ def test_corrupt_checkpoints_and_data(run_cli: Cli, tmp_path: Path) -> None:
     (run / "model.safetensors").write_bytes(content[:-10])
     outcome = run_cli("evaluate", run)
     assert (outcome.code, len(outcome.err.splitlines())) == (3, 1)
-    folder = tmp_path / "data" / datasets.FOLDERS["cifar100"]
+    folder = tmp_path / "data" / FOLDERS["cifar100"]
     folder.mkdir(parents=True)
     (folder / "meta").write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     outcome = run_cli("train", "--preset", "resnet18-baseline", "--data-dir", "data")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from cifar100cli import completion
+from cifar100cli.catalog import FOLDERS
 from cifar100cli.config import load_preset, preset_names
 from cifar100cli.runs import CONFIG, MODEL, RESULT
 from tests.conftest import Cli
@@ -80,7 +81,7 @@ def test_other_words(complete: Complete) -> None:
     assert complete("cifar100 evaluate --device c") == ["cpu", "cuda"]
     assert complete("cifar100 train --log w") == ["wandb"]
     assert complete("cifar100 finetune-cifar10 --unfreeze lay") == ["layer4", "layer3"]
-    assert complete("cifar100 download --dataset ") == ["cifar100", "cifar10"]
+    assert complete("cifar100 download --dataset ") == list(FOLDERS)
     assert complete("cifar100 train --set optimizer.l") == ["optimizer.lr=", "optimizer.layer_decay="]
     assert complete("cifar100 train --set descr") == []
 

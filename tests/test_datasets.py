@@ -7,14 +7,16 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torchvision
 
 from cifar100cli import datasets
+from cifar100cli.catalog import DATASETS, FOLDERS, DatasetName
 from cifar100cli.datasets import Split
+from cifar100cli.download import ARCHIVES
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.unpickle import PickleError, read_pickle
 
@@ -52,6 +54,13 @@ def test_equals_torchvision(pretend_cifar: Path, name: str) -> None:
     assert_equals_torchvision(name, ours, pretend_cifar)
     if name == "cifar100":
         assert ours.superclass_of == tuple(label // 5 for label in range(100))
+
+
+def test_every_data_set_is_known_everywhere(pretend_cifar: Path) -> None:
+    assert set(DATASETS) == set(get_args(DatasetName))
+    assert set(FOLDERS) == set(datasets.READERS) == set(ARCHIVES)
+    for name, about in DATASETS.items():
+        assert len(datasets.load(name, pretend_cifar).classes) == about.classes
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 LEVELS = (
     {"errors"},
     {"__init__"},
-    {"bounded", "safe_yaml"},
+    {"bounded", "catalog", "safe_yaml"},
     {"ranks", "card", "depthwise", "interrupts", "schema", "unpickle"},
     {
         "config",

@@ -1,0 +1,25 @@
+"""The data sets that there are, and what more than one file has to know of each. Nothing slow is imported here."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+DatasetName = Literal["cifar100", "cifar10", "synthetic"]
+
+
+@dataclass(frozen=True)
+class About:
+    """A data set in a few words; `folder` is its place in the data folder, or None where there is nothing to fetch."""
+
+    title: str
+    classes: int
+    folder: str | None
+
+
+DATASETS: Mapping[DatasetName, About] = {
+    "cifar100": About("CIFAR-100", 100, "cifar-100-python"),
+    "cifar10": About("CIFAR-10", 10, "cifar-10-batches-py"),
+    "synthetic": About("Synthetic (drawn) data", 100, None),
+}
+TITLES: Mapping[str, str] = {name: about.title for name, about in DATASETS.items()}
+FOLDERS: Mapping[str, str] = {name: about.folder for name, about in DATASETS.items() if about.folder is not None}
