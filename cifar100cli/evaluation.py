@@ -60,7 +60,8 @@ def evaluate(
         "dataset": dataset.name,
         "split": split,
         "tta": tta,
-        **{key: getattr(result, key) for key in ("count", "top1", "top5", "loss", "ece", "superclass_top1")},
+        "count": result.count,
+        **result.figures(),
         "per_class": dict(zip(classes, result.per_class, strict=True)),
         "confusions": [
             {"true": classes[true], "predicted": classes[predicted], "count": count}

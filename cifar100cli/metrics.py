@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,11 @@ class EvalResult(Scores):
     superclass_top1: float | None
     per_class: tuple[float | None, ...]
     confusions: tuple[tuple[int, int, int], ...]
+
+    def figures(self) -> dict[str, float | None]:
+        """What is one number, by the names of `result.json` and `evaluate --json`: all fields but counts and lists."""
+        several = ("count", "per_class", "confusions")
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in several}
 
 
 def shifted_up_left(images: Tensor) -> Tensor:

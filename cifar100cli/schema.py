@@ -88,8 +88,9 @@ class Augment(Section):
 
     def unbounded(self) -> str:
         """The keys under which no two views of an image are the same, in words; empty where it has few versions."""
-        blocks = ("auto", "cutout", "erasing", "mixup", "cutmix")
-        keys = [key for key in blocks if getattr(self, key) not in (0, "none")]
+        # Whatever is off by default draws anew for every view, but the policy, which knows better.
+        blocks = [name for name, field in Augment.model_fields.items() if field.default in (0, "none")]
+        keys = [key for key in blocks if key != "policy" and getattr(self, key) not in (0, "none")]
         if self.policy == "one_of" or (self.policy == "crop_flip" and self.crop_padding):
             keys.insert(0, "policy")
         return " and ".join(f"augment.{key} = {getattr(self, key)}" for key in keys)

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Protocol, assert_never
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -105,7 +105,9 @@ def create_task(config: Loss) -> Task:
     margin, smoothing = config.margin, config.label_smoothing
     if config.name == "cosface":
         return MarginTask(partial(cosface, margin=margin, label_smoothing=smoothing), config.scale)
-    straight_through = config.gradient == "straight_through"
-    return MarginTask(
-        partial(arcface, margin=margin, label_smoothing=smoothing, straight_through=straight_through), config.scale
-    )
+    if config.name == "arcface":
+        straight_through = config.gradient == "straight_through"
+        return MarginTask(
+            partial(arcface, margin=margin, label_smoothing=smoothing, straight_through=straight_through), config.scale
+        )
+    assert_never(config.name)

@@ -180,7 +180,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         "complete": True,
         "epochs": job.config.train.epochs,
         "select": job.config.train.select,
-        "test": {key: getattr(test, key) for key in ("top1", "top5", "loss", "ece", "superclass_top1")},
+        "test": test.figures(),
         "best": {
             "epoch": state.best_epoch,
             "top1": state.best_top1 if split else test.top1,

@@ -14,7 +14,7 @@ from cifar100cli import benchmark, erasing, flops, plain
 from cifar100cli.benchmark import Sides
 from cifar100cli.config import Preset
 from cifar100cli.schema import Augment
-from tests.conftest import Cli, Silent, epoch_of, make_preset, where
+from tests.conftest import EVERYTHING, Cli, Silent, epoch_of, make_preset, where
 
 
 def sides_of(tmp_path: Path, **sections: dict[str, Any]) -> Sides:
@@ -79,6 +79,14 @@ def test_the_plain_way_covers_what_ours_does() -> None:
     other = ours.apply(white, *ours.draw(epoch_of(3000))).permute(0, 2, 3, 1).numpy()
     shares = [(some == color).all(3).mean(0) for some in (found, other)]
     assert np.abs(shares[0] - shares[1]).max() < 5 * (2 * 0.08 / 3000) ** 0.5
+
+
+def test_only_mixing_has_no_plain_way() -> None:
+    """A block that is new and not known there would be compared with its absence."""
+    for name, field in Augment.model_fields.items():
+        if field.default in (0, "none"):
+            changes = plain.changes(Augment.model_validate({name: EVERYTHING[name]}), (0, 0, 0))
+            assert bool(changes) == (name not in ("mixup", "cutmix")), name
 
 
 def test_mixing_has_no_plain_way(tmp_path: Path) -> None:
