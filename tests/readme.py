@@ -106,10 +106,23 @@ def links(text: str) -> list[str]:
     return [target for pattern in patterns for target in re.findall(pattern, text, flags=re.MULTILINE)]
 
 
-def rows(text: str) -> dict[str, list[str]]:
-    """The rows of tables whose first cell is a single name in backticks: name, and the other cells."""
-    found = re.findall(r"^\| `([^`]+)` \|(.*)\|$", text, flags=re.MULTILINE)
-    return {name: [cell.strip() for cell in cells.split("|")] for name, cells in found}
+def figures(text: str) -> list[tuple[str, list[list[str]]]]:
+    """Of every row of a table that begins with a name in backticks: the name, and the numbers of some columns.
+
+    These are the columns that stand on the right (`---:`).
+    """
+    found, right = [], [False]
+    for line in prose(text).splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if re.fullmatch(r"\|[-:| ]+\|", line):
+            right = [cell.endswith(":") for cell in cells]
+        name = re.match(r"\| `([^`]+)` \|", line)
+        if name:
+            numbers = [
+                re.findall(r"\d+(?:[.,]\d+)*", cell) for cell, wanted in zip(cells, right, strict=True) if wanted
+            ]
+            found.append((name[1], numbers))
+    return found
 
 
 # -------------------------------------------------------------------------------------- what the commands take

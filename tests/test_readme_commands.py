@@ -50,7 +50,8 @@ COMMANDS = [command for block in BLOCKS for command in block]
 # Who checks the commands that are not run here. A script of ours is seen to exist and to know the flags.
 ELSEWHERE = {
     r"python3 -m pip install --quiet --upgrade --target \.uv uv": ".ci/run",
-    r"(python -m |uv )?pip install .*": ".ci/release",  # installs both archives in empty environments
+    r"\.uv/bin/uv build": ".ci/release",
+    r"(python3? -m pip|uv pip|pip|pipx|uv tool) install .*|uvx .*": ".ci/release",  # tries both archives
     r"(ruff|mypy|pytest)\b.*": ".ci/run",
     r"git clone .*|cd .*": "README.md",
     r"cifar100 --(install|show)-completion.*": "tests/test_completion.py",
@@ -78,14 +79,14 @@ def test_other_commands_are_checked_elsewhere(command: Command) -> None:
     file = _elsewhere(command)
     assert file is not None, "say in ELSEWHERE who checks it"
     assert (ROOT / file).is_file()
-    known: set[str] | None = None
     for word in command.words:
-        module = re.fullmatch(r"tests\.(\w+)", word)
-        script = ROOT / (f"tests/{module[1]}.py" if module else word)
-        if module or re.match(r"(docker|tests|\.ci)/", word):
-            known = flags_in(script)
-        elif word.startswith("--") and known is not None:
-            assert word.partition("=")[0] in known | readme.flags(readme.APP.commands["train"]), command
+        assert (ROOT / word).exists() or not re.match(r"(docker|tests|\.ci)/", word), word
+    script = re.match(r"python -m (tests)\.(\w+)|(docker|\.ci)/(\S+)", str(command))
+    if script:
+        known = flags_in(ROOT / script[1] / f"{script[2]}.py" if script[1] else ROOT / script[3] / script[4])
+        if script[4] == "train.bash":  # which hands them on
+            known |= readme.flags(readme.APP.commands["train"])
+        assert {word for word in command.words if word.startswith("--")} <= known
 
 
 # --------------------------------------------------------------------------------------------- stand-ins
@@ -110,6 +111,7 @@ def stand_in(patch: pytest.MonkeyPatch, drawings: synthetic.Drawn) -> None:
     patch.setattr(config, "load_preset", load_small)
     patch.setattr(benchmark, "TURN", {"cpu": 0.0})
     patch.setattr(benchmark, "REPEATS", 1)
+    patch.setattr(benchmark, "TEST_BATCHES", 1)
 
 
 def _of_ten(dataset: Dataset) -> Dataset:
