@@ -23,7 +23,7 @@ SIZES = {
     "wrn28-10-sam": (0.01, 32, 6),
     "resnet50-imagenet-224": (0.01, 32, 4),
     "vit-imagenet21k-224": (0.01, 32, 4),
-    "speedrun-75": (0.2, 250, 3),
+    "speedrun-75": (0.06, 125, 4),
     "speedrun-cifar10-94": (0.2, 250, 3),
     "speedrun-cifar10-96": (0.06, 125, 4),
     "laptop": (0.2, 250, 3),
