@@ -4,52 +4,21 @@ Everything slow (torch, Rich, the data) is imported by the command that needs it
 `presets` and a usage error answer at once.
 """
 
-import os
 import re
-import shlex
-import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from typer.core import TyperGroup
 
-from cifar100cli import __version__, completion, console, interrupts, options, places, ranks, show, training
+from cifar100cli import __version__, completion, console, exits, options, places, ranks, show, training
 from cifar100cli.catalog import FOLDERS
-from cifar100cli.errors import (
-    CifarError,
-    DataError,
-    FolderError,
-    RunInterrupted,
-    Terminated,
-    ToleranceError,
-    UsageError,
-)
+from cifar100cli.errors import DataError, ToleranceError, UsageError
 from cifar100cli.options import expand
-
-ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
-
-
-class _Stopped(Exception):  # noqa: N818
-    """A KeyboardInterrupt on its way past Typer, which would make a plain exit of it."""
-
-    def __init__(self, cause: KeyboardInterrupt) -> None:
-        super().__init__(str(cause))
-        self.cause = cause
-
-
-class _Commands(TyperGroup):
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except KeyboardInterrupt as stop:
-            raise _Stopped(stop) from None
-
 
 app = typer.Typer(
     name="cifar100",
-    cls=_Commands,
+    cls=exits.Commands,
     help="Train image classifiers on CIFAR-100: reproduce the published figures, believe them, beat them.\n\n"
     "A first run, without a download: cifar100 train",
     rich_markup_mode=None,  # Rich's boxes would double the time that `--help` takes
@@ -60,93 +29,7 @@ app = typer.Typer(
 
 def main() -> NoReturn:
     """Run the command line and leave with the exit code of the contract."""
-    console.use_safe_streams()
-    console.set_verbosity(console.NORMAL)
-    grace = interrupts.GRACE if ranks.launch() else 0.0
-    with interrupts.orderly(console.last_word, grace=grace):
-        try:
-            code = _run()
-            if ranks.count() > 1:
-                for number in interrupts.SIGNALS:  # torchrun sends them to ranks that are on their way out
-                    signal.signal(number, signal.SIG_IGN)
-            if not code:
-                ranks.leave()
-        except KeyboardInterrupt as stop:
-            code = _report_stop(stop)
-    sys.exit(code)
-
-
-def _run() -> int:
-    """Run the command; what went wrong is told in one line, and its exit code returned."""
-    try:
-        if ranks.rank() > 0:
-            console.mute()
-        code = app(prog_name="cifar100", standalone_mode=False)
-        sys.stdout.flush()
-        if code == 130:  # Typer's word for Ctrl-C while it was still parsing
-            console.error("interrupted")
-    except _Stopped as stopped:
-        raise stopped.cause from None
-    except CifarError as error:
-        # What is wrong with the command or the files is the same for all ranks of a machine.
-        if ranks.local_rank() == 0 or not isinstance(error, UsageError | DataError | FolderError):
-            console.error(f"rank {ranks.rank()}: {error}" if ranks.rank() else str(error))
-        code = error.exit_code
-    except ClickUsageError as error:
-        console.error(_usage_message(error))
-        code = error.exit_code
-    except typer.Abort:
-        code = 130
-    except BrokenPipeError:  # `cifar100 report | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
-    except OSError as error:
-        if console.verbosity() >= console.VERBOSE:
-            raise
-        console.error(_os_message(error))
-        code = 1
-    except (RuntimeError, MemoryError) as error:
-        console.error(_torchs_message(error))
-        code = 1
-    return code or 0
-
-
-def _torchs_message(error: RuntimeError | MemoryError) -> str:
-    """What users can do something about; everything else is a mistake of ours, and keeps its traceback."""
-    from cifar100cli import devices
-
-    if devices.is_out_of_memory(error):
-        return "out of memory: lower --batch-size or --image-size"
-    if ranks.is_lost(error):
-        return "another rank stopped, and so does this one"
-    raise error
-
-
-def _report_stop(stop: KeyboardInterrupt) -> int:
-    if ranks.rank() > 0:  # rank 0 tells it
-        return getattr(stop, "exit_code", 130)
-    if isinstance(stop, RunInterrupted):
-        if stop.run_dir is None:
-            console.error("interrupted before the run began: the same command begins it, with what was kept for it")
-            return stop.exit_code
-        saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
-        console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {shlex.quote(str(stop.run_dir))}")
-        return stop.exit_code
-    console.error("interrupted")
-    return stop.exit_code if isinstance(stop, Terminated) else 130
-
-
-def _usage_message(error: Any) -> str:
-    context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "cifar100"
-    near = getattr(error, "possibilities", None)
-    message = f"{error.message}; did you mean {sorted(near)[0]}?" if near else error.format_message()
-    return f"{message.rstrip('.')} (`{command} --help` lists what there is)"
-
-
-def _os_message(error: OSError) -> str:
-    place = f"{error.filename}: " if error.filename else ""
-    return f"{place}{error.strerror or error}"
+    exits.leave_with(app)
 
 
 def _show_version(wanted: bool) -> None:

@@ -52,7 +52,7 @@ LEVELS = (
     {"evaluation"},
     {"classifier"},
     {"workflows", "benchmark", "page", "report_text", "export", "trackers"},
-    {"show", "places"},
+    {"exits", "show", "places"},
     {"training", "api"},
     {"cli"},
     {"__main__"},
