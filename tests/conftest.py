@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pickle
+import signal
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cifar100cli import cli, fetch, runs, synthetic
+from cifar100cli import cli, fetch, interrupts, runs, synthetic
 from cifar100cli.augment import Epoch, Policy
 from cifar100cli.averaging import Average
 from cifar100cli.checkpoint import TrainState
@@ -77,8 +78,9 @@ def small_synthetic(few_drawings: synthetic.Drawn, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture
-def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Cli:
+def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Cli]:
     """The command line in this process, in an empty folder."""
+    handlers = {number: signal.getsignal(number) for number in interrupts.SIGNALS}
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -92,7 +94,9 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         assert isinstance(code, int)
         return Outcome(code, captured.out, captured.err)
 
-    return run
+    yield run
+    for number, handler in handlers.items():  # a rank ignores signals on its way out, and so would whom we start
+        signal.signal(number, handler)
 
 
 @pytest.fixture
