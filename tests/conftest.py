@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -97,6 +98,9 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     yield run
     for number, handler in handlers.items():  # a rank ignores signals on its way out, and so would whom we start
         signal.signal(number, handler)
+    wandb = sys.modules.get("wandb")
+    if isinstance(wandb, ModuleType):  # the real one keeps what it was told for the rest of the process
+        wandb.teardown()
 
 
 @pytest.fixture
