@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
+from torch.nn.grad import conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 
@@ -114,35 +115,25 @@ def _to_weight(
     """By kernels for 3x3, which are quick: of a larger filter, one part of this size after the other."""
     height, width = weight.shape[2:]
     if height <= 3 and width <= 3:
-        return _part_of_weight(gradient, input, weight, stride, padding)
+        to_weight: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
+            input, weight.shape, gradient, stride, padding, 1, len(weight)
+        )
+        return to_weight
     whole = torch.empty_like(weight)
     padded = F.pad(input, (padding[1], padding[1], padding[0], padding[0]))
     rows, columns = gradient.shape[2:]
     for top in _parts(height):
         for left in _parts(width):
-            part = weight[:, :, top : top + 3, left : left + 3]
+            part = whole[:, :, top : top + 3, left : left + 3]
             below = top + (rows - 1) * stride[0] + part.shape[2]
             right = left + (columns - 1) * stride[1] + part.shape[3]
             seen = padded[:, :, top:below, left:right].contiguous(memory_format=torch.channels_last)
-            whole[:, :, top : top + 3, left : left + 3] = _part_of_weight(gradient, seen, part, stride, (0, 0))
+            part.copy_(
+                conv2d_weight(seen, part.shape, gradient, stride, 0, 1, len(weight))  # type: ignore[no-untyped-call]
+            )
     return whole
 
 
 def _parts(size: int) -> list[int]:
     """Where parts of three begin that cover so many; the last two may overlap."""
     return sorted({max(0, min(start, size - 3)) for start in range(0, size, 3)})
-
-
-def _part_of_weight(
-    gradient: Tensor,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
-    channels = len(weight)
-    only_weight = [False, True, False]
-    found: tuple[Tensor, ...] = torch.ops.aten.convolution_backward(
-        gradient, input, weight, None, stride, padding, (1, 1), False, (0, 0), channels, only_weight
-    )
-    return found[1]
