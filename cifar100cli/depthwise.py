@@ -1,8 +1,9 @@
-"""Depthwise convolutions in bfloat16 on a CPU, with gradients that are not the slowest part of a step.
+"""Depthwise convolutions on a CPU, with gradients that are not the slowest part of a step.
 
-oneDNN has quick kernels for them forward and, with a stride of 1, backward. For a stride of 2, and for the gradient of
-kernels larger than 3x3, PyTorch falls to ones that are up to a hundred times slower; EfficientNets and MobileNets
-spend most of a step there. `cifar100 bench --backbone tf_efficientnet_lite0` shows what a step takes.
+oneDNN has quick kernels for them forward and for most gradients. In bfloat16, for a stride of 2 and for the gradient of
+filters larger than 3x3, and in float32 for the gradient of a filter that is larger than the maps it makes, PyTorch
+falls to ones that are up to a hundred times slower; EfficientNets and MobileNets spend most of a step there, with
+small images above all. `cifar100 bench --backbone tf_efficientnet_lite0` shows what a step takes.
 """
 
 import contextlib
@@ -13,13 +14,20 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
-from torch.nn.grad import conv2d_weight
+from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 
 @contextlib.contextmanager
+def fp32_on_cpu() -> Iterator[None]:
+    """The context of a forward pass in float32 on a CPU, whose depthwise convolutions have quick gradients."""
+    with _Quick():
+        yield
+
+
+@contextlib.contextmanager
 def bf16_on_cpu() -> Iterator[None]:
-    """The context of a forward pass in bfloat16 on a CPU, whose depthwise convolutions have quick gradients."""
+    """The same in bfloat16."""
     with torch.autocast("cpu", torch.bfloat16), _Quick():
         yield
 
@@ -47,12 +55,20 @@ def _convolution(
     """`torch.nn.functional.conv2d`; the gradients of those with slow kernels are computed by quick ones."""
     strides, paddings = _pair(stride), _pair(padding) if not isinstance(padding, str) else None
     depthwise = input.ndim == 4 and groups > 1 and groups == input.shape[1] == len(weight) and _pair(dilation) == (1, 1)
-    slow = strides != (1, 1) or weight[0, 0].numel() > 9
     fits = paddings is not None and all(p < k for p, k in zip(paddings, weight.shape[2:], strict=True))
-    if not (depthwise and slow and fits and torch.is_grad_enabled() and input.device.type == "cpu"):
+    if not (depthwise and fits and torch.is_grad_enabled() and input.device.type == "cpu"):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    output: Tensor = _Depthwise.apply(input.bfloat16(), weight.bfloat16(), strides, paddings)
-    return output if bias is None else output + bias.bfloat16().view(-1, 1, 1)
+    assert paddings is not None
+    kind = torch.bfloat16 if torch.is_autocast_enabled("cpu") else input.dtype
+    if kind == torch.bfloat16:
+        slow = strides != (1, 1) or weight[0, 0].numel() > 9
+    else:
+        sides = zip(input.shape[2:], weight.shape[2:], strides, paddings, strict=True)
+        slow = any((side + 2 * p - k) // s + 1 < k for side, k, s, p in sides)
+    if not slow:
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    output: Tensor = _Depthwise.apply(input.to(kind), weight.to(kind), strides, paddings)
+    return output if bias is None else output + bias.to(kind).view(-1, 1, 1)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -61,7 +77,7 @@ def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
 
 
 class _Depthwise(torch.autograd.Function):
-    """A filter of its own for each channel: (N, C, H, W) and (C, 1, k, l), both bfloat16, to (N, C, h, w)."""
+    """A filter of its own for each channel: (N, C, H, W) and (C, 1, k, l), both of one dtype, to (N, C, h, w)."""
 
     @staticmethod
     def forward(
@@ -81,12 +97,57 @@ class _Depthwise(torch.autograd.Function):
         input, weight = ctx.saved_tensors  # type: ignore[attr-defined]  # noqa: A001
         needed: tuple[bool, ...] = ctx.needs_input_grad  # type: ignore[attr-defined]
         stride, padding = ctx.stride, ctx.padding  # type: ignore[attr-defined]
-        to_input = _to_input(gradients[0], input, weight, stride, padding) if needed[0] else None
-        to_weight = _to_weight(gradients[0], input, weight, stride, padding) if needed[1] else None
+        in_bf16 = weight.dtype == torch.bfloat16
+        to_input, to_weight = None, None
+        if needed[0]:
+            by = _bf16_to_input if in_bf16 else _to_input
+            to_input = by(gradients[0], input, weight, stride, padding)
+        if needed[1]:
+            by = _bf16_to_weight if in_bf16 else _to_weight
+            to_weight = by(gradients[0], input, weight, stride, padding)
         return to_input, to_weight, None, None
 
 
 def _to_input(
+    gradient: Tensor,
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> Tensor:
+    """PyTorch's own: this one is quick."""
+    return conv2d_input(  # type: ignore[no-untyped-call, no-any-return]
+        input.shape, weight, gradient, stride, padding, 1, len(weight)
+    )
+
+
+def _to_weight(
+    gradient: Tensor,
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+) -> Tensor:
+    """One weight of all filters after the other: where it met the image, and what came of it."""
+    whole = torch.zeros_like(weight)
+    for row in range(weight.shape[2]):
+        rows_in, rows_out = _met(row - padding[0], stride[0], input.shape[2], gradient.shape[2])
+        for column in range(weight.shape[3]):
+            columns_in, columns_out = _met(column - padding[1], stride[1], input.shape[3], gradient.shape[3])
+            products = input[:, :, rows_in, columns_in] * gradient[:, :, rows_out, columns_out]
+            whole[:, 0, row, column] = products.sum((0, 2, 3))
+    return whole
+
+
+def _met(offset: int, stride: int, inputs: int, outputs: int) -> tuple[slice, slice]:
+    """The inputs `stride * output + offset` that there are, and their outputs; the rest was padding."""
+    first = max(0, -(offset // stride))
+    last = max(first, min(outputs, (inputs - 1 - offset) // stride + 1))
+    begin = stride * first + offset
+    return slice(begin, begin + stride * (last - first), stride), slice(first, last)
+
+
+def _bf16_to_input(
     gradient: Tensor,
     input: Tensor,  # noqa: A002
     weight: Tensor,
@@ -105,7 +166,7 @@ def _to_input(
     return F.conv2d(spread, weight.flip(2, 3), None, 1, around, 1, len(weight))
 
 
-def _to_weight(
+def _bf16_to_weight(
     gradient: Tensor,
     input: Tensor,  # noqa: A002
     weight: Tensor,

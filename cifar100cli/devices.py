@@ -73,7 +73,7 @@ def resolve_precision(name: str, device: torch.device) -> str:
 def autocast(device: torch.device, precision: str) -> Cast:
     """A context for the forward pass: matrix products in `precision`, weights and sums in float32."""
     if precision == "fp32":
-        return contextlib.nullcontext
+        return depthwise.fp32_on_cpu if device.type == "cpu" else contextlib.nullcontext
     if precision == "bf16" and device.type == "cpu":
         return depthwise.bf16_on_cpu
     return lambda: torch.autocast(device.type, DTYPES[precision])
