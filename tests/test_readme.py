@@ -20,6 +20,7 @@ from tests.readme import ROOT
 
 TEXT = readme.README.read_text(encoding="utf-8")
 BLOCKS = readme.blocks(TEXT, "bash")
+CLAIMS = ROOT / "tests" / "claims.md"
 SCRIPTS = [
     *(ROOT / "tests").glob("*.py"),
     *(ROOT / "docker").glob("*.bash"),
@@ -68,6 +69,19 @@ def test_both_commands_come_first_and_are_one_line_each() -> None:
     assert [block.count("\n") for block in BLOCKS[:2]] == [1, 1]
     assert "cifar100 train" in BLOCKS[0]
     assert "pytest" in BLOCKS[1]
+
+
+def test_claims_are_the_readmes_and_their_tests_exist() -> None:
+    """tests/claims.md: a quotation on the left, `file::test` on the right."""
+    said = " ".join(TEXT.split())
+    rows = re.findall(r"^\| (?!claim )(\S.*?) \| (.+) \|$", CLAIMS.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    assert len(rows) > 50
+    for claim, behind in rows:
+        assert claim.replace("\\|", "|") in said
+        assert behind
+        for name, test in re.findall(r"`(test_\w+)(?:::(test_\w+))?`", behind):
+            source = (ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8")
+            assert f"def {test or 'test_'}" in source, f"{name}::{test}"
 
 
 # ------------------------------------------------------------------------------------------- what is in backticks
