@@ -27,13 +27,14 @@ VOID = {"meta", "link", "br", "img", "input"}
 
 
 class Page(HTMLParser):
-    """A page taken apart; refuses tags that do not match."""
+    """A page taken apart; refuses tags that do not match, and tables whose cells are not under their headers."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str]]] = []
         self.words: list[str] = []
+        self.table: list[list[str]] = []  # row by row, what a cell says it is; of the header, its words
         self.feed(text)
         self.close()
         assert not self.open
@@ -42,16 +43,29 @@ class Page(HTMLParser):
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
         if tag not in VOID:
             self.open.append(tag)
+        if tag == "table":
+            self.table = []
+        elif tag == "tr":
+            self.table.append([])
+        elif tag in ("td", "th"):
+            self.table[-1].append(self.elements[-1][1].get("data-label", ""))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, {name: value or "" for name, value in attrs}))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
+        if tag == "table":
+            heads, *rows = self.table
+            for cells in rows:
+                assert len(cells) == len(heads)
+                assert all(label in ("", head) for label, head in zip(cells, heads, strict=True)), (heads, cells)
 
     def handle_data(self, data: str) -> None:
         if self.open and self.open[-1] not in ("script", "style"):
             self.words.append(data)
+        if "thead" in self.open and "th" in self.open:
+            self.table[-1][-1] += data
 
     @property
     def text(self) -> str:
