@@ -19,6 +19,7 @@ OFF = (0, False, "none", "off", "constant")  # a default that is one of these do
 NEUTRAL: Mapping[str, object] = {
     "optimizer.weight_decay": 0.0,
     "optimizer.grad_clip": 0.0,
+    "data.first_image_size": None,
     "model.stem": "imagenet",
     "loss.name": "cross_entropy",
 }

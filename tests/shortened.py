@@ -27,6 +27,7 @@ SIZES = {
     "speedrun-cifar10-94": (0.2, 250, 3),
     "speedrun-cifar10-96": (0.06, 125, 4),
     "laptop": (0.2, 250, 3),
+    "cpu-amx": (0.2, 250, 3),
     "laptop-pretrained": (0.05, 64, 2),
 }
 HEAD = "| preset | images | batch | epochs | training loss, first and last epoch | training top-1 | test top-1 |"

@@ -98,7 +98,7 @@ def test_whatever_the_schema_has_switched_off_is_a_block() -> None:
     known = {block.name: block for block in ablation.blocks()}
     assert set(known) >= {
         *("augment", "distillation", "pretrained", "label_smoothing", "weight_decay", "warmup", "grad_clip"),
-        *("schedule", "normalize"),
+        *("schedule", "normalize", "first_image_size"),
     }
     assert not {key for block in known.values() for key in block.values} & ablation.HOW
     for name in preset_names():
