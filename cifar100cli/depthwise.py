@@ -8,7 +8,8 @@ small images above all. `cifar100 bench --backbone tf_efficientnet_lite0` shows 
 
 import contextlib
 from collections.abc import Iterable, Iterator
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,9 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
 
 
-@contextlib.contextmanager
-def fp32_on_cpu() -> Iterator[None]:
+def fp32_on_cpu() -> AbstractContextManager[object]:
     """The context of a forward pass in float32 on a CPU, whose depthwise convolutions have quick gradients."""
-    with _Quick():
-        yield
+    return _Quick()
 
 
 @contextlib.contextmanager
@@ -53,22 +52,33 @@ def _convolution(
     groups: int = 1,
 ) -> Tensor:
     """`torch.nn.functional.conv2d`; the gradients of those with slow kernels are computed by quick ones."""
-    strides, paddings = _pair(stride), _pair(padding) if not isinstance(padding, str) else None
+    precision = torch.bfloat16 if torch.is_autocast_enabled("cpu") else input.dtype
     depthwise = input.ndim == 4 and groups > 1 and groups == input.shape[1] == len(weight) and _pair(dilation) == (1, 1)
-    fits = paddings is not None and all(p < k for p, k in zip(paddings, weight.shape[2:], strict=True))
-    if not (depthwise and fits and torch.is_grad_enabled() and input.device.type == "cpu"):
+    if (
+        not (depthwise and torch.is_grad_enabled() and input.device.type == "cpu")
+        or isinstance(padding, str)
+        or not _is_slow(input, weight, _pair(stride), _pair(padding), precision)
+    ):
         return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    assert paddings is not None
-    kind = torch.bfloat16 if torch.is_autocast_enabled("cpu") else input.dtype
-    if kind == torch.bfloat16:
-        slow = strides != (1, 1) or weight[0, 0].numel() > 9
-    else:
-        sides = zip(input.shape[2:], weight.shape[2:], strides, paddings, strict=True)
-        slow = any((side + 2 * p - k) // s + 1 < k for side, k, s, p in sides)
-    if not slow:
-        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    output: Tensor = _Depthwise.apply(input.to(kind), weight.to(kind), strides, paddings)
-    return output if bias is None else output + bias.to(kind).view(-1, 1, 1)
+    output: Tensor = _Depthwise.apply(input.to(precision), weight.to(precision), _pair(stride), _pair(padding))
+    return output if bias is None else output + bias.to(precision).view(-1, 1, 1)
+
+
+def _is_slow(
+    input: Tensor,  # noqa: A002
+    weight: Tensor,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    precision: torch.dtype,
+) -> bool:
+    """Whether PyTorch's own gradients are, and ours hold: not for more padding than the filter is wide."""
+    kernel = weight.shape[2:]
+    if any(p >= k for p, k in zip(padding, kernel, strict=True)):
+        return False
+    if precision == torch.bfloat16:
+        return stride != (1, 1) or kernel.numel() > 9
+    sides = zip(input.shape[2:], kernel, stride, padding, strict=True)
+    return any((side + 2 * p - k) // s + 1 < k for side, k, s, p in sides)
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -96,39 +106,37 @@ class _Depthwise(torch.autograd.Function):
     def backward(ctx: FunctionCtx, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         input, weight = ctx.saved_tensors  # type: ignore[attr-defined]  # noqa: A001
         needed: tuple[bool, ...] = ctx.needs_input_grad  # type: ignore[attr-defined]
-        stride, padding = ctx.stride, ctx.padding  # type: ignore[attr-defined]
+        passed = _Passed(gradients[0], input, weight, ctx.stride, ctx.padding)  # type: ignore[attr-defined]
         in_bf16 = weight.dtype == torch.bfloat16
         to_input, to_weight = None, None
         if needed[0]:
-            by = _bf16_to_input if in_bf16 else _to_input
-            to_input = by(gradients[0], input, weight, stride, padding)
+            to_input = _bf16_to_input(passed) if in_bf16 else _to_input(passed)
         if needed[1]:
-            by = _bf16_to_weight if in_bf16 else _to_weight
-            to_weight = by(gradients[0], input, weight, stride, padding)
+            to_weight = _bf16_to_weight(passed) if in_bf16 else _to_weight(passed)
         return to_input, to_weight, None, None
 
 
-def _to_input(
-    gradient: Tensor,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
-    """PyTorch's own: this one is quick."""
+class _Passed(NamedTuple):
+    """What a gradient is made of: that of the output, what the forward pass took, and how."""
+
+    gradient: Tensor
+    input: Tensor
+    weight: Tensor
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+
+
+def _to_input(passed: _Passed) -> Tensor:
+    """PyTorch's own: this one is quick in float32."""
+    gradient, input, weight, stride, padding = passed  # noqa: A001
     return conv2d_input(  # type: ignore[no-untyped-call, no-any-return]
         input.shape, weight, gradient, stride, padding, 1, len(weight)
     )
 
 
-def _to_weight(
-    gradient: Tensor,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
+def _to_weight(passed: _Passed) -> Tensor:
     """One weight of all filters after the other: where it met the image, and what came of it."""
+    gradient, input, weight, stride, padding = passed  # noqa: A001
     whole = torch.zeros_like(weight)
     for row in range(weight.shape[2]):
         rows_in, rows_out = _met(row - padding[0], stride[0], input.shape[2], gradient.shape[2])
@@ -147,17 +155,12 @@ def _met(offset: int, stride: int, inputs: int, outputs: int) -> tuple[slice, sl
     return slice(begin, begin + stride * (last - first), stride), slice(first, last)
 
 
-def _bf16_to_input(
-    gradient: Tensor,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
+def _bf16_to_input(passed: _Passed) -> Tensor:
     """The flipped filters over the gradient, with zeros between what the stride had left out.
 
     Dumoulin and Visin, "A guide to convolution arithmetic for deep learning", arXiv 1603.07285, 4.6.
     """
+    gradient, input, weight, stride, padding = passed  # noqa: A001
     kernel = weight.shape[2:]
     sides = [side + 2 * p - k + 1 for side, p, k in zip(input.shape[2:], padding, kernel, strict=True)]
     spread = input.new_zeros((*input.shape[:2], *sides)).contiguous(memory_format=torch.channels_last)
@@ -166,14 +169,9 @@ def _bf16_to_input(
     return F.conv2d(spread, weight.flip(2, 3), None, 1, around, 1, len(weight))
 
 
-def _bf16_to_weight(
-    gradient: Tensor,
-    input: Tensor,  # noqa: A002
-    weight: Tensor,
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-) -> Tensor:
+def _bf16_to_weight(passed: _Passed) -> Tensor:
     """By kernels for 3x3, which are quick: of a larger filter, one part of this size after the other."""
+    gradient, input, weight, stride, padding = passed  # noqa: A001
     height, width = weight.shape[2:]
     if height <= 3 and width <= 3:
         to_weight: Tensor = conv2d_weight(  # type: ignore[no-untyped-call]
