@@ -231,13 +231,15 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
         assert all(torch.isfinite(tensor).all() for tensor in load_file(run.path / runs.MODEL).values())
 
 
-def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class SpoilInEpochTwo(Silent):
+def diverge_after(taken: int, preset: Preset, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Train, with a weight that is no number after so many steps in all, and give what the user is told."""
+
+    class Spoil(Silent):
         steps = 0
 
-        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        def step(self, _: int, glance: Callable[[int], Glance | None]) -> None:
             self.steps += 1
-            if self.steps == 14:
+            if self.steps == taken:
                 with torch.no_grad():
                     next(made[0].model.parameters()).fill_(float("nan"))
 
@@ -249,8 +251,14 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatc
 
     made: list[jobs.Job] = []
     monkeypatch.setattr(workflows, "prepare", remember)
-    with pytest.raises(DivergedError, match=r"weights stopped being finite in epoch 2.*last good checkpoint is"):
-        workflows.train(make_preset(), where(tmp_path), SpoilInEpochTwo())
+    with pytest.raises(DivergedError) as failure:
+        workflows.train(preset, where(folder), Spoil())
+    return str(failure.value)
+
+
+def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said = diverge_after(14, make_preset(), tmp_path, monkeypatch)
+    assert re.search(r"weights stopped being finite in epoch 2.*last good checkpoint is", said)
     run = only_run(tmp_path)
     assert len(run.metrics()) == 1
     assert all(torch.isfinite(tensor).all() for tensor in load_file(run.path / runs.MODEL).values())
@@ -397,21 +405,25 @@ def test_an_overflow_in_fp16_is_no_error(tmp_path: Path) -> None:
             overflowing(tmp_path, precision, count)
 
 
-def test_a_divergence_names_the_rate_of_its_step(tmp_path: Path) -> None:
-    """Under a schedule the rate of the epoch's last step is another."""
+@pytest.mark.parametrize(
+    ("taken", "epoch", "step", "rate"),
+    [(3, 1, 4, 0.1 * 4 / 7), (9, 2, 3, 0.05 * (1 + math.cos(math.pi * 2 / 343)))],
+    ids=["warm-up", "cosine"],
+)
+def test_a_divergence_names_the_rate_of_its_step(
+    taken: int, epoch: int, step: int, rate: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under a schedule the rate of the epoch's last step is another. The formulas are those of torch's schedulers."""
     preset = make_preset(
-        optimizer={"name": "sgd", "lr": 100, "grad_clip": 0},
+        optimizer={"name": "sgd", "lr": 0.1},
         schedule={"name": "cosine", "warmup_epochs": 1},
         train={"epochs": 50},
     )
-    with pytest.raises(DivergedError) as failure:
-        workflows.train(preset, where(tmp_path), Silent())
-    found = re.search(r"epoch (\d+), step (\d+) of 7, at learning rate ([\d.]+)", str(failure.value))
-    assert found is not None
-    epoch, step = int(found[1]), int(found[2])
-    step += 7 * (epoch - 1)
-    expected = 100 * step / 7 if step <= 7 else 50 * (1 + math.cos(math.pi * (step - 8) / 343))
-    assert float(found[3]) == pytest.approx(expected, rel=1e-4)
+    said = diverge_after(taken, preset, tmp_path, monkeypatch)
+    found = re.search(r"the loss was nan in epoch (\d+), step (\d+) of 7, at learning rate ([\d.]+)", said)
+    assert found is not None, said
+    assert (int(found[1]), int(found[2])) == (epoch, step)
+    assert float(found[3]) == pytest.approx(rate, rel=1e-5)
 
 
 def test_resuming_in_another_precision_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
