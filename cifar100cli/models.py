@@ -2,6 +2,7 @@
 
 import difflib
 import socket
+import warnings
 from collections import OrderedDict
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from cifar100cli import networks
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.schema import Config
-from cifar100cli.weights import load_backbone, our_settings
+from cifar100cli.weights import load_backbone, our_network
 
 
 def check_backbone(name: str) -> None:
@@ -112,14 +113,17 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
         _ask_the_hub_once()
     model = _backbone(config, classes, from_timm=from_timm)
     # ImageNet's weights have ImageNet's stem; a checkpoint of ours has its own.
-    ours = our_settings(Path(file)) if file is not None else None
-    stem_is_in_the_file = ours is not None and ours["stem"] == config.model.stem
+    ours = our_network(Path(file)) if file is not None else None
+    stem_is_in_the_file = ours is not None and ours.stem == config.model.stem
     if config.model.stem == "cifar" and stem_is_in_the_file:
         _use_cifar_stem(model, name)
+    if ours is not None and ours.backbone == name:
+        _use_image_size(model, name, ours.image_size)
     if file is not None:
         load_backbone(model, Path(file), name, classifiers(name))
     if config.model.stem == "cifar" and not stem_is_in_the_file:
         _use_cifar_stem(model, name)
+    _use_image_size(model, name, config.data.image_size)
     features = _check_image_size(model, name, config.data.image_size).shape[1]
     if config.data.first_image_size is not None:
         for size in sorted({config.image_size_in(epoch) for epoch in range(1, config.train.epochs)}):
@@ -168,6 +172,7 @@ def outline(config: Config, classes: int) -> dict[str, Tensor]:
         model = _backbone(config, classes, from_timm=False)
         if config.model.stem == "cifar":
             _use_cifar_stem(model, config.model.backbone)
+        _use_image_size(model, config.model.backbone, config.data.image_size)
         model = _with_head(model, getattr(model, "head_hidden_size", 0), config, classes)
     tensors: dict[str, Tensor] = model.state_dict()
     return tensors
@@ -279,6 +284,31 @@ def _use_cifar_stem(model: nn.Module, name: str) -> None:
     model.maxpool = nn.Identity()
 
 
+def _use_image_size(model: nn.Module, name: str, image_size: int) -> None:
+    """Fit a network that is made for one size of image to another; most take any, and are left alone.
+
+    A transformer's position embeddings are resampled to the new grid of patches, as timm does.
+    """
+    fit, patches = getattr(model, "set_input_size", None), getattr(model, "patch_embed", None)
+    if fit is None or getattr(patches, "img_size", None) == (image_size, image_size):
+        return
+    patch = getattr(patches, "patch_size", None)
+    side = patch[0] if isinstance(patch, tuple) else 1
+    if image_size % side:
+        raise UsageError(
+            f"data.image_size = {image_size}: {name} cuts images into squares of {side} pixels; use a multiple of that"
+        )
+    try:
+        with warnings.catch_warnings(action="ignore"):  # timm's, on its way to the relative positions of a small grid
+            fit(img_size=image_size)
+    except (RuntimeError, AssertionError, ValueError, TypeError, ZeroDivisionError) as error:
+        raise UsageError(_cannot_take("image_size", image_size, name, error)) from None
+
+
+def _cannot_take(key: str, image_size: int, name: str, error: Exception) -> str:
+    return f"data.{key} = {image_size}: {name} cannot take it ({' '.join(str(error).split())[:120]})"
+
+
 def _check_image_size(model: nn.Module, name: str, image_size: int, key: str = "image_size") -> Tensor:
     """Try one blank image, so that a size that the network cannot take is a word and not a traceback."""
     training = model.training
@@ -287,9 +317,7 @@ def _check_image_size(model: nn.Module, name: str, image_size: int, key: str = "
             output: Tensor = model.eval()(torch.zeros(1, 3, image_size, image_size))
             return output
     except (RuntimeError, AssertionError, ValueError) as error:
-        raise UsageError(
-            f"data.{key} = {image_size}: {name} cannot take it ({' '.join(str(error).split())[:120]})"
-        ) from None
+        raise UsageError(_cannot_take(key, image_size, name, error)) from None
     finally:
         model.train(training)
 

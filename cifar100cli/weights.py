@@ -6,6 +6,7 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
@@ -158,14 +159,26 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
     return tensors
 
 
+@dataclass(frozen=True)
+class OurNetwork:
+    """What a checkpoint of ours says of its network."""
+
+    backbone: str
+    stem: str
+    image_size: int
+
+
 @interrupts.held_back()
-def our_settings(path: Path) -> Mapping[str, str] | None:
-    """What a checkpoint of ours says of its network (`backbone`, `stem`), or None for a file of another kind."""
+def our_network(path: Path) -> OurNetwork | None:
+    """What a checkpoint of ours says of its network, or None for a file of another kind."""
     try:
         check_header(path)
         with safe_open(path, framework="pt") as file:
-            model = parse_metadata(file.metadata())["config"]["model"]
-        return {name: _short(str(model[name])) for name in ("backbone", "stem")}
+            config = parse_metadata(file.metadata())["config"]
+        model, image_size = config["model"], int(config["data"]["image_size"])
+        if not 16 <= image_size <= 1024:  # as in a preset: position embeddings grow with its square
+            return None
+        return OurNetwork(_short(str(model["backbone"])), _short(str(model["stem"])), image_size)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, DataError):
         return None
 
@@ -176,9 +189,9 @@ def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) 
     Names may be timm's, or torchvision's for the same network. `head` names the modules that stay as they are.
     Raises `DataError` when a weight is missing, of another shape, not finite, or has no place in the network.
     """
-    ours = our_settings(path)
-    if ours is not None and ours["backbone"] != name:
-        theirs = ours["backbone"]
+    ours = our_network(path)
+    if ours is not None and ours.backbone != name:
+        theirs = ours.backbone
         _refuse(path, f"holds {theirs}, and this run is of {name}; --backbone {theirs} takes the same network")
     tensors = read_weights(path)
     heads = tuple(f"{module}." for module in head)

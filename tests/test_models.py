@@ -1,6 +1,7 @@
 """Networks: the stem, the head, the refusals."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -109,6 +110,7 @@ def test_a_rate_that_is_swallowed_is_found_out(monkeypatch: pytest.MonkeyPatch) 
     [
         *(("resnet18", 32), ("test_vit", 160), ("convnext_atto", 32), ("mobilenetv3_small_050", 32), ("wrn16_4", 32)),
         *(("airbench94", 32), ("swin_tiny_patch4_window7_224", 224), ("tf_efficientnet_lite0", 32)),
+        *(("test_vit", 96), ("swin_tiny_patch4_window7_224", 64), ("beit_base_patch16_224", 32)),
     ],
 )
 @pytest.mark.parametrize("head", ["linear", "cosine"])
@@ -122,6 +124,26 @@ def test_the_outline_is_the_networks(name: str, size: int, head: str) -> None:
         for tensors in (outline(config, 7), network.state_dict())
     )
     assert found == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("vit_tiny_patch16_224", {"img_size": 64}),
+        # Windows keep their share of the image, as in the paper's networks for 224 and 384 pixels.
+        ("swin_tiny_patch4_window7_224", {"img_size": 64, "window_size": 2}),
+        ("xcit_nano_12_p16_224", {}),  # takes any size as it is
+    ],
+)
+def test_a_network_for_one_size_is_fitted_to_another(name: str, told: dict[str, Any]) -> None:
+    """As timm builds it, when it is told the size to begin with."""
+    config = Config.model_validate({"model": {"backbone": name}, "data": {"image_size": 64}})
+    ours = create_model(config, classes=10).eval()
+    theirs = timm.create_model(name, num_classes=10, **told).eval()
+    theirs.load_state_dict(ours.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(images), theirs(images), rtol=1e-4, atol=1e-5)
 
 
 def test_growing_images_are_tried_before_training() -> None:
@@ -144,7 +166,8 @@ def test_what_is_frozen_does_not_count_as_trainable() -> None:
     [
         ({"backbone": "resnet81"}, "timm has no such model; did you mean"),
         ({"backbone": "zzzzzzzzzz"}, "list_models"),
-        ({"backbone": "vit_tiny_patch16_224"}, "data.image_size = 32"),
+        ({"backbone": "mixer_s16_224"}, "data.image_size = 32: mixer_s16_224 cannot take it"),
+        ({"backbone": "eva02_tiny_patch14_224"}, "squares of 14 pixels; use a multiple"),
         ({"backbone": "mobilenetv3_small_050", "stem": "cifar"}, "model.stem"),
         ({"backbone": "resnet9", "stem": "cifar"}, "model.stem"),
     ],

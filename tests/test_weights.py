@@ -1,5 +1,6 @@
 """Files of pretrained weights: both formats, both libraries' names, and every way in which one may not fit."""
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +10,7 @@ import timm
 import torch
 import torchvision
 from safetensors.torch import save_file
+from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from cifar100cli.errors import DataError
@@ -74,6 +76,31 @@ def test_our_own_checkpoint_gives_its_backbone(tmp_path: Path) -> None:
     inputs = torch.randn(2, 3, 32, 32)
     first.eval()
     assert torch.equal(features(second, inputs), first.backbone(inputs))  # type: ignore[operator]
+
+
+def test_position_embeddings_are_resampled_as_timm_does(tmp_path: Path) -> None:
+    """From a file for timm's own size, and from there by a checkpoint of ours for another size."""
+
+    def at(size: int, weights: str) -> Config:
+        model = {"backbone": "test_vit", "pretrained": True, "weights": str(tmp_path / weights)}
+        return Config.model_validate({"model": model, "data": {"image_size": size}})
+
+    state = trained_state("test_vit")
+    save_safetensors(state, tmp_path / "160")
+    ours = create_model(at(96, "160"), classes=10)
+    theirs = timm.create_model("test_vit", img_size=96)
+    theirs.load_state_dict(checkpoint_filter_fn(dict(state), theirs))  # type: ignore[arg-type]
+    images = torch.randn(2, 3, 96, 96)
+    theirs.eval().reset_classifier(0)  # type: ignore[operator]
+    with torch.inference_mode():
+        torch.testing.assert_close(features(ours, images), theirs(images))
+
+    preset = {"config": at(96, "160").model_dump(mode="json", exclude_none=True)}
+    save_file(ours.state_dict(), tmp_path / "96.safetensors", metadata={"cifar100": json.dumps(preset)})
+    again = create_model(at(96, "96.safetensors"), classes=7)
+    assert torch.equal(features(again, images), features(ours, images))
+    larger = create_model(at(192, "96.safetensors"), classes=7)
+    assert larger.get_parameter("pos_embed").shape[1] == 144 + 1
 
 
 @pytest.mark.parametrize(
