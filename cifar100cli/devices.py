@@ -1,6 +1,7 @@
 """What a run computes on, in which precision, and how much memory it takes there."""
 
 import contextlib
+import ctypes
 import os
 import re
 import sys
@@ -15,11 +16,22 @@ from cifar100cli.errors import UsageError
 Cast = Callable[[], AbstractContextManager[object]]  # a context for a forward pass
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of `train.precision`
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 TENSOR_CORES = (7, 0)  # the compute capability from which on CUDA devices have some for fp16
 
 
 def select_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's MPS, then the CPU. Raises `UsageError` for a device that is not here."""
+    """`auto` is CUDA, then Apple's MPS, then the CPU. Raises `UsageError` for a device that is not here.
+
+    Where it is the CPU, the process keeps the memory that tensors leave, for the next ones.
+    """
+    device = _select(name)
+    if device.type == "cpu":
+        _keep_memory()
+    return device
+
+
+def _select(name: str) -> torch.device:
     if ranks.local_count() > 1:
         return _device_of_rank(name)
     if name == "auto":
@@ -36,6 +48,18 @@ def select_device(name: str) -> torch.device:
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: PyTorch finds no Apple GPU here; --device auto takes what there is")
     return device
+
+
+def _keep_memory() -> None:
+    """Let glibc hold on to memory that was freed, up to the most that was ever in use.
+
+    As it comes, it gives what is large back to the system, and every step begins by getting the same pages anew, one
+    by one: a tenth of the time of a ResNet-18 at 32 pixels. Other C libraries have no such call.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for parameter, value in ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20), (M_MMAP_THRESHOLD, 32 << 20)):
+            mallopt(parameter, value)
 
 
 def _device_of_rank(name: str) -> torch.device:

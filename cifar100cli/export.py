@@ -18,8 +18,8 @@ from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.classifier import ImagesToLogits
 from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.images import SIDE
-from cifar100cli.models import as_pytorch_computes
 from cifar100cli.runs import replacing
+from cifar100cli.unrolled import as_pytorch_computes
 
 EXTRA = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of a logit, and of its size where that is more than one

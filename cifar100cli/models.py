@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from cifar100cli import networks
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.schema import Config
+from cifar100cli.unrolled import unroll
 from cifar100cli.weights import load_backbone, our_network
 
 
@@ -55,48 +56,6 @@ class CosineHead(nn.Module):
             return self.scale * cosines
 
 
-class SmallConv2d(nn.Conv2d):
-    """A convolution whose output, where that is a single pixel, is a matrix product with the taps that meet the image.
-
-    Deep in a network a small image has shrunk to one pixel or four, and of nine taps eight or five meet padding
-    alone; PyTorch multiplies by them all, and is slow at it. In a ResNet-18 at 32x32 pixels, these layers would
-    take a quarter of a step on a CPU. The parameters and, but for rounding, the result are those of `nn.Conv2d`.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - as torch names it
-        """(N, C, H, W) to (N, channels out, H', W')."""
-        (height, width), (down, across) = input.shape[-2:], self.weight.shape[-2:]
-        (above, left), (stride_down, stride_across) = _pair(self.padding), _pair(self.stride)
-        one_row = 0 <= height + 2 * above - down < stride_down and down > above
-        one_column = 0 <= width + 2 * left - across < stride_across and across > left
-        if not (one_row and one_column):
-            return super().forward(input)
-        tall, wide = min(down - above, height), min(across - left, width)
-        taps = self.weight[:, :, above : above + tall, left : left + wide]
-        product = F.linear(input[:, :, :tall, :wide].flatten(1), taps.flatten(1), self.bias)
-        return product[:, :, None, None]
-
-
-def _pair(value: str | tuple[int, ...]) -> tuple[int, int]:
-    assert not isinstance(value, str)
-    return value[0], value[1]
-
-
-def _use_small_convolutions(model: nn.Module) -> None:
-    """Compute the network's ordinary convolutions as `SmallConv2d` does; nothing else about them changes."""
-    for module in model.modules():
-        plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros"
-        if plain and not isinstance(module.padding, str) and module.dilation == (1, 1):
-            module.__class__ = SmallConv2d
-
-
-def as_pytorch_computes(model: nn.Module) -> None:
-    """Compute the network's convolutions as PyTorch does, to compare with."""
-    for module in model.modules():
-        if type(module) is SmallConv2d:
-            setattr(module, "__class__", nn.Conv2d)  # noqa: B010 - a plain assignment would narrow the type
-
-
 def create_model(config: Config, classes: int, *, pretrained: bool | None = None) -> nn.Module:
     """Build the network for `classes` classes, with random weights, timm's ImageNet weights, or those of a file.
 
@@ -129,7 +88,7 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
         for size in sorted({config.image_size_in(epoch) for epoch in range(1, config.train.epochs)}):
             _check_image_size(model, name, size, key="first_image_size")
     model = _with_head(model, features, config, classes)
-    _use_small_convolutions(model)
+    unroll(model)
     return model
 
 

@@ -21,10 +21,10 @@ from torchvision.transforms import v2
 from cifar100cli.erasing import Color
 from cifar100cli.groups import Group
 from cifar100cli.loader import Batch, DeviceLoader
-from cifar100cli.models import as_pytorch_computes
 from cifar100cli.policies import color_of
 from cifar100cli.schema import Augment, Optimizer
 from cifar100cli.tasks import Task
+from cifar100cli.unrolled import as_pytorch_computes
 
 Picture = NDArray[np.uint8]  # (H, W, 3)
 

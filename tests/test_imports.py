@@ -26,6 +26,7 @@ LEVELS = (
         "images",
         "analysis",
         "noise",
+        "unrolled",
     },
     {
         "ablation",

@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import save_file
 from timm.layers import DropPath  # type: ignore[attr-defined]
 from torch import nn
-from torch.nn import functional as F
 
-from cifar100cli import models
 from cifar100cli.errors import UsageError
 from cifar100cli.models import CosineHead, count_parameters, create_model, outline
 from cifar100cli.schema import Config
@@ -199,45 +197,3 @@ def test_cosine_head_gives_scaled_cosines_whatever_the_autocast() -> None:
     assert logits.abs().max() <= 16.001
     assert head.class_vectors.std().item() == pytest.approx(0.01, rel=0.15)
     assert head.embed.bias is None
-
-
-@pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 2), (3, 3), (2, 5)])
-@pytest.mark.parametrize(
-    ("kernel", "stride", "padding"), [(3, 1, 1), (3, 2, 1), (1, 2, 0), (5, 4, 2), (7, 2, 3), (2, 2, 0)]
-)
-def test_small_convolutions_are_torchs(size: tuple[int, int], kernel: int, stride: int, padding: int) -> None:
-    """Output and gradients against torch's in float64, where an output is one pixel and where it is not."""
-    torch.manual_seed(0)
-    ours = nn.Sequential(nn.Conv2d(4, 6, kernel, stride, padding).to(memory_format=torch.channels_last))
-    models._use_small_convolutions(ours)
-    assert isinstance(ours[0], models.SmallConv2d)
-    inputs = torch.randn(5, 4, *size).contiguous(memory_format=torch.channels_last).requires_grad_()
-    if min(size) + 2 * padding < kernel:
-        with pytest.raises(RuntimeError, match="Kernel size can't be greater"):
-            ours(inputs)
-        return
-    output = ours(inputs)
-    wanted = torch.randn_like(output)
-    output.backward(wanted)
-
-    tensors = [inputs, *ours.parameters()]
-    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    expected = F.conv2d(exact[0], exact[1], exact[2], stride, padding)
-    expected.backward(wanted.double())  # type: ignore[no-untyped-call]
-    torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
-    for tensor, reference in zip(tensors, exact, strict=True):
-        assert tensor.grad is not None
-        assert reference.grad is not None
-        torch.testing.assert_close(tensor.grad.double(), reference.grad, rtol=1e-5, atol=1e-5)
-
-
-def test_only_ordinary_convolutions_are_computed_in_another_way() -> None:
-    kinds = [
-        nn.Conv2d(4, 4, 3, groups=2),
-        nn.Conv2d(4, 4, 3, dilation=2),
-        nn.Conv2d(4, 4, 3, padding="same"),
-        nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"),
-    ]
-    model = nn.Sequential(*kinds)
-    models._use_small_convolutions(model)
-    assert all(type(module) is nn.Conv2d for module in model)
