@@ -260,7 +260,7 @@ def _use_image_size(model: nn.Module, name: str, image_size: int) -> None:
     try:
         with warnings.catch_warnings(action="ignore"):  # timm's, on its way to the relative positions of a small grid
             fit(img_size=image_size)
-    except (RuntimeError, AssertionError, ValueError, TypeError, ZeroDivisionError) as error:
+    except (RuntimeError, AssertionError, ValueError) as error:
         raise UsageError(_cannot_take("image_size", image_size, name, error)) from None
 
 
