@@ -7,22 +7,18 @@ stderr. What goes wrong is raised: a `CifarError`, whose message names options a
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from cifar100cli import checkpoint, config, console, evaluation, places, runs, workflows
-from cifar100cli.checkpoint import TrainState
 from cifar100cli.classifier import Classifier
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
 from cifar100cli.errors import UsageError
-from cifar100cli.jobs import Watcher, Where
+from cifar100cli.jobs import Silence, Watcher, Where
 from cifar100cli.options import expand, with_pretrained
 from cifar100cli.runs import RunDir
-from cifar100cli.schema import Config
-from cifar100cli.stages import StageRow
-from cifar100cli.steps import Glance
 
 AnyPath = str | Path
 
@@ -143,24 +139,4 @@ def _where(
 
 def _watcher(name: str, progress: bool) -> AbstractContextManager[Watcher]:
     """What the commands show, or nothing."""
-    return console.TrainingDisplay(name) if progress else contextlib.nullcontext(_Silence())
-
-
-class _Silence:
-    """A watcher that shows nothing."""
-
-    def say(self, text: str) -> None: ...
-
-    @contextlib.contextmanager
-    def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
-        yield lambda count: None
-
-    def stages(self, rows: Sequence[StageRow]) -> None: ...
-
-    def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None: ...
-
-    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None: ...
-
-    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
-
-    def finish(self, result: Mapping[str, Any]) -> None: ...
+    return console.TrainingDisplay(name) if progress else contextlib.nullcontext(Silence())

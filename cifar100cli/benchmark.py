@@ -8,7 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from cifar100cli.checkpoint import load_model
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.flops import step_flops
-from cifar100cli.jobs import Job, Watcher, Where, evaluation_loader, prepare
+from cifar100cli.jobs import Job, Silence, Watcher, Where, evaluation_loader, prepare
 from cifar100cli.loader import Batch, DeviceLoader, Plan, evaluation_batch_size
 from cifar100cli.optim import create_optimizer
 from cifar100cli.plain import PlainLoop
@@ -84,18 +84,14 @@ def _seconds_of_a_step(preset: Preset, where: Where, watcher: Watcher) -> float:
     return seconds
 
 
-class _Quiet:
-    """A watcher of what is no run."""
+class _Quiet(Silence):
+    """A watcher of what is no run: it shows how far long computations are, and nothing else."""
 
     def __init__(self, watcher: Watcher) -> None:
-        self.progress = watcher.progress
+        self._watcher = watcher
 
-    def say(self, text: str) -> None: ...
-    def stages(self, rows: Sequence[Any]) -> None: ...
-    def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None: ...
-    def step(self, taken: int, glance: Any) -> None: ...
-    def epoch(self, row: Any, state: Any) -> None: ...
-    def finish(self, result: Any) -> None: ...
+    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return self._watcher.progress(title, total)
 
 
 class OneBatch(DeviceLoader):

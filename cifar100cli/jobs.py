@@ -1,9 +1,11 @@
 """A training run made ready: data, model, task, teacher and frozen features, from a preset."""
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -12,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cifar100cli import batch_norm, checkpoint, computed, datasets, devices, ranks, steps, teachers
 from cifar100cli.augment import Views
 from cifar100cli.card import Card
-from cifar100cli.checkpoint import Checkpoint, Saved
+from cifar100cli.checkpoint import Checkpoint, Saved, TrainState
 from cifar100cli.computed import Speaker
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
@@ -24,7 +26,7 @@ from cifar100cli.models import check_backbone, classifiers, create_model, initia
 from cifar100cli.policies import create_policy
 from cifar100cli.schema import Config, Distillation, Finetune
 from cifar100cli.stages import Parted, Stage, StageRow, freeze, learning, stage_rows, stages_of
-from cifar100cli.steps import Manner
+from cifar100cli.steps import Glance, Manner
 from cifar100cli.tasks import DistillationTask, Task, Teacher, create_task
 from cifar100cli.trainer import Loaders, Observer
 
@@ -44,6 +46,21 @@ class Watcher(Observer, Speaker, Protocol):
 
     def stages(self, rows: Sequence[StageRow]) -> None:
         """What of the network learns."""
+
+
+class Silence:
+    """A watcher that shows nothing."""
+
+    def say(self, text: str) -> None: ...
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return contextlib.nullcontext(lambda count: None)
+
+    def stages(self, rows: Sequence[StageRow]) -> None: ...
+    def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None: ...
+    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None: ...
+    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
+    def finish(self, result: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import os
 import pickle
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 from cifar100cli import cli, fetch, interrupts, runs, synthetic
 from cifar100cli.augment import Epoch, Policy
 from cifar100cli.averaging import Average
-from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Preset
-from cifar100cli.jobs import Where
+from cifar100cli.jobs import Silence, Where
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
 from cifar100cli.stages import StageRow
@@ -51,6 +50,11 @@ def pytest_configure() -> None:
     """The user's folders are not for tests, nor for the processes that tests start."""
     for name in ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR", "FORCE_COLOR"):
         os.environ.pop(name, None)
+    # Tests side by side share the cores, and so do the processes that they start.
+    if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
+        threads = max(1, (os.cpu_count() or 1) // workers)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+        torch.set_num_threads(threads)
 
 
 @dataclass(frozen=True)
@@ -170,7 +174,7 @@ def distance_of_distributions(ours: NDArray[Any], theirs: NDArray[Any]) -> float
     return float(np.abs(shares[0] - shares[1]).max())
 
 
-class Silent:
+class Listening(Silence):
     """A watcher that shows nothing and remembers what was said."""
 
     def __init__(self) -> None:
@@ -190,13 +194,8 @@ class Silent:
     def stages(self, rows: Sequence[StageRow]) -> None:
         self.shown = list(rows)
 
-    def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None: ...
-    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None: ...
-    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
-    def finish(self, result: Mapping[str, Any]) -> None: ...
 
-
-class StopAfter(Silent):
+class StopAfter(Listening):
     """Presses Ctrl-C after so many steps."""
 
     def __init__(self, steps: int) -> None:

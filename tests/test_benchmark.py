@@ -14,11 +14,11 @@ from cifar100cli import benchmark, erasing, flops, plain
 from cifar100cli.benchmark import Sides
 from cifar100cli.config import Preset
 from cifar100cli.schema import Augment
-from tests.conftest import EVERYTHING, Cli, Silent, epoch_of, make_preset, where
+from tests.conftest import EVERYTHING, Cli, Listening, epoch_of, make_preset, where
 
 
 def sides_of(tmp_path: Path, **sections: dict[str, Any]) -> Sides:
-    return Sides(make_preset(**sections), where(tmp_path), Silent(), steps=1)
+    return Sides(make_preset(**sections), where(tmp_path), Listening(), steps=1)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +91,7 @@ def test_only_mixing_has_no_plain_way() -> None:
 
 def test_mixing_has_no_plain_way(tmp_path: Path) -> None:
     preset = make_preset(augment={"cutmix": 1.0, "mixup": 0.2})
-    result = benchmark.bench(preset, where(tmp_path), Silent(), steps=1, repeats=1)
+    result = benchmark.bench(preset, where(tmp_path), Listening(), steps=1, repeats=1)
     assert set(result["images_per_second"]) == {"loop", "bare", "evaluation", "bare_evaluation"}
 
 
@@ -173,8 +173,8 @@ def test_fine_tuning_is_measured_with_its_cached_features(tmp_path: Path) -> Non
         "data": {"image_size": 64},
     }
     preset = make_preset(**sections)
-    result = benchmark.bench(preset, where(tmp_path), Silent(), steps=1, repeats=1)
-    whole = benchmark.bench(make_preset(data={"image_size": 64}), where(tmp_path), Silent(), steps=1, repeats=1)
+    result = benchmark.bench(preset, where(tmp_path), Listening(), steps=1, repeats=1)
+    whole = benchmark.bench(make_preset(data={"image_size": 64}), where(tmp_path), Listening(), steps=1, repeats=1)
     assert result["flops_per_image"] < whole["flops_per_image"] / 20
     assert set(result["images_per_second"]) == set(whole["images_per_second"])
 

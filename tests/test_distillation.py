@@ -20,7 +20,7 @@ from cifar100cli.errors import DataError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch
 from cifar100cli.schema import Distillation
 from cifar100cli.tasks import ClassificationTask, DistillationTask, MarginTask
-from tests.conftest import EVERYTHING, TINY, Cli, Silent, StopAfter, make_preset, only_run, where
+from tests.conftest import EVERYTHING, TINY, Cli, Listening, StopAfter, make_preset, only_run, where
 
 Array = NDArray[np.float64]
 
@@ -163,7 +163,7 @@ def teacher_run(tmp_path: Path, small_synthetic: object) -> Path:
         loss={"name": "arcface"},
         train={"epochs": 1},
     )
-    return Path(workflows.train(preset, where(tmp_path / "teacher"), Silent())["run_dir"])
+    return Path(workflows.train(preset, where(tmp_path / "teacher"), Listening())["run_dir"])
 
 
 def student(teacher: Path, **sections: dict[str, Any]) -> Preset:
@@ -178,10 +178,10 @@ def student(teacher: Path, **sections: dict[str, Any]) -> Preset:
 def test_the_cached_teacher_says_what_the_online_one_says(
     tmp_path: Path, teacher_run: Path, augment: dict[str, Any]
 ) -> None:
-    watcher = Silent()
+    watcher = Listening()
     preset = student(teacher_run, augment=augment)
     job = jobs.prepare(preset, where(tmp_path), watcher)
-    online = jobs.prepare(preset, where(tmp_path), Silent(), dry=True)
+    online = jobs.prepare(preset, where(tmp_path), Listening(), dry=True)
     assert isinstance(job.task, DistillationTask)
     assert isinstance(online.task, DistillationTask)
     assert isinstance(job.task.teacher, teachers.CachedTeacher)
@@ -205,9 +205,9 @@ def test_training_with_either_teacher_is_the_same(
     tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     preset = student(teacher_run, augment={"policy": "flip"})
-    workflows.train(preset, where(tmp_path / "cached"), Silent())
+    workflows.train(preset, where(tmp_path / "cached"), Listening())
     monkeypatch.setattr(jobs, "Views", ())  # no policy counts as one of few versions
-    workflows.train(preset, where(tmp_path / "online"), Silent())
+    workflows.train(preset, where(tmp_path / "online"), Listening())
     curves = [[row["train_loss"] for row in only_run(tmp_path / kind).metrics()] for kind in ("cached", "online")]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
 
@@ -218,7 +218,7 @@ def test_logits_are_kept_by_teacher_data_and_version(
     monkeypatch.setattr(computed, "PART", 150)
 
     def count(preset: Preset) -> int:
-        watcher = Silent()
+        watcher = Listening()
         jobs.prepare(preset, where(tmp_path), watcher)
         assert bool(watcher.counted) != any("nothing to compute" in text for text in watcher.said)
         return sum(watcher.counted)
@@ -245,21 +245,21 @@ def test_logits_are_kept_by_teacher_data_and_version(
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, teacher_run: Path) -> None:
     (tmp_path / "cache").write_text("a file")
-    watcher = Silent()
+    watcher = Listening()
     workflows.train(student(teacher_run, train={"epochs": 1}), where(tmp_path), watcher)
     assert sum("cannot be written to" in text for text in watcher.said) == 1
 
 
 def test_what_a_killed_process_left_in_the_cache_goes(tmp_path: Path, teacher_run: Path) -> None:
     """But not what another process may be writing right now."""
-    workflows.train(student(teacher_run, train={"epochs": 1}), where(tmp_path), Silent())
+    workflows.train(student(teacher_run, train={"epochs": 1}), where(tmp_path), Listening())
     (part,) = (tmp_path / "cache").glob("*/*.safetensors")
     old, new = part.parent / f".{part.name}.abc.tmp", part.parent / f".{part.name}.def.tmp"
     for path, hours in ((old, 2), (new, 0)):
         path.write_bytes(b"half")
         os.utime(path, (time.time() - hours * 3600,) * 2)
     part.unlink()
-    workflows.train(student(teacher_run, train={"epochs": 1}), where(tmp_path), Silent())
+    workflows.train(student(teacher_run, train={"epochs": 1}), where(tmp_path), Listening())
     assert (part.exists(), old.exists(), new.exists()) == (True, False, True)
 
 
@@ -274,7 +274,7 @@ def test_what_a_killed_process_left_in_the_cache_goes(tmp_path: Path, teacher_ru
 def test_unbounded_views_run_the_teacher_in_every_step_and_say_so(
     tmp_path: Path, teacher_run: Path, augment: dict[str, Any], words: str
 ) -> None:
-    watcher = Silent()
+    watcher = Listening()
     job = jobs.prepare(student(teacher_run, augment=augment), where(tmp_path), watcher)
     assert isinstance(job.task, DistillationTask)
     assert isinstance(job.task.teacher, teachers.OnlineTeacher)
@@ -292,18 +292,18 @@ def test_stopped_and_resumed_ends_with_the_same_bits(
     tmp_path: Path, teacher_run: Path, augment: dict[str, Any]
 ) -> None:
     preset = student(teacher_run, augment=augment)
-    workflows.train(preset, where(tmp_path / "unbroken"), Silent())
+    workflows.train(preset, where(tmp_path / "unbroken"), Listening())
     with pytest.raises(RunInterrupted):
         workflows.train(preset, where(tmp_path / "broken"), StopAfter(9))
-    workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Silent())
+    workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Listening())
     models = [only_run(tmp_path / kind).path / runs.MODEL for kind in ("unbroken", "broken")]
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
 def test_without_a_teachers_weight_it_is_plain_training(tmp_path: Path, teacher_run: Path) -> None:
     preset = make_preset(distillation={"teacher": str(teacher_run), "alpha": 0.0})
-    workflows.train(preset, where(tmp_path / "distilled"), Silent())
-    workflows.train(make_preset(), where(tmp_path / "plain"), Silent())
+    workflows.train(preset, where(tmp_path / "distilled"), Listening())
+    workflows.train(make_preset(), where(tmp_path / "plain"), Listening())
     found = [load_file(only_run(tmp_path / kind).path / runs.MODEL) for kind in ("distilled", "plain")]
     assert all(torch.equal(tensor, found[1][name]) for name, tensor in found[0].items())
 
@@ -313,9 +313,9 @@ def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, teacher_run: Path
     other = saved.card.model_copy(update={"classes": tuple(map(str, range(100)))})
     checkpoint.save_model(tmp_path / "other.safetensors", saved.model, other)
     with pytest.raises(DataError, match=r"--teacher .*knows other classes"):
-        jobs.prepare(student(tmp_path / "other.safetensors"), where(tmp_path), Silent())
+        jobs.prepare(student(tmp_path / "other.safetensors"), where(tmp_path), Listening())
     with pytest.raises(UsageError, match="--teacher RUN"):
-        jobs.prepare(make_preset(distillation={}), where(tmp_path), Silent())
+        jobs.prepare(make_preset(distillation={}), where(tmp_path), Listening())
 
 
 def test_on_the_command_line(run_cli: Cli, tmp_path: Path, small_synthetic: object) -> None:

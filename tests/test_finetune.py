@@ -17,7 +17,7 @@ from cifar100cli.config import Preset, load_preset
 from cifar100cli.errors import RunInterrupted, UsageError
 from cifar100cli.models import create_model
 from cifar100cli.schema import Config
-from tests.conftest import TINY, Cli, Silent, StopAfter, make_preset, only_run, where
+from tests.conftest import TINY, Cli, Listening, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
@@ -55,7 +55,7 @@ def test_with_and_without_the_cache_training_is_the_same(tmp_path: Path, weights
     results = {}
     for cache in ("on", "off"):
         job = preset(weights, {"unfreeze": unfreeze, "cache": cache})
-        results[cache] = workflows.train(job, where(tmp_path / cache), Silent())
+        results[cache] = workflows.train(job, where(tmp_path / cache), Listening())
     for figure in ("train_loss", "test_loss"):
         assert curve(tmp_path / "on", figure) == pytest.approx(curve(tmp_path / "off", figure), rel=1e-4)
     assert results["on"]["test"]["loss"] == pytest.approx(results["off"]["test"]["loss"], rel=1e-4)
@@ -65,7 +65,7 @@ def test_with_and_without_the_cache_training_is_the_same(tmp_path: Path, weights
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 1e-2)])
 def test_what_a_shorter_type_costs(tmp_path: Path, weights: Path, dtype: str, tolerance: float) -> None:
     for kind in ("float32", dtype):
-        workflows.train(preset(weights, {"cache_dtype": kind}), where(tmp_path / kind), Silent())
+        workflows.train(preset(weights, {"cache_dtype": kind}), where(tmp_path / kind), Listening())
     assert curve(tmp_path / dtype) == pytest.approx(curve(tmp_path / "float32"), rel=tolerance)
 
 
@@ -73,13 +73,13 @@ def test_features_under_bf16_are_kept_as_they_are(tmp_path: Path, weights: Path)
     """A network that computes in bfloat16 gives bfloat16, so that keeping it in that type changes no bit."""
     for kind in ("auto", "float32"):
         job = preset(weights, {"cache_dtype": kind}, train={"precision": "bf16"})
-        workflows.train(job, where(tmp_path / kind), Silent())
+        workflows.train(job, where(tmp_path / kind), Listening())
     assert curve(tmp_path / "auto") == curve(tmp_path / "float32")
 
 
 @pytest.mark.parametrize("cache", ["on", "off"])
 def test_the_frozen_part_is_the_files_to_the_bit(tmp_path: Path, weights: Path, cache: str) -> None:
-    watcher = Silent()
+    watcher = Listening()
     result = workflows.train(preset(weights, {"cache": cache}), where(tmp_path), watcher)
     before, after = load_file(weights), load_file(Path(result["run_dir"]) / runs.MODEL)
     assert before.keys() == after.keys()  # a whole network, whatever was run once
@@ -91,13 +91,13 @@ def test_the_frozen_part_is_the_files_to_the_bit(tmp_path: Path, weights: Path, 
 
 def test_the_result_is_what_evaluate_measures(tmp_path: Path, weights: Path) -> None:
     job = preset(weights, {"cache_dtype": "bfloat16"}, data={"val_fraction": 0.25}, train={"select": "best_val"})
-    result = workflows.train(job, where(tmp_path), Silent())
-    measured = evaluation.evaluate([Path(result["run_dir"])], where(tmp_path), Silent())
+    result = workflows.train(job, where(tmp_path), Listening())
+    measured = evaluation.evaluate([Path(result["run_dir"])], where(tmp_path), Listening())
     assert {key: measured[key] for key in result["test"]} == result["test"]
 
 
 def test_moving_statistics_are_not_kept(tmp_path: Path, weights: Path) -> None:
-    watcher = Silent()
+    watcher = Listening()
     result = workflows.train(preset(weights, {"bn": "adapt"}), where(tmp_path), watcher)
     assert any("runs in every epoch, because the frozen stages' batch statistics move" in t for t in watcher.said)
     before, after = load_file(weights), load_file(Path(result["run_dir"]) / runs.MODEL)
@@ -108,21 +108,21 @@ def test_moving_statistics_are_not_kept(tmp_path: Path, weights: Path) -> None:
 @pytest.mark.parametrize("stops", [(3,), (9,), (16, 2)])
 def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, weights: Path, stops: tuple[int, ...]) -> None:
     job = preset(weights)
-    workflows.train(job, where(tmp_path / "unbroken"), Silent())
+    workflows.train(job, where(tmp_path / "unbroken"), Listening())
     with pytest.raises(RunInterrupted):
         workflows.train(job, where(tmp_path / "broken"), StopAfter(stops[0]))
     for steps in stops[1:]:
         with pytest.raises(RunInterrupted):
             workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), StopAfter(steps))
     shutil.rmtree(tmp_path / "broken" / "cache")
-    workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Silent())
+    workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Listening())
     models = [only_run(tmp_path / kind).path / runs.MODEL for kind in ("unbroken", "broken")]
     assert models[0].read_bytes() == models[1].read_bytes()
 
 
 def test_features_are_kept_by_weights_stage_and_data(tmp_path: Path, weights: Path) -> None:
     def count(job: Preset) -> int:
-        watcher = Silent()
+        watcher = Listening()
         jobs.prepare(job, where(tmp_path), watcher)
         return sum(watcher.counted)
 
@@ -139,19 +139,19 @@ def test_features_are_kept_by_weights_stage_and_data(tmp_path: Path, weights: Pa
 
 
 def test_a_table_too_large_for_memory_is_mapped(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    workflows.train(preset(weights), where(tmp_path / "memory"), Silent())
+    workflows.train(preset(weights), where(tmp_path / "memory"), Listening())
     monkeypatch.setattr(computed, "free_memory", lambda: 1000)
     monkeypatch.setattr(computed, "KEPT", 0)
-    workflows.train(preset(weights), where(tmp_path / "mapped"), Silent())
+    workflows.train(preset(weights), where(tmp_path / "mapped"), Listening())
     assert curve(tmp_path / "mapped") == curve(tmp_path / "memory")
     assert list((tmp_path / "mapped" / "cache").iterdir()) == []  # the file has no name
     monkeypatch.setattr(computed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"GB are needed.*--no-cache"):
-        jobs.prepare(preset(weights), where(tmp_path / "full"), Silent())
+        jobs.prepare(preset(weights), where(tmp_path / "full"), Listening())
 
 
 def test_growing_images_are_not_kept(tmp_path: Path, weights: Path) -> None:
-    watcher = Silent()
+    watcher = Listening()
     growing = preset(weights, {"cache": "auto"}, data={"first_image_size": 16})
     workflows.train(growing, where(tmp_path), watcher)
     assert any("the images grow" in line for line in watcher.said)

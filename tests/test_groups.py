@@ -13,7 +13,7 @@ from cifar100cli import jobs
 from cifar100cli.errors import UsageError
 from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.models import CosineHead, classifiers
-from tests.conftest import Silent, make_preset, where
+from tests.conftest import Listening, make_preset, where
 
 NETWORKS = ("resnet18", "test_vit", "test_convnext", "test_efficientnet", "test_vit2")
 
@@ -137,8 +137,8 @@ def test_frozen_weights_are_not_hidden() -> None:
 # ---------------------------------------------------------------------------------------------------- in a run
 
 
-def prepared(tmp_path: Path, **sections: dict[str, Any]) -> tuple[jobs.Job, Silent]:
-    watcher = Silent()
+def prepared(tmp_path: Path, **sections: dict[str, Any]) -> tuple[jobs.Job, Listening]:
+    watcher = Listening()
     return jobs.prepare(make_preset(**sections), where(tmp_path), watcher), watcher
 
 

@@ -18,7 +18,7 @@ from cifar100cli.networks import NAMES, Airbench, WideResNet
 from cifar100cli.optim import create_optimizer
 from cifar100cli.schema import Config
 from cifar100cli.steps import create_steps
-from tests.conftest import Silent, StopAfter, make_preset, only_run, where
+from tests.conftest import Listening, StopAfter, make_preset, only_run, where
 
 # ------------------------------------------------------------------------------------------------ counting
 
@@ -280,7 +280,7 @@ def test_convolutions_begin_as_identities() -> None:
 def test_a_run_whitens_once(tmp_path: Path) -> None:
     """From its own training images, before the first step; a run that goes on has its weights from the state."""
     preset = make_preset(model={"backbone": "airbench94"}, data={"fraction": 0.25}, train={"epochs": 2})
-    job = jobs.prepare(preset, where(tmp_path), Silent())
+    job = jobs.prepare(preset, where(tmp_path), Listening())
     images = job.loaders.train.preprocessing(job.loaders.train.images)
     with torch.no_grad():
         output = F.conv2d(images, job.model.get_submodule("stem.conv").weight)[:, :12]  # type: ignore[arg-type]
@@ -291,8 +291,8 @@ def test_a_run_whitens_once(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         workflows.train(preset, where(tmp_path / "broken"), StopAfter(3))
-    workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Silent())
-    result = workflows.train(preset, where(tmp_path / "unbroken"), Silent())
+    workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Listening())
+    result = workflows.train(preset, where(tmp_path / "unbroken"), Listening())
     ends = [only_run(tmp_path / name).path / "model.safetensors" for name in ("broken", "unbroken")]
     assert ends[0].read_bytes() == ends[1].read_bytes()
     assert result["parameters"] - result["trainable_parameters"] == 24 * 12 + 2 * (64 + 256 + 256)
@@ -356,11 +356,11 @@ def test_bf16_channels_last_and_one_graph(name: str) -> None:
 def test_they_learn(tmp_path: Path, head: str) -> None:
     """One batch, again and again: the loss falls."""
     preset = make_preset(model={"backbone": "airbench94", "head": head}, data={"fraction": 0.25, "batch_size": 100})
-    job = jobs.prepare(preset, where(tmp_path), Silent())
+    job = jobs.prepare(preset, where(tmp_path), Listening())
     optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
     training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
     taken = create_steps(training, job.manner)
-    losses = [trainer.train_epoch(taken, job.config, epoch, Silent())["train_loss"] for epoch in range(1, 7)]
+    losses = [trainer.train_epoch(taken, job.config, epoch, Listening())["train_loss"] for epoch in range(1, 7)]
     assert losses[-1] < 0.9 * losses[0]
 
 

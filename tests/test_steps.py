@@ -1,34 +1,38 @@
 """Steps: captured, compiled and as they are, all the same training; and nothing in them that a host would wait for."""
 
 import contextlib
+import copy
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cifar100cli import augment, jobs, steps, trainer
+from cifar100cli import augment, jobs, steps, teachers, trainer
 from cifar100cli.config import Preset
 from cifar100cli.errors import UsageError
 from cifar100cli.groups import everything
 from cifar100cli.loader import DeviceLoader, Plan
 from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.schema import Distillation
 from cifar100cli.steps import CapturedSteps, Manner, Steps, Training
-from tests.conftest import EVERYTHING, Silent, make_preset, where
+from cifar100cli.tasks import DistillationTask
+from tests.conftest import EVERYTHING, Listening, make_preset, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
 
 def training_of(preset: Preset, tmp_path: Path) -> Training:
-    job = jobs.prepare(preset, where(tmp_path), Silent())
+    job = jobs.prepare(preset, where(tmp_path), Listening())
     optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
     return trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
 
 
 def epochs(taken: Steps, preset: Preset, count: int) -> list[dict[str, float]]:
-    return [trainer.train_epoch(taken, preset.config, epoch, Silent()) for epoch in range(1, count + 1)]
+    return [trainer.train_epoch(taken, preset.config, epoch, Listening()) for epoch in range(1, count + 1)]
 
 
 class PretendGraph:
@@ -157,6 +161,19 @@ def test_nothing_waits_in_fp16(tmp_path: Path) -> None:
         taken.take(1)
 
 
+@pytest.mark.parametrize("form", ["plain", "decoupled"])
+def test_no_distillation_waits(tmp_path: Path, form: Literal["plain", "decoupled"]) -> None:
+    """With a teacher that runs in every step, on images that are mixed."""
+    training = training_of(make_preset(augment={"mixup": 1.0}), tmp_path)
+    teacher = teachers.OnlineTeacher(copy.deepcopy(training.model), training.loader.preprocessing, training.cast)
+    task = DistillationTask(training.task, teacher, Distillation(form=form, standardize=True))
+    taken = Steps(replace(training, task=task))
+    taken.begin(1)
+    taken.take(0)
+    with NoWaiting():  # type: ignore[no-untyped-call]
+        taken.take(1)
+
+
 def test_the_check_for_waiting_works() -> None:
     for waits in (
         lambda: torch.ones(1).item(),
@@ -239,7 +256,7 @@ def test_a_captured_run_on_cuda_is_the_eager_one(tmp_path: Path, recipe: str) ->
     preset = make_preset(**RECIPES[recipe])
 
     def curve(manner: str) -> list[float]:
-        job = jobs.prepare(preset, jobs.Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
+        job = jobs.prepare(preset, jobs.Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
         optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
         training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
         return [row["train_loss"] for row in epochs(steps.create_steps(training, Manner(manner, "")), preset, 2)]

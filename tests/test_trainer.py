@@ -25,14 +25,14 @@ from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.optim import create_optimizer
 from cifar100cli.steps import Glance, Training
 from cifar100cli.tasks import StepOutput
-from tests.conftest import EVERYTHING, Silent, StopAfter, make_preset, only_run, where
+from tests.conftest import EVERYTHING, Listening, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
 
 def test_equals_a_plain_loop(tmp_path: Path, small_synthetic: synthetic.Drawn) -> None:
     preset = make_preset(optimizer={"weight_decay": 2.0}, loss={"label_smoothing": 0.1}, train={"select": "best_test"})
-    result = workflows.train(preset, where(tmp_path), Silent())
+    result = workflows.train(preset, where(tmp_path), Listening())
 
     images, labels = (torch.from_numpy(array) for array in small_synthetic.train)
     test_images, test_labels = (torch.from_numpy(array) for array in small_synthetic.test)
@@ -105,14 +105,14 @@ def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, recipe: str
     """An epoch has 7 steps (5 where images are held out): stops in the first, between two, and twice."""
     preset = make_preset(**RECIPES[recipe])
     unbroken, broken = where(tmp_path / "unbroken"), where(tmp_path / "broken")
-    workflows.train(preset, unbroken, Silent())
+    workflows.train(preset, unbroken, Listening())
 
     with pytest.raises(RunInterrupted):
         workflows.train(preset, broken, StopAfter(stops[0]))
     for more in stops[1:]:
         with pytest.raises(RunInterrupted):
             workflows.resume(only_run(tmp_path / "broken"), broken, StopAfter(more))
-    workflows.resume(only_run(tmp_path / "broken"), broken, Silent())
+    workflows.resume(only_run(tmp_path / "broken"), broken, Listening())
 
     one, other = only_run(tmp_path / "unbroken"), only_run(tmp_path / "broken")
     assert (one.path / runs.MODEL).read_bytes() == (other.path / runs.MODEL).read_bytes()
@@ -132,7 +132,7 @@ def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, recipe: str
 def test_an_epoch_measured_but_not_saved_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a kill between the line of metrics and the training state."""
     preset = make_preset()
-    workflows.train(preset, where(tmp_path / "unbroken"), Silent())
+    workflows.train(preset, where(tmp_path / "unbroken"), Listening())
 
     save_state = checkpoint.save_state
     calls = 0
@@ -146,9 +146,9 @@ def test_an_epoch_measured_but_not_saved_is_done_again(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(checkpoint, "save_state", killed_in_the_second_epoch)
     with pytest.raises(RunInterrupted):
-        workflows.train(preset, where(tmp_path), Silent())
+        workflows.train(preset, where(tmp_path), Listening())
     assert len(only_run(tmp_path).metrics()) == 2
-    workflows.resume(only_run(tmp_path), where(tmp_path), Silent())
+    workflows.resume(only_run(tmp_path), where(tmp_path), Listening())
     assert [row["epoch"] for row in only_run(tmp_path).metrics()] == [1, 2, 3]
     same = [(only_run(folder).path / runs.MODEL).read_bytes() for folder in (tmp_path, tmp_path / "unbroken")]
     assert same[0] == same[1]
@@ -168,7 +168,7 @@ def test_the_test_set_is_looked_at_once_unless_the_protocol_says_otherwise(
 
     monkeypatch.setattr(DeviceLoader, "epoch", spy)
     preset = make_preset(data={"val_fraction": 0.25}, train={"select": select})
-    result = workflows.train(preset, where(tmp_path), Silent())
+    result = workflows.train(preset, where(tmp_path), Listening())
     assert len(looks) == (4 if select == "best_test" else 1)
     rows = only_run(tmp_path).metrics()
     assert all((row["test_top1"] is None) == (select != "best_test") for row in rows)
@@ -187,9 +187,9 @@ def test_the_test_set_is_looked_at_once_unless_the_protocol_says_otherwise(
 def test_the_selected_weights_are_the_best_epochs(tmp_path: Path) -> None:
     """A run that stops at the best epoch ends with the weights that the longer run selected."""
     long = make_preset(train={"select": "best_test", "epochs": 5}, optimizer={"lr": 0.02})
-    best = workflows.train(long, where(tmp_path / "long"), Silent())["best"]["epoch"]
+    best = workflows.train(long, where(tmp_path / "long"), Listening())["best"]["epoch"]
     short = make_preset(train={"select": "last", "epochs": best}, optimizer={"lr": 0.02})
-    workflows.train(short, where(tmp_path / "short"), Silent())
+    workflows.train(short, where(tmp_path / "short"), Listening())
     one, other = (load_file(only_run(tmp_path / name).path / runs.MODEL) for name in ("long", "short"))
     assert all(torch.equal(one[name], other[name]) for name in other)
 
@@ -203,7 +203,7 @@ def test_the_margin_is_in_the_loss_and_nowhere_else(tmp_path: Path, name: str) -
         preset = make_preset(
             **sections, loss={"name": name, "margin": margin}, train={"select": "best_test", "epochs": 1}
         )
-        workflows.train(preset, where(tmp_path / str(margin)), Silent())
+        workflows.train(preset, where(tmp_path / str(margin)), Listening())
         return only_run(tmp_path / str(margin)).metrics()[0]
 
     plain, with_margin = first_epoch(0.0), first_epoch(0.4)
@@ -215,7 +215,7 @@ def test_the_margin_is_in_the_loss_and_nowhere_else(tmp_path: Path, name: str) -
 def test_seeds_differ_and_the_same_seed_does_not(tmp_path: Path) -> None:
     def losses(seed: int, folder: str) -> list[float]:
         config = make_preset().config.model_copy(update={"seed": seed})
-        workflows.train(Preset("mine", config), where(tmp_path / folder), Silent())
+        workflows.train(Preset("mine", config), where(tmp_path / folder), Listening())
         return [row["train_loss"] for row in only_run(tmp_path / folder).metrics()]
 
     assert losses(0, "a") == losses(0, "b") != losses(1, "c")
@@ -224,7 +224,7 @@ def test_seeds_differ_and_the_same_seed_does_not(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
     preset = make_preset(optimizer={"name": "sgd", "lr": 100, "grad_clip": 0}, train={"epochs": 50})
     with pytest.raises(DivergedError, match=r"epoch \d+.*learning rate 100.*lower --lr"):
-        workflows.train(preset, where(tmp_path), Silent())
+        workflows.train(preset, where(tmp_path), Listening())
     run = only_run(tmp_path)
     assert not run.complete
     if (run.path / runs.MODEL).exists():
@@ -234,7 +234,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path) -> None:
 def diverge_after(taken: int, preset: Preset, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """Train, with a weight that is no number after so many steps in all, and give what the user is told."""
 
-    class Spoil(Silent):
+    class Spoil(Listening):
         steps = 0
 
         def step(self, _: int, glance: Callable[[int], Glance | None]) -> None:
@@ -269,11 +269,11 @@ def test_the_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
     weights: list[dict[str, torch.Tensor]] = []
     made: list[jobs.Job] = []
 
-    class Collect(Silent):
+    class Collect(Listening):
         def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
             weights.append({name: t.double().clone() for name, t in made[0].model.state_dict().items()})
 
-    job = jobs.prepare(make_preset(train={"ema": 0.7}), where(tmp_path), Silent())
+    job = jobs.prepare(make_preset(train={"ema": 0.7}), where(tmp_path), Listening())
     made.append(job)
     average = {name: t.double().clone() for name, t in job.model.state_dict().items()}
     run = runs.RunDir.create(tmp_path / "runs", "mine", job.config, {})
@@ -301,15 +301,15 @@ def test_the_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
 def test_the_figures_are_the_averages(tmp_path: Path) -> None:
     """What `evaluate` measures of the kept weights is what the epoch said."""
     preset = make_preset(train={"ema": 0.9, "select": "best_test", "epochs": 2})
-    result = workflows.train(preset, where(tmp_path), Silent())
-    measured = evaluation.evaluate([only_run(tmp_path).path], where(tmp_path), Silent())
+    result = workflows.train(preset, where(tmp_path), Listening())
+    measured = evaluation.evaluate([only_run(tmp_path).path], where(tmp_path), Listening())
     row = only_run(tmp_path).metrics()[result["best"]["epoch"] - 1]
     assert (measured["top1"], measured["loss"]) == (row["test_top1"], pytest.approx(row["test_loss"], rel=1e-6))
 
 
 def dense(preset: Preset, tmp_path: Path) -> Training:
     """Steps of a network without convolutions, which a CPU is very slow at in fp16."""
-    job = jobs.prepare(preset, where(tmp_path), Silent())
+    job = jobs.prepare(preset, where(tmp_path), Listening())
     torch.manual_seed(0)
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(3072, 64), torch.nn.GELU(), torch.nn.Linear(64, 100)
@@ -328,7 +328,7 @@ def test_fp16_equals_a_plain_loop_with_a_scaler(tmp_path: Path, small_synthetic:
     model = copy.deepcopy(training.model)
     training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0**24})
     taken = steps.Steps(training)
-    rows = [trainer.train_epoch(taken, preset.config, epoch, Silent()) for epoch in (1, 2)]
+    rows = [trainer.train_epoch(taken, preset.config, epoch, Listening()) for epoch in (1, 2)]
 
     images, labels = (torch.from_numpy(array) for array in small_synthetic.train)
     plain = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -367,7 +367,7 @@ def test_fp16_and_the_average_go_on_with_the_same_bits(tmp_path: Path) -> None:
         if saved is not None:
             checkpoint.restore(saved, training)
         for epoch in epochs:
-            trainer.train_epoch(steps.Steps(training), preset.config, epoch, Silent())
+            trainer.train_epoch(steps.Steps(training), preset.config, epoch, Listening())
         return training
 
     unbroken = trained(range(1, 5))
@@ -393,7 +393,7 @@ def overflowing(tmp_path: Path, precision: str, steps_of_seven: int) -> None:
         return StepOutput(output.loss * (float("inf") if left >= 0 else 1), output.logits)
 
     taken = steps.Steps(replace(training, task=task))
-    row = trainer.train_epoch(taken, make_preset().config, 1, Silent())
+    row = trainer.train_epoch(taken, make_preset().config, 1, Listening())
     assert 3 < row["train_loss"] < 6
     assert all(torch.isfinite(tensor).all() for tensor in training.model.state_dict().values())
 
@@ -434,7 +434,7 @@ def test_resuming_in_another_precision_is_refused(tmp_path: Path, monkeypatch: p
     assert json.loads((only_run(tmp_path).path / runs.ENVIRONMENT).read_text())["precision"] == "bf16"
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
     with pytest.raises(UsageError, match="begun in bf16"):
-        workflows.resume(only_run(tmp_path), where(tmp_path), Silent())
+        workflows.resume(only_run(tmp_path), where(tmp_path), Listening())
 
 
 @pytest.mark.parametrize(
@@ -470,12 +470,12 @@ def test_a_device_that_is_not_here() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     preset = make_preset(augment=EVERYTHING, data={"normalize": "dataset"})
-    job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Silent())
+    job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
     optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
     training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
     taken = steps.create_steps(training, job.manner)
 
-    class Watch(Silent):
+    class Watch(Listening):
         steps = 0
 
         def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
@@ -483,10 +483,10 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
             glance(taken)
             torch.cuda.set_sync_debug_mode("error")
 
-    def epoch(number: int, observer: Silent) -> None:
+    def epoch(number: int, observer: Listening) -> None:
         trainer.train_epoch(taken, job.config, number, observer)
 
-    epoch(1, Silent())
+    epoch(1, Listening())
     watch = Watch()
     with pytest.raises(RuntimeError, match="synchroniz"):  # the one wait, for the sums, after every step is issued
         epoch(2, watch)
@@ -503,7 +503,7 @@ def test_deterministic_mode(tmp_path: Path, augment: dict[str, Any]) -> None:
     """PyTorch itself refuses what has no deterministic kernel; on a CPU this changes no bit."""
     seen: list[bool] = []
 
-    class Watch(Silent):
+    class Watch(Listening):
         def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
             seen.append(torch.are_deterministic_algorithms_enabled())
 
@@ -522,7 +522,7 @@ def test_a_glance_is_what_the_epoch_says_in_the_end(tmp_path: Path) -> None:
     glances: list[Glance | None] = []
     rows: list[Mapping[str, Any]] = []
 
-    class Looking(Silent):
+    class Looking(Listening):
         def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
             glances.append(glance(taken))
 
@@ -551,18 +551,18 @@ def test_images_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         data={"image_size": 64, "first_image_size": 32, "grow_until": 0.8},
         train={"epochs": 5, "select": "best_test"},
     )
-    workflows.train(preset, where(tmp_path), Silent())
+    workflows.train(preset, where(tmp_path), Listening())
     run = only_run(tmp_path)
     # 32 + 32 (e - 1) / 4, in steps of 16; after 0.8 of 5 epochs, and in the last epoch at any rate, 64
     assert [row["image_size"] for row in run.metrics()] == [32, 32, 48, 48, 64]
     assert [size for count, size in seen if count == 400] == [32] * 14 + [48] * 14 + [64] * 7
     assert {size for count, size in seen if count == 200} == {64}
     assert checkpoint.load_model(run.path).card.image_size == 64
-    assert workflows.dry_run(preset, where(tmp_path), Silent())["batch"] == [64, 3, 64, 64]
+    assert workflows.dry_run(preset, where(tmp_path), Listening())["batch"] == [64, 3, 64, 64]
 
 
 def test_state_is_plain(tmp_path: Path) -> None:
-    workflows.train(make_preset(), where(tmp_path), Silent())
+    workflows.train(make_preset(), where(tmp_path), Listening())
     saved = checkpoint.read_state(only_run(tmp_path).path / runs.STATE)
     tensors, about = saved.tensors, saved.about
     assert TrainState(**{key: about[key] for key in ("epoch", "best_epoch", "best_top1")}) == TrainState(3, 3, -1.0)
