@@ -6,6 +6,7 @@ Everything slow (torch, Rich, the data) is imported by the command that needs it
 
 import re
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
@@ -125,17 +126,7 @@ def download(
                 retries=retries,
                 timeout=timeout,
             )
-        reports.append(
-            {
-                "dataset": name,
-                "path": str(installed.path),
-                "official": installed.official,
-                "sha256": installed.sha256,
-                "already_there": installed.already_there,
-                "fetched_bytes": installed.fetched_bytes,
-                "resumed_bytes": installed.resumed_bytes,
-            }
-        )
+        reports.append({**asdict(installed), "path": str(installed.path)})
         if not json:
             state = "is already in place" if installed.already_there else "is in place"
             kind = "the official files" if installed.official else "not the official files, but of the right shape"
