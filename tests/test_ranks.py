@@ -336,7 +336,8 @@ def test_a_rank_that_dies_ends_the_others_with_a_word(tmp_path: Path) -> None:
     assert dead.code != 0
     told = [line for line in dead.err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1
-    assert "another rank stopped" in told[0]
+    # Of the lost connection; or, on a busy machine, of the signal by which torchrun ends the others.
+    assert "another rank stopped" in told[0] or "interrupted" in told[0]
     assert "1 of 3 epochs are done" in told[0]
     assert f"--resume runs/quickstart/{dead.run.path.name}" in told[0]
     assert "cifar100cli/" not in dead.err, "no traceback through our code"
