@@ -4,7 +4,7 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -27,9 +27,11 @@ from cifar100cli.report import (
 )
 
 FORMATS = {".html": "html", ".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
-STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train loss", "test loss", "test by epoch")
-CURVE_COLUMNS = ("preset", "images", "first", "curve", "last", "best")
 COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
+CURVE_COLUMNS = ("preset", "images", "first", "curve", "last", "best")
+PAIR_COLUMNS = ("preset", "as in the tutorial", "repaired", "gain")
+ABLATION_COLUMNS = ("setting", "n", "top-1", "gain", "95% interval", "")
+STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train loss", "test loss", "test by epoch")
 
 
 def format_of(out: Path | None) -> str:
@@ -55,9 +57,6 @@ def _cells(row: Row) -> tuple[str, ...]:
     )
 
 
-PAIR_COLUMNS = ("preset", "as in the tutorial", "repaired", "gain")
-
-
 def _pair_cells(pair: Pair, changed: str) -> tuple[str, ...]:
     return (
         pair.preset + changed,
@@ -80,9 +79,6 @@ def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
         last.get("test_loss", "-"),
         sparkline(row.curves.get("test_top1", [])),
     )
-
-
-ABLATION_COLUMNS = ("setting", "n", "top-1", "gain", "95% interval", "")
 
 
 def _ablation_cells(found: Ablation) -> list[tuple[str, ...]]:
@@ -177,24 +173,30 @@ def render(report: Report, form: str) -> str:
         return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
     if form == "csv":
         return _csv(report)
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "|".join(["---", *["---:"] * 6, "---", "---"]) + "|"]
-    lines += ["| " + " | ".join(_escape(cell) for cell in _cells(row)) + " |" for row in report.rows]
+    return _markdown(report)
+
+
+def _markdown(report: Report) -> str:
+    lines = _markdown_table(COLUMNS, map(_cells, report.rows), right=range(1, 7))
     if report.pairs:
-        lines += ["", "| " + " | ".join(PAIR_COLUMNS) + " |", "|---|---:|---:|---:|"]
-        lines += [
-            "| " + " | ".join(_escape(cell) for cell in _pair_cells(pair, changed(pair))) + " |"
-            for pair in report.pairs
-        ]
+        cells = [_pair_cells(pair, changed(pair)) for pair in report.pairs]
+        lines += ["", *_markdown_table(PAIR_COLUMNS, cells, right=range(1, 4))]
     for found in report.ablations:
         lines += ["", f"What each block brings: {_escape(found.preset + changed(found))}", ""]
-        lines += ["| " + " | ".join(ABLATION_COLUMNS) + " |", "|---|---:|---:|---:|---:|---|"]
-        lines += ["| " + " | ".join(_escape(cell) for cell in cells) + " |" for cells in _ablation_cells(found)]
+        lines += _markdown_table(ABLATION_COLUMNS, _ablation_cells(found), right=range(1, 5))
     if study := study_rows(report):
-        lines += ["", "| " + " | ".join(STUDY_COLUMNS) + " |", "|---|---:|---:|---:|---:|---:|---:|---|"]
-        lines += ["| " + " | ".join(_escape(cell) for cell in _study_cells(row, changed(row))) + " |" for row in study]
+        cells = [_study_cells(row, changed(row)) for row in study]
+        lines += ["", *_markdown_table(STUDY_COLUMNS, cells, right=range(1, 7))]
     lines += ["", *(f"- {note}" for note in _notes(report))]
     lines += [f"- not counted: `{_escape(u.run)}`: {_escape(u.reason)}" for u in report.unusable]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], right: Container[int]) -> list[str]:
+    """Lines of a table; `right` says which columns stand at the right, as numbers do."""
+    edges = ["---:" if index in right else "---" for index in range(len(columns))]
+    body = ["| " + " | ".join(map(_escape, cells)) + " |" for cells in rows]
+    return ["| " + " | ".join(columns) + " |", "|" + "|".join(edges) + "|", *body]
 
 
 def _csv(report: Report) -> str:
