@@ -275,6 +275,9 @@ def _teacher(
 # --------------------------------------------------------------------------------------------- fine-tuning
 
 
+STANDS_STILL = 5e-6  # of the head's rate; the stem of a ResNet, five stages before the head, is at 1e-5
+
+
 def _finetune(
     config: Config,
     finetune: Finetune,
@@ -294,6 +297,12 @@ def _finetune(
     scales = {stage.name: finetune.stage_decay**depth for depth, stage in enumerate(reversed(kept))}
     groups = [Group([p for p in stage.parameters(model) if p.requires_grad], scales[stage.name]) for stage in kept]
     watcher.stages(stage_rows(model, stages, scales, config.optimizer.lr, finetune.bn))
+    if scales[kept[0].name] < STANDS_STILL:
+        watcher.say(
+            f"{kept[0].name} learns at {scales[kept[0].name]:.0e} of the head's rate, which is next to not at all: "
+            f"{finetune.stage_decay:g} from stage to stage is for few of them, and {name} has {len(stages)}; "
+            "--set finetune.stage_decay=0.75 lets all of them learn"
+        )
     if dry or finetune.cache == "off" or len(kept) == len(stages):
         return groups, None
     split = Parted(model, kept[0].start)

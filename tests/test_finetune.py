@@ -96,6 +96,22 @@ def test_the_result_is_what_evaluate_measures(tmp_path: Path, weights: Path) -> 
     assert {key: measured[key] for key in result["test"]} == result["test"]
 
 
+def told_of_stages(tmp_path: Path, **keys: Any) -> list[str]:
+    """What is said, at once, about stages of a transformer of six blocks that hardly learn."""
+    watcher = Listening()
+    vit = make_preset(finetune=keys, model={"backbone": "test_vit", "pretrained": False}, data={"image_size": 32})
+    workflows.dry_run(vit, where(tmp_path), watcher)
+    return [line for line in watcher.said if "next to not at all" in line]
+
+
+def test_stages_that_stand_still_are_told(tmp_path: Path) -> None:
+    (line,) = told_of_stages(tmp_path, unfreeze="all")
+    assert line.startswith("stem learns at 1e-07 of the head's rate")
+    assert "--set finetune.stage_decay=0.75" in line
+    assert not told_of_stages(tmp_path, unfreeze="all", stage_decay=0.75)
+    assert not told_of_stages(tmp_path, unfreeze="layer3")
+
+
 def test_moving_statistics_are_not_kept(tmp_path: Path, weights: Path) -> None:
     watcher = Listening()
     result = workflows.train(preset(weights, {"bn": "adapt"}), where(tmp_path), watcher)
