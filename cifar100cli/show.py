@@ -4,10 +4,10 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from cifar100cli import console
+from cifar100cli import console, noise
 from cifar100cli.console import percent
 
 if TYPE_CHECKING:
@@ -78,7 +78,7 @@ def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) ->
     """Runs that differ in their seeds alone: each, and their mean and (sample) deviation."""
     first, published = results[0], preset.published
     top1 = [result["test"]["top1"] for result in results]
-    mean, deviation = fmean(top1), stdev(top1)
+    mean, deviation = fmean(top1), noise.deviation(top1)
     if json:
         console.result_json(
             {
@@ -108,7 +108,8 @@ def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) ->
         right=range(5),
     )
     how = console.PROTOCOLS[first["select"]]
-    console.result(f"mean {percent(mean)}, deviation {100 * deviation:.2f} points over {len(results)} seeds ({how})")
+    spread = "" if deviation is None else f", deviation {100 * deviation:.2f} points"
+    console.result(f"mean {percent(mean)}{spread} over {console.several(len(results), 'seed')} ({how})")
     _beside(mean, preset, first["dataset"])
     _next(first["run_dir"])
 

@@ -6,11 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar100cli import console, options, places, ranks, show, trackers
-from cifar100cli.errors import CifarError, DataError, UsageError
+from cifar100cli.errors import CifarError, DataError, DivergedError, UsageError
 from cifar100cli.options import expand
 
 if TYPE_CHECKING:
-    from cifar100cli.ablation import Ablation
     from cifar100cli.config import Override, Preset
     from cifar100cli.jobs import Where
     from cifar100cli.runs import RunDir
@@ -59,49 +58,66 @@ def train(given: Mapping[str, Any], default_preset: str) -> None:
         ranks.on_first(lambda: check_writable(expand(given["out"])))
     _check_inputs(chosen.config, given["data_dir"])
     where = places.where(given["data_dir"], given["out"], given["device"])
-    from cifar100cli import workflows
-
     if dry_run:
+        from cifar100cli import workflows
+
         with console.TrainingDisplay(chosen.name) as display:
             show.dry_run(workflows.dry_run(chosen, where, display), json)
         return
     if left_out:
-        show.ablation(_ablate(in_turn, left_out, given, where), json)
-        return
-    results = []
+        _ablate(in_turn, left_out, given, where)
+    elif len(in_turn) > 1:
+        _seeds(in_turn, given, where)
+    else:
+        show.training(_trained(chosen, given, where), chosen.config, json)
+
+
+def _trained(one: "Preset", given: Mapping[str, Any], where: "Where", run: "RunDir | None" = None) -> dict[str, Any]:
+    """A run from its beginning, or from where `run` stopped."""
+    from cifar100cli import workflows
+
+    with console.TrainingDisplay(one.name) as display, _tracked(display, given["log"]) as watcher:
+        return workflows.train(one, where, watcher) if run is None else workflows.resume(run, where, watcher)
+
+
+def _seeds(in_turn: Sequence["Preset"], given: Mapping[str, Any], where: "Where") -> None:
+    """Train the preset with one seed after another. One whose loss stops being finite does not keep the others."""
+    results, lost = [], _NotCounted(len(in_turn))
     for done, one in enumerate(in_turn, start=1):
         try:
-            with console.TrainingDisplay(one.name) as display, _tracked(display, given["log"]) as watcher:
-                results.append(workflows.train(one, where, watcher))
-        except KeyboardInterrupt:
-            if done < len(in_turn):
-                rest = in_turn[done:]
+            results.append(_trained(one, given, where))
+        except DivergedError as error:
+            lost.add(f"seed {one.config.seed}", error)
+        except (KeyboardInterrupt, CifarError):
+            if rest := in_turn[done:]:
                 console.log(f"still to do after this run: --seed {rest[0].config.seed} --seeds {len(rest)}")
             raise
-    if len(results) == 1:
-        show.training(results[0], chosen.config, json)
-    else:
-        show.seeds(results, chosen.config, json)
+    if results:
+        show.seeds(results, in_turn[0].config, given["json"])
+    lost.tell()
 
 
 def _ablate(
     in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], given: Mapping[str, Any], where: "Where"
-) -> "Ablation":
+) -> None:
     """Train the preset as it is and without each block, with every seed in turn; what is complete is not done again.
 
-    Seed after seed, so that what is there when it is stopped can be compared.
+    Seed after seed, so that what is there when it is stopped can be compared. A run whose loss stops being finite does
+    not keep the others: that may be just what a block is for.
     """
-    from cifar100cli import ablation, workflows
+    from cifar100cli import ablation
     from cifar100cli.runs import same_run
 
     chosen = in_turn[0]
     settings = {"": chosen.config, **left_out}
     plan = [(name, preset.config.seed) for preset in in_turn for name in settings]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
+    lost = _NotCounted(len(plan))
     console.log(f"{console.several(len(plan), 'run')}: {chosen.name} as it is, and without {', '.join(left_out)}")
     for number, (name, seed) in enumerate(plan, start=1):
         one = replace(chosen, config=settings[name].model_copy(update={"seed": seed}))
-        what = f"run {number} of {len(plan)}: {f'no {name}' if name else 'as it is'}, seed {seed}"
+        setting = f"{f'no {name}' if name else 'as it is'}, seed {seed}"
+        what = f"run {number} of {len(plan)}: {setting}"
         run = same_run(where.runs_dir, one.name, one.config)
         if run is not None and run.complete:
             console.log(f"{what}: taken from {run.path}, complete and of the same settings")
@@ -109,10 +125,9 @@ def _ablate(
             continue
         console.log(what if run is None else f"{what}: going on with {run.path}, of the same settings")
         try:
-            with console.TrainingDisplay(one.name) as display, _tracked(display, given["log"]) as watcher:
-                results[name].append(
-                    workflows.train(one, where, watcher) if run is None else workflows.resume(run, where, watcher)
-                )
+            results[name].append(_trained(one, given, where, run))
+        except DivergedError as error:
+            lost.add(setting, error)
         except (KeyboardInterrupt, CifarError):
             rest = len(plan) - number
             console.log(
@@ -120,8 +135,32 @@ def _ablate(
                 "and goes on with this one"
             )
             raise
-    measured = {name: ablation.setting_of(chosen.name, settings[name], found) for name, found in results.items()}
-    return ablation.compare(measured[""], [(name, True, measured[name]) for name in left_out])
+    measured = {
+        name: ablation.setting_of(chosen.name, settings[name], found) for name, found in results.items() if found
+    }
+    if "" in measured:
+        others = [(name, True, measured[name]) for name in left_out if name in measured]
+        show.ablation(ablation.compare(measured[""], others), given["json"])
+    lost.tell()
+
+
+class _NotCounted:
+    """Those of several runs whose loss stopped being finite, for a last word when the others are done."""
+
+    def __init__(self, runs: int) -> None:
+        self.runs = runs
+        self.errors: dict[str, DivergedError] = {}
+
+    def add(self, name: str, error: DivergedError) -> None:
+        """A run that is not counted."""
+        self.errors[name] = error
+        console.log(f"{name} is not counted: {error}")
+
+    def tell(self) -> None:
+        """Raise `DivergedError` with all of them, if there are any."""
+        if self.errors:
+            told = " | ".join(f"{name}: {error}" for name, error in self.errors.items())
+            raise DivergedError(f"{len(self.errors)} of {console.several(self.runs, 'run')} not counted: {told}")
 
 
 def _tracked(display: console.TrainingDisplay, log: list[str] | None) -> trackers.Tracked:

@@ -11,7 +11,7 @@ from scipy import stats
 from cifar100cli import ablation, noise, page, report, report_text, runs
 from cifar100cli.ablation import Ablation, Effect
 from cifar100cli.config import differences, flat, load_preset, preset_names
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import DivergedError, UsageError
 from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli
 from tests.test_page import Page, check_form
@@ -173,6 +173,59 @@ def test_ablate_trains_with_and_without(run_cli: Cli) -> None:
     assert len(runs.find_runs(Path("runs"))) == 6
     for words in ("What each block brings", "as it is", "no augment", "no label_smoothing", "95% interval"):
         assert words in again.out
+
+
+def without_schedule_it_diverges(monkeypatch: pytest.MonkeyPatch, also: int | None = None) -> None:
+    """Let runs at a constant rate lose their way, and those of one seed."""
+    from cifar100cli import trainer
+
+    train_epoch = trainer.train_epoch
+
+    def diverging(steps: Any, config: Config, *rest: Any) -> Any:
+        if config.schedule.name == "constant" or config.seed == also:
+            raise DivergedError("the loss was nan in epoch 1, step 3 of 7, at learning rate 100")
+        return train_epoch(steps, config, *rest)
+
+    monkeypatch.setattr(trainer, "train_epoch", diverging)
+
+
+ABLATED = (
+    *("train", *TINY, "--epochs", "1", "--label-smoothing", "0.1", "--set", "schedule.name=cosine", "--seeds", "2"),
+    *("--ablate", "schedule,label_smoothing"),
+)
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_setting_that_diverges_does_not_keep_the_others(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_schedule_it_diverges(monkeypatch)
+    outcome = run_cli(*ABLATED, "--json")
+    assert outcome.code == 4
+    found = json.loads(outcome.out)
+    assert (found["n"], [(e["block"], e["n"]) for e in found["effects"]]) == (2, [("label_smoothing", 2)])
+    (last,) = [line for line in outcome.err.splitlines() if line.startswith("error: ")]
+    assert last.startswith("error: 2 of 6 runs not counted: no schedule, seed 0: the loss was nan in epoch 1, step 3")
+    assert "no schedule, seed 1: " in last
+    assert last.count("try a lower --lr") == 2
+
+    again = run_cli(*ABLATED)  # and those that diverged are tried again
+    assert (again.code, again.err.count("taken from")) == (4, 4)
+    assert again.err.count("is not counted: the loss was nan") == 2
+    assert "no label_smoothing" in again.out
+    assert "no schedule" not in again.out
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_seed_that_diverges_is_not_compared(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    without_schedule_it_diverges(monkeypatch, also=1)
+    outcome = run_cli(*ABLATED, "--json")
+    assert outcome.code == 4
+    assert "error: 4 of 6 runs not counted" in outcome.err
+    found = json.loads(outcome.out)
+    assert (found["seeds"], found["effects"][0]["seeds"], found["effects"][0]["interval"]) == ([0], [0], None)
+    without_schedule_it_diverges(monkeypatch, also=0)
+    none = run_cli(*ABLATED, "--seed", "0", "--seeds", "1", "--out", "elsewhere")
+    assert (none.code, none.out) == (4, "")
+    assert "error: 3 of 3 runs not counted: as it is, seed 0" in none.err
 
 
 @pytest.mark.usefixtures("small_synthetic")

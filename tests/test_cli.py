@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 
-from cifar100cli import __version__, checkpoint, console, synthetic
+from cifar100cli import __version__, checkpoint, console, errors, synthetic
 from cifar100cli.card import KEY
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.runs import RunDir
@@ -412,6 +412,33 @@ def test_seeds_are_runs_in_turn(run_cli: Cli) -> None:
     beyond = run_cli("train", *TINY, "--out", "elsewhere", "--seed", str(2**32 - 2), "--seeds", "3")
     assert (beyond.code, Path("elsewhere").exists()) == (2, False)
     assert "seeds end at 4294967295" in beyond.err
+
+
+def test_a_seed_that_diverges_does_not_keep_the_others(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifar100cli import trainer
+
+    train_epoch = trainer.train_epoch
+
+    def diverging(steps: Any, config: Any, *rest: Any) -> Any:
+        if config.seed in lost:
+            raise errors.DivergedError("the loss was nan")
+        return train_epoch(steps, config, *rest)
+
+    monkeypatch.setattr(trainer, "train_epoch", diverging)
+    command = ("train", *TINY, "--epochs", "1", "--seeds", "3", "--json")
+    lost = {1}
+    outcome = run_cli(*command)
+    assert outcome.code == 4
+    found = json.loads(outcome.out)
+    assert (found["n"], found["seeds"]) == (2, [0, 2])
+    assert found["top1_mean"] == pytest.approx(np.mean([run["test"]["top1"] for run in found["runs"]]))
+    assert "error: 1 of 3 runs not counted: seed 1: the loss was nan; no epoch was finished" in outcome.err
+    lost = {0, 2}
+    single = json.loads(run_cli(*command, "--out", "others").out)
+    assert (single["n"], single["top1_std"]) == (1, None)
+    lost = {0, 1, 2}
+    none = run_cli(*command, "--out", "none")
+    assert (none.code, none.out) == (4, "")
 
 
 def test_seeds_that_are_left_when_stopped(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
