@@ -208,18 +208,30 @@ def _run_to_resume(
     given: Mapping[str, Any], overrides: list["Override"]
 ) -> tuple["RunDir", "Config", "Config", Path, str]:
     """The run that is meant, the settings that are asked for and those that it has, its data folder and device."""
-    from cifar100cli.config import Override, load_preset
+    from cifar100cli.config import Override, differences, load_preset
     from cifar100cli.runs import CONFIG, RunDir, latest_unfinished
 
-    name, preset, device = given["resume"], given["preset"], given["device"]
-    stem = load_preset(preset).name if preset else None
-    run = latest_unfinished(expand(given["out"]), stem) if name == "last" else RunDir.open(expand(Path(name)))
+    name, device = given["resume"], given["device"]
+    preset = load_preset(given["preset"]) if given["preset"] else None
+    if name == "last":
+        run = latest_unfinished(expand(given["out"]), preset.name if preset else None)
+    else:
+        run = RunDir.open(expand(Path(name)))
     own = asked = run.config()
-    if preset or overrides:
+    if preset is not None:
+        if run.preset != preset.name:
+            raise UsageError(
+                f"--resume {run.path}: a run of {run.preset}, and not of {preset.name}; leave --preset out"
+            )
+        apart = {key: mine for key, (mine, _) in differences(own, preset.config).items() if key != "seed"}
+        if apart:
+            told = ", ".join(f"{key} = {value}" for key, value in apart.items())
+            console.log(f"{run.path} goes on with its own settings, which {preset.name} has not: {told}")
+    if overrides:
         # A seed that is not given again is the run's.
         if not any(override.key == "seed" for override in overrides):
             overrides = [*overrides, Override("seed", own.seed, "the run")]
-        asked = load_preset(preset or str(run.path / CONFIG), overrides).config
+        asked = load_preset(str(run.path / CONFIG), overrides).config
     if device == "auto" and ranks.count() == 1:
         device = run.recorded("device") or device
     return run, asked, own, places.data_folder(given["data_dir"], run.path), device

@@ -480,6 +480,25 @@ def test_resume_takes_the_runs_own_settings(run_cli: Cli) -> None:
     assert json.loads(outcome.out)["test"] == result["test"]
 
 
+def test_resume_of_a_preset(run_cli: Cli) -> None:
+    """The preset says whose run is meant; its settings are the run's own, and that is told."""
+    result = train(run_cli, "--preset", "quickstart", "--label-smoothing", "0.2")
+    run = Path(result["run_dir"])
+    (run / "result.json").unlink()
+    other = run_cli("train", "--preset", "resnet18-baseline", "--resume", "last")
+    assert (other.code, "no unfinished run of resnet18-baseline" in other.err) == (3, True)
+    other = run_cli("train", "--preset", "resnet18-baseline", "--resume", run)
+    assert (other.code, "a run of quickstart, and not of resnet18-baseline" in other.err) == (2, True)
+    wrong = run_cli("train", "--preset", "quickstart", "--epochs", "3", "--resume", "last")
+    assert (wrong.code, "has train.epochs = 2, not 3" in wrong.err) == (2, True)
+    outcome = run_cli("train", "--preset", "quickstart", "--epochs", "2", "--resume", "last", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "goes on with its own settings, which quickstart has not" in outcome.err
+    assert "train.epochs = 2, " in outcome.err
+    assert "loss.label_smoothing = 0.2" in outcome.err
+    assert json.loads(outcome.out)["test"] == result["test"]
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
