@@ -1,6 +1,7 @@
 """Shared fixtures: a small drawn data set, the command line in-process, and full-size pretend CIFAR files."""
 
 import contextlib
+import json
 import os
 import pickle
 import signal
@@ -105,6 +106,14 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
     wandb = sys.modules.get("wandb")
     if isinstance(wandb, ModuleType):  # the real one keeps what it was told for the rest of the process
         wandb.teardown()
+
+
+def train(run_cli: Cli, *arguments: str, epochs: int = 2) -> dict[str, Any]:
+    """Train a small network on the data set at hand; what `train --json` prints."""
+    outcome = run_cli("train", *TINY, "--epochs", str(epochs), "--json", *arguments)
+    assert outcome.code == 0, outcome.err
+    result: dict[str, Any] = json.loads(outcome.out)
+    return result
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from cifar100cli.ablation import Ablation, Effect
 from cifar100cli.config import differences, flat, load_preset, preset_names
 from cifar100cli.errors import DivergedError, UsageError
 from cifar100cli.schema import Config
-from tests.conftest import TINY, Cli
+from tests.conftest import TINY, Cli, train
 from tests.test_page import Page, check_form
 from tests.test_report import make_run
 
@@ -129,13 +129,6 @@ def test_blocks_that_are_none(names: list[str], words: str) -> None:
 # ------------------------------------------------------------------------------------------------ the command
 
 
-def train(run_cli: Cli, *arguments: str) -> dict[str, Any]:
-    outcome = run_cli("train", *TINY, "--epochs", "1", "--json", *arguments)
-    assert outcome.code == 0, outcome.err
-    found: dict[str, Any] = json.loads(outcome.out)
-    return found
-
-
 def top1_of(paths: list[str]) -> dict[int, float]:
     results = [json.loads((Path(path) / runs.RESULT).read_text()) for path in paths]
     return {result["seed"]: result["test"]["top1"] for result in results}
@@ -145,8 +138,8 @@ def top1_of(paths: list[str]) -> dict[int, float]:
 def test_ablate_trains_with_and_without(run_cli: Cli) -> None:
     """Runs are normal ones, each seed on both sides; the figures are those of their results."""
     options = ["--augment", "flip", "--label-smoothing", "0.1"]
-    alone = train(run_cli, *options, "--seed", "4")
-    found = train(run_cli, *options, "--seed", "4", "--seeds", "2", "--ablate", "augment, label_smoothing")
+    alone = train(run_cli, *options, "--seed", "4", epochs=1)
+    found = train(run_cli, *options, "--seed", "4", "--seeds", "2", "--ablate", "augment, label_smoothing", epochs=1)
     assert alone["run_dir"] in found["runs"], "what is complete is taken"
     assert (found["preset"], found["n"], found["seeds"]) == ("quickstart", 2, [4, 5])
     base = top1_of(found["runs"])

@@ -2,12 +2,9 @@
 
 import csv
 import json
-import os
 import re
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +13,13 @@ import pytest
 import safetensors.torch
 import torch
 import yaml
-from safetensors import SafetensorError
 
-from cifar100cli import __version__, checkpoint, console, errors, synthetic
+from cifar100cli import __version__, checkpoint, synthetic
 from cifar100cli.card import KEY
 from cifar100cli.catalog import FOLDERS
-from cifar100cli.runs import RunDir
-from tests.conftest import TINY, Cli
+from tests.conftest import TINY, Cli, train
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
-
-
-def train(run_cli: Cli, *arguments: str, epochs: int = 2) -> dict[str, Any]:
-    outcome = run_cli("train", *TINY, "--epochs", str(epochs), "--json", *arguments)
-    assert outcome.code == 0, outcome.err
-    result: dict[str, Any] = json.loads(outcome.out)
-    return result
 
 
 # ---------------------------------------------------------------------------------------- a run and its files
@@ -395,64 +383,6 @@ def test_out_of_memory_says_what_to_lower(run_cli: Cli, monkeypatch: pytest.Monk
     assert json.loads(resumed.out)["epochs"] == 2
 
 
-def test_seeds_are_runs_in_turn(run_cli: Cli) -> None:
-    """Each is the run of its seed, to the bit; mean and deviation are NumPy's."""
-    together = train(run_cli, "--seed", "4", "--seeds", "3")
-    alone = train(run_cli, "--seed", "5")
-    assert (together["n"], together["seeds"]) == (3, [4, 5, 6])
-    top1 = [result["test"]["top1"] for result in together["runs"]]
-    assert together["top1_mean"] == pytest.approx(np.mean(top1))
-    assert together["top1_std"] == pytest.approx(np.std(top1, ddof=1))
-    files = [Path(result["run_dir"]) / "model.safetensors" for result in (together["runs"][1], alone)]
-    assert files[0].read_bytes() == files[1].read_bytes()
-    outcome = run_cli("train", *TINY, "--epochs", "1", "--seeds", "2")
-    assert "over 2 seeds" in outcome.out
-    assert run_cli("train", "--resume", "last", "--seeds", "2").code == 2
-    assert run_cli("train", "--seeds", "0").code == 2
-    beyond = run_cli("train", *TINY, "--out", "elsewhere", "--seed", str(2**32 - 2), "--seeds", "3")
-    assert (beyond.code, Path("elsewhere").exists()) == (2, False)
-    assert "seeds end at 4294967295" in beyond.err
-
-
-def test_a_seed_that_diverges_does_not_keep_the_others(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cifar100cli import trainer
-
-    train_epoch = trainer.train_epoch
-
-    def diverging(steps: Any, config: Any, *rest: Any) -> Any:
-        if config.seed in lost:
-            raise errors.DivergedError("the loss was nan")
-        return train_epoch(steps, config, *rest)
-
-    monkeypatch.setattr(trainer, "train_epoch", diverging)
-    command = ("train", *TINY, "--epochs", "1", "--seeds", "3", "--json")
-    lost = {1}
-    outcome = run_cli(*command)
-    assert outcome.code == 4
-    found = json.loads(outcome.out)
-    assert (found["n"], found["seeds"]) == (2, [0, 2])
-    assert found["top1_mean"] == pytest.approx(np.mean([run["test"]["top1"] for run in found["runs"]]))
-    assert "error: 1 of 3 runs not counted: seed 1: the loss was nan; no epoch was finished" in outcome.err
-    lost = {0, 2}
-    single = json.loads(run_cli(*command, "--out", "others").out)
-    assert (single["n"], single["top1_std"]) == (1, None)
-    lost = {0, 1, 2}
-    none = run_cli(*command, "--out", "none")
-    assert (none.code, none.out) == (4, "")
-
-
-def test_seeds_that_are_left_when_stopped(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cifar100cli import trainer
-
-    def stopped(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer, "train_epoch", stopped)
-    outcome = run_cli("train", *TINY, "--seeds", "3")
-    assert outcome.code == 130
-    assert "still to do after this run: --seed 1 --seeds 2" in outcome.err
-
-
 def test_metrics_as_a_table(run_cli: Cli) -> None:
     run = Path(train(run_cli)["run_dir"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -461,127 +391,6 @@ def test_metrics_as_a_table(run_cli: Cli) -> None:
     assert [{name: float(value) for name, value in row.items() if value} for row in rows] == [
         {name: value for name, value in line.items() if value is not None} for line in lines
     ]
-
-
-# --------------------------------------------------------------------------------------- stopping and resuming
-
-
-def test_resume_takes_the_runs_own_settings(run_cli: Cli) -> None:
-    result = train(run_cli, "--seed", "3")
-    run = Path(result["run_dir"])
-    again = run_cli("train", "--resume", run, "--json")
-    assert (again.code, json.loads(again.out)) == (0, result)
-    (run / "result.json").unlink()
-    outcome = run_cli("train", "--resume", "last", "--lr", "0.7")
-    assert outcome.code == 2
-    assert "optimizer.lr" in outcome.err
-    outcome = run_cli("train", "--resume", "last", *TINY, "--epochs", "2", "--json", "--device", "cpu")
-    assert outcome.code == 0, outcome.err
-    assert json.loads(outcome.out)["test"] == result["test"]
-
-
-def test_resume_of_a_preset(run_cli: Cli) -> None:
-    """The preset says whose run is meant; its settings are the run's own, and that is told."""
-    result = train(run_cli, "--preset", "quickstart", "--label-smoothing", "0.2")
-    run = Path(result["run_dir"])
-    (run / "result.json").unlink()
-    other = run_cli("train", "--preset", "resnet18-baseline", "--resume", "last")
-    assert (other.code, "no unfinished run of resnet18-baseline" in other.err) == (3, True)
-    other = run_cli("train", "--preset", "resnet18-baseline", "--resume", run)
-    assert (other.code, "a run of quickstart, and not of resnet18-baseline" in other.err) == (2, True)
-    wrong = run_cli("train", "--preset", "quickstart", "--epochs", "3", "--resume", "last")
-    assert (wrong.code, "has train.epochs = 2, not 3" in wrong.err) == (2, True)
-    outcome = run_cli("train", "--preset", "quickstart", "--epochs", "2", "--resume", "last", "--json")
-    assert outcome.code == 0, outcome.err
-    assert "goes on with its own settings, which quickstart has not" in outcome.err
-    assert "train.epochs = 2, " in outcome.err
-    assert "loss.label_smoothing = 0.2" in outcome.err
-    assert json.loads(outcome.out)["test"] == result["test"]
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "words"),
-    [
-        ("result.json", "{}", "result.json: preset is missing"),
-        ("state.safetensors", None, "has no state.safetensors"),
-        ("state.safetensors", "x", "state.safetensors: corrupt"),
-        ("metrics.jsonl", '{"epoch": 1}', "metrics.jsonl: lines are missing"),
-    ],
-)
-def test_resuming_a_damaged_run(run_cli: Cli, name: str, content: str | None, words: str) -> None:
-    run = Path(train(run_cli, epochs=3)["run_dir"])
-    if name != "result.json":
-        (run / "result.json").unlink()
-    (run / name).unlink()
-    if content is not None:
-        (run / name).write_text(content)
-    outcome = run_cli("train", "--resume", run)
-    assert outcome.code == 3, outcome.err
-    assert words in outcome.err.splitlines()[-1]
-
-
-def test_a_run_in_use_is_left_alone(run_cli: Cli) -> None:
-    run = Path(train(run_cli, epochs=1)["run_dir"])
-    (run / "result.json").unlink()
-    with RunDir(run).exclusively():
-        outcome = run_cli("train", "--resume", run)
-        assert outcome.code == 1
-        assert "another process is training" in outcome.err.splitlines()[-1]
-        assert run_cli("train", "--resume", "last").code == 3
-
-
-def test_a_full_disk(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As safetensors reports it, from the second epoch on; then there is room again."""
-    expected = train(run_cli, epochs=3)["test"]
-    calls = 0
-    save_file = safetensors.torch.save_file
-
-    def full(*arguments: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls > 2:
-            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-        save_file(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
-        outcome = run_cli("train", *TINY, "--epochs", "3")
-    assert outcome.code == 1
-    line = outcome.err.splitlines()[-1]
-    assert "No space left on device" in line
-    run = line.split("--resume ")[1]
-    assert not list(Path(run).glob(".*"))
-    assert json.loads(run_cli("train", "--resume", run, "--json").out)["test"] == expected
-
-
-def start(tmp_path: Path, *arguments: str, program: tuple[str, ...] = ("-m", "cifar100cli")) -> subprocess.Popen[str]:
-    command = [sys.executable, *program, "train", *arguments]
-    return subprocess.Popen(
-        command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_in_the_middle_of_an_epoch(tmp_path: Path, number: int, code: int) -> None:
-    process = start(tmp_path, *TINY, "--set", "data.fraction=0.05", "--epochs", "1000")
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.startswith("epoch    2/"):
-            break
-    time.sleep(0.1)
-    os.kill(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    assert process.returncode == code
-    assert out == ""
-    assert "Traceback" not in err
-    last = err.splitlines()[-1]
-    run = re.search(r"cifar100 train --resume (\S+)$", last)
-    assert run is not None, err
-    folder = tmp_path / run[1]
-    finished = checkpoint.finished_epochs(folder / "state.safetensors")
-    assert finished >= 1
-    assert f"{finished} of 1000 epochs are done and saved" in last
-    assert not list(folder.glob(".*")), "no temporary file is left"
 
 
 def test_python_dash_m_is_the_same_program(tmp_path: Path) -> None:
@@ -608,129 +417,8 @@ def test_streams_that_cannot_be_written(tmp_path: Path, command: str, code: int)
     assert "Traceback" not in finished.stderr
 
 
-@pytest.mark.parametrize("module", ["typer", "cifar100cli.console", "pydantic"])
-def test_ctrl_c_while_starting(tmp_path: Path, module: str) -> None:
-    script = f"""
-import os, signal, sys
-
-class PressCtrlC:
-    def find_spec(self, name, *_):
-        if name == {module!r}:
-            os.kill(os.getpid(), signal.SIGINT)
-
-from cifar100cli.__main__ import main
-sys.meta_path.insert(0, PressCtrlC())
-sys.argv = ["cifar100", "presets", "--json"]
-main()
-"""
-    finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert finished.returncode == 130
-    assert finished.stderr.splitlines() == ["error: interrupted"]
-
-
-LONG_CALL = """
-import sys
-import torch
-from cifar100cli import trainer
-from cifar100cli.__main__ import main
-
-def one_long_call(*_):
-    matrix = torch.rand(6000, 6000, dtype=torch.float64)
-    print("calling", file=sys.stderr, flush=True)
-    torch.linalg.svd(matrix)
-    print("called", file=sys.stderr, flush=True)
-
-trainer.train_epoch = one_long_call
-main()
-"""
-
-
-def test_the_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
-    """Also in the middle of a call into a library, where Python cannot do anything about the first one."""
-    process = start(tmp_path, *TINY, program=("-c", LONG_CALL))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line == "calling\n":
-            break
-    for pause in (0.2, 0.2):
-        time.sleep(pause)
-        os.kill(process.pid, signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (130, "")
-    assert err.splitlines() == ["error: interrupted again, and left at once; finished epochs are saved"]
-    (run,) = (path.parent for path in tmp_path.glob("runs/*/*/config.yaml"))
-    with RunDir.open(run).exclusively():  # nobody holds it, and it can be gone on with
-        assert not list(run.glob(".*.tmp"))
-
-
-def test_ctrl_c_while_an_object_is_finalised(tmp_path: Path) -> None:
-    """Python drops an exception that is raised there."""
-    script = """
-import os, signal, time
-from cifar100cli import console, interrupts
-
-class Finalised:
-    def __del__(self):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
-
-with interrupts.orderly(console.last_word):
-    try:
-        Finalised()
-        time.sleep(5)
-        print("not interrupted")
-    except KeyboardInterrupt:
-        print("interrupted")
-"""
-    finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (finished.stdout, finished.stderr) == ("interrupted\n", "")
-
-
-def test_a_signal_that_waits(tmp_path: Path) -> None:
-    """For safetensors, which would take an exception in the middle of its work for a broken file."""
-    script = """
-import os, signal, time
-from cifar100cli import console, errors, interrupts
-
-@interrupts.held_back()
-def read():
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(0.05)
-    with interrupts.held_back():
-        print("waits")
-    print("waits")
-
-with interrupts.orderly(console.last_word):
-    try:
-        read()
-        print("goes on")
-    except errors.Terminated:
-        print("terminated")
-"""
-    finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (finished.stdout.split(), finished.stderr) == (["waits", "waits", "terminated"], "")
-
-
-def test_a_signal_while_pytorch_is_imported(tmp_path: Path) -> None:
-    process = start(tmp_path, *TINY, program=("-X", "importtime", "-m", "cifar100cli"))
-    assert process.stderr is not None
-    for line in process.stderr:
-        if line.split()[-1].startswith("torch."):
-            break
-    os.kill(process.pid, signal.SIGTERM)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, out) == (143, "")
-    told = [line for line in err.splitlines() if not line.startswith("import time:")]
-    assert told == ["error: interrupted"]
-    assert not (tmp_path / "runs").exists()
-
-
 def test_a_terminal_is_not_steered_by_names(run_cli: Cli) -> None:
     outcome = run_cli("train", "--preset", "x\x1b[31m\u202ey")
     assert outcome.code == 2
     assert "\x1b" not in outcome.err
     assert "\u202e" not in outcome.err
-
-
-def test_durations() -> None:
-    assert [console.duration(seconds) for seconds in (0.4, 59.4, 60, 3725)] == ["0 s", "59 s", "1:00", "1:02:05"]

@@ -100,3 +100,7 @@ def test_the_report_fits_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert max(map(len, tables)) <= 80
     curves = [line for line in lines if re.search(r" 1\.00  ▁\S+█  40\.00  40\.00 @40", line)]
     assert len(curves) == 4, "every setting has its curve"
+
+
+def test_durations() -> None:
+    assert [console.duration(seconds) for seconds in (0.4, 59.4, 60, 3725)] == ["0 s", "59 s", "1:00", "1:02:05"]

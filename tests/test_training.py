@@ -1,0 +1,167 @@
+"""From a command that trains to its runs: one for each seed, and one that stopped and goes on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.torch
+from safetensors import SafetensorError
+
+from cifar100cli import checkpoint, errors
+from cifar100cli.runs import RunDir
+from tests.conftest import TINY, Cli, train
+
+pytestmark = pytest.mark.usefixtures("small_synthetic")
+
+# ------------------------------------------------------------------------------------------------- seeds
+
+
+def test_seeds_are_runs_in_turn(run_cli: Cli) -> None:
+    """Each is the run of its seed, to the bit; mean and deviation are NumPy's."""
+    together = train(run_cli, "--seed", "4", "--seeds", "3")
+    alone = train(run_cli, "--seed", "5")
+    assert (together["n"], together["seeds"]) == (3, [4, 5, 6])
+    top1 = [result["test"]["top1"] for result in together["runs"]]
+    assert together["top1_mean"] == pytest.approx(np.mean(top1))
+    assert together["top1_std"] == pytest.approx(np.std(top1, ddof=1))
+    files = [Path(result["run_dir"]) / "model.safetensors" for result in (together["runs"][1], alone)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    outcome = run_cli("train", *TINY, "--epochs", "1", "--seeds", "2")
+    assert "over 2 seeds" in outcome.out
+    assert run_cli("train", "--resume", "last", "--seeds", "2").code == 2
+    assert run_cli("train", "--seeds", "0").code == 2
+    beyond = run_cli("train", *TINY, "--out", "elsewhere", "--seed", str(2**32 - 2), "--seeds", "3")
+    assert (beyond.code, Path("elsewhere").exists()) == (2, False)
+    assert "seeds end at 4294967295" in beyond.err
+
+
+def test_a_seed_that_diverges_does_not_keep_the_others(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifar100cli import trainer
+
+    train_epoch = trainer.train_epoch
+
+    def diverging(steps: Any, config: Any, *rest: Any) -> Any:
+        if config.seed in lost:
+            raise errors.DivergedError("the loss was nan")
+        return train_epoch(steps, config, *rest)
+
+    monkeypatch.setattr(trainer, "train_epoch", diverging)
+    command = ("train", *TINY, "--epochs", "1", "--seeds", "3", "--json")
+    lost = {1}
+    outcome = run_cli(*command)
+    assert outcome.code == 4
+    found = json.loads(outcome.out)
+    assert (found["n"], found["seeds"]) == (2, [0, 2])
+    assert found["top1_mean"] == pytest.approx(np.mean([run["test"]["top1"] for run in found["runs"]]))
+    assert "error: 1 of 3 runs not counted: seed 1: the loss was nan; no epoch was finished" in outcome.err
+    lost = {0, 2}
+    single = json.loads(run_cli(*command, "--out", "others").out)
+    assert (single["n"], single["top1_std"]) == (1, None)
+    lost = {0, 1, 2}
+    none = run_cli(*command, "--out", "none")
+    assert (none.code, none.out) == (4, "")
+
+
+def test_seeds_that_are_left_when_stopped(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifar100cli import trainer
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train_epoch", stopped)
+    outcome = run_cli("train", *TINY, "--seeds", "3")
+    assert outcome.code == 130
+    assert "still to do after this run: --seed 1 --seeds 2" in outcome.err
+
+
+# ----------------------------------------------------------------------------------------------- going on
+
+
+def test_resume_takes_the_runs_own_settings(run_cli: Cli) -> None:
+    result = train(run_cli, "--seed", "3")
+    run = Path(result["run_dir"])
+    again = run_cli("train", "--resume", run, "--json")
+    assert (again.code, json.loads(again.out)) == (0, result)
+    (run / "result.json").unlink()
+    outcome = run_cli("train", "--resume", "last", "--lr", "0.7")
+    assert outcome.code == 2
+    assert "optimizer.lr" in outcome.err
+    outcome = run_cli("train", "--resume", "last", *TINY, "--epochs", "2", "--json", "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    assert json.loads(outcome.out)["test"] == result["test"]
+
+
+def test_resume_of_a_preset(run_cli: Cli) -> None:
+    """The preset says whose run is meant; its settings are the run's own, and that is told."""
+    result = train(run_cli, "--preset", "quickstart", "--label-smoothing", "0.2")
+    run = Path(result["run_dir"])
+    (run / "result.json").unlink()
+    other = run_cli("train", "--preset", "resnet18-baseline", "--resume", "last")
+    assert (other.code, "no unfinished run of resnet18-baseline" in other.err) == (3, True)
+    other = run_cli("train", "--preset", "resnet18-baseline", "--resume", run)
+    assert (other.code, "a run of quickstart, and not of resnet18-baseline" in other.err) == (2, True)
+    wrong = run_cli("train", "--preset", "quickstart", "--epochs", "3", "--resume", "last")
+    assert (wrong.code, "has train.epochs = 2, not 3" in wrong.err) == (2, True)
+    outcome = run_cli("train", "--preset", "quickstart", "--epochs", "2", "--resume", "last", "--json")
+    assert outcome.code == 0, outcome.err
+    assert "goes on with its own settings, which quickstart has not" in outcome.err
+    assert "train.epochs = 2, " in outcome.err
+    assert "loss.label_smoothing = 0.2" in outcome.err
+    assert json.loads(outcome.out)["test"] == result["test"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("result.json", "{}", "result.json: preset is missing"),
+        ("state.safetensors", None, "has no state.safetensors"),
+        ("state.safetensors", "x", "state.safetensors: corrupt"),
+        ("metrics.jsonl", '{"epoch": 1}', "metrics.jsonl: lines are missing"),
+    ],
+)
+def test_resuming_a_damaged_run(run_cli: Cli, name: str, content: str | None, words: str) -> None:
+    run = Path(train(run_cli, epochs=3)["run_dir"])
+    if name != "result.json":
+        (run / "result.json").unlink()
+    (run / name).unlink()
+    if content is not None:
+        (run / name).write_text(content)
+    outcome = run_cli("train", "--resume", run)
+    assert outcome.code == 3, outcome.err
+    assert words in outcome.err.splitlines()[-1]
+
+
+def test_a_run_in_use_is_left_alone(run_cli: Cli) -> None:
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    (run / "result.json").unlink()
+    with RunDir(run).exclusively():
+        outcome = run_cli("train", "--resume", run)
+        assert outcome.code == 1
+        assert "another process is training" in outcome.err.splitlines()[-1]
+        assert run_cli("train", "--resume", "last").code == 3
+
+
+def test_a_full_disk(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As safetensors reports it, from the second epoch on; then there is room again."""
+    expected = train(run_cli, epochs=3)["test"]
+    calls = 0
+    save_file = safetensors.torch.save_file
+
+    def full(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        save_file(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        outcome = run_cli("train", *TINY, "--epochs", "3")
+    assert outcome.code == 1
+    line = outcome.err.splitlines()[-1]
+    assert "No space left on device" in line
+    run = line.split("--resume ")[1]
+    assert not list(Path(run).glob(".*"))
+    assert json.loads(run_cli("train", "--resume", run, "--json").out)["test"] == expected
