@@ -297,9 +297,10 @@ def _finetune(
     scales = {stage.name: finetune.stage_decay**depth for depth, stage in enumerate(reversed(kept))}
     groups = [Group([p for p in stage.parameters(model) if p.requires_grad], scales[stage.name]) for stage in kept]
     watcher.stages(stage_rows(model, stages, scales, config.optimizer.lr, finetune.bn))
-    if scales[kept[0].name] < STANDS_STILL:
+    first = kept[0].name
+    if scales[first] < STANDS_STILL:
         watcher.say(
-            f"{kept[0].name} learns at {scales[kept[0].name]:.0e} of the head's rate, which is next to not at all: "
+            f"{first} learns at {scales[first]:.0e} of the head's rate, which is next to not at all: "
             f"{finetune.stage_decay:g} from stage to stage is for few of them, and {name} has {len(stages)}; "
             "--set finetune.stage_decay=0.75 lets all of them learn"
         )
