@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 LEAST_SIZE = 0.01  # of a weight, in the adaptive form, so that one of 0 moves too: the paper's eta
 SMALLEST_NORM = 1e-12
@@ -20,21 +20,22 @@ def uphill(model: nn.Module, rho: float, *, adaptive: bool = False) -> Iterator[
 
     So are the buffers: batch statistics, which have moved for this batch already, do not move a second time.
     """
-    climbing = [(weight, weight.grad) for weight in model.parameters() if weight.grad is not None]
-    before = [(tensor, tensor.detach().clone()) for tensor in (*(weight for weight, _ in climbing), *model.buffers())]
+    climbing: list[Tensor] = [weight for weight in model.parameters() if weight.grad is not None]
+    moved: list[Tensor] = [*climbing, *model.buffers()]
     with torch.no_grad():
-        steps = [gradient for _, gradient in climbing]
-        sizes = [weight.abs() + LEAST_SIZE for weight, _ in climbing] if adaptive else []
+        # All tensors at once: one by one they are hundreds of copies of a microsecond, a tenth of a step on a GPU.
+        before = [torch.empty_like(tensor) for tensor in moved]
+        torch._foreach_copy_(before, moved)
+        steps: list[Tensor] | tuple[Tensor, ...] = [weight.grad for weight in climbing if weight.grad is not None]
         if adaptive:  # lengths are measured in the weights' own sizes
-            steps = [step * size for step, size in zip(steps, sizes, strict=True)]
+            sizes = torch._foreach_add(torch._foreach_abs(climbing), LEAST_SIZE)
+            steps = torch._foreach_mul(steps, sizes)
         scale = rho / (nn.utils.get_total_norm(steps) + SMALLEST_NORM)
         if adaptive:
-            steps = [step * size for step, size in zip(steps, sizes, strict=True)]
-        for (weight, _), step in zip(climbing, steps, strict=True):
-            weight.add_(step * scale)
+            steps = torch._foreach_mul(steps, sizes)
+        torch._foreach_add_(climbing, torch._foreach_mul(steps, scale))
     try:
         yield
     finally:
         with torch.no_grad():
-            for tensor, copy in before:
-                tensor.copy_(copy)
+            torch._foreach_copy_(moved, before)
