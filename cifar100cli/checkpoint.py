@@ -47,9 +47,9 @@ class Checkpoint:
         return Preprocessing(self.card.image_size, self.card.mean, self.card.std)
 
 
-def save_model(path: Path, model: nn.Module, card: Card) -> None:
-    """Write weights and card to `path`, whole or not at all."""
-    _save(path, model.state_dict(), card.model_dump(mode="json"))
+def save_model(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
+    """Write weights, as a model's `state_dict` has them, and card to `path`, whole or not at all."""
+    _save(path, weights, card.model_dump(mode="json"))
 
 
 def load_model(path: Path) -> Checkpoint:
@@ -144,31 +144,49 @@ class Trained(Protocol):
         """The scale of the loss in fp16."""
 
 
-def save_state(path: Path, state: TrainState, trained: Trained) -> None:
-    """Write all that the next epoch needs, whole or not at all."""
+@dataclass(frozen=True)
+class Snapshot:
+    """All that the next epoch needs, with the tensors that training moves or with copies of them."""
+
+    tensors: Mapping[str, Tensor]
+    about: Mapping[str, Any]
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """Those of the network as it is measured and kept: averaged, where there is an average."""
+        return _of(self.tensors, "average.") or _of(self.tensors, "model.")
+
+
+def snapshot(state: TrainState, trained: Trained) -> Snapshot:
+    """Where training is, without a copy."""
     tensors = {f"model.{name}": tensor for name, tensor in trained.model.state_dict().items()}
     tensors |= {f"average.{name}": tensor for name, tensor in trained.average.tensors.items()}
     for index, values in trained.optimizer.state_dict()["state"].items():
         tensors |= {f"optimizer.{index}.{name}": v for name, v in values.items() if isinstance(v, Tensor)}
     scaling = {"scaler": trained.scaler.state_dict()} if trained.scaler.is_enabled() else {}
-    _save(path, tensors, {"format": STATE_FORMAT, **asdict(state), **scaling})
+    return Snapshot(tensors, {"format": STATE_FORMAT, **asdict(state), **scaling})
+
+
+def save_state(path: Path, snapshot: Snapshot) -> None:
+    """Write all that the next epoch needs, whole or not at all."""
+    _save(path, snapshot.tensors, snapshot.about)
 
 
 def restore_model(saved: Saved, model: nn.Module) -> None:
-    """Put the model alone back to where `save_state` found it."""
-    load_weights(model, _of(saved, "model."), saved.path)
+    """Put the model alone back to where `snapshot` found it."""
+    load_weights(model, _of(saved.tensors, "model."), saved.path)
 
 
-def _of(saved: Saved, prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in saved.tensors.items() if name.startswith(prefix)}
+def _of(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def restore(saved: Saved, trained: Trained) -> TrainState:
-    """Put everything back to where `save_state` found it."""
+    """Put everything back to where `snapshot` found it."""
     path, tensors, about = saved.path, saved.tensors, saved.about
     optimizer, average, scaler = trained.optimizer, trained.average, trained.scaler
     restore_model(saved, trained.model)
-    averages = _of(saved, "average.")
+    averages = _of(tensors, "average.")
     _check_fit(average.tensors, averages, path)
     for name, tensor in average.tensors.items():
         tensor.copy_(averages[name])

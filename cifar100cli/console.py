@@ -387,7 +387,7 @@ class TrainingDisplay:
         self._show(taken, "  ".join(parts), f"  {duration(left)} left")
 
     def epoch(self, row: Mapping[str, Any], state: Any) -> None:
-        """An epoch is finished, measured and saved."""
+        """An epoch is finished and measured."""
         if _verbosity == QUIET:
             return
         line = self._line(row, state)

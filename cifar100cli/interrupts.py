@@ -79,8 +79,14 @@ def at_once() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Within, the first signal waits: safetensors, say, takes an exception in the middle of it for a broken file."""
+    """Within, the first signal waits: safetensors, say, takes an exception in the middle of it for a broken file.
+
+    Signals are raised in the main thread alone, so that this does nothing in another.
+    """
     global _held_back, _pending
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
     _held_back += 1
     try:
         yield

@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import errno
+import functools
 import io
 import json
 import os
@@ -88,6 +89,7 @@ def _remove_quietly(path: Path) -> None:
         path.unlink()
 
 
+@functools.cache  # what looks at it sets it for a moment, which other threads must not meet
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -158,7 +158,7 @@ class Tracked:
         self._watcher.begin(config, run, first_epoch, steps_per_epoch)
 
     def epoch(self, row: Mapping[str, Any], state: "TrainState") -> None:
-        """An epoch is finished, measured and saved."""
+        """An epoch is finished and measured."""
         self._watcher.epoch(row, state)
         self._each(lambda tracker: tracker.epoch(row))
 

@@ -19,7 +19,8 @@ from cifar100cli.errors import DataError, DivergedError
 from cifar100cli.groups import Group
 from cifar100cli.loader import DeviceLoader, derived_seed
 from cifar100cli.optim import create_optimizer, set_learning_rate
-from cifar100cli.runs import MODEL, STATE, RunDir
+from cifar100cli.runs import STATE, RunDir
+from cifar100cli.saving import Saver
 from cifar100cli.schedule import learning_rate
 from cifar100cli.schema import SPLIT_OF, Config
 from cifar100cli.steps import Glance, Manner, Steps, Training, create_steps
@@ -28,17 +29,21 @@ from cifar100cli.tasks import Task
 TOLERATED_OVERFLOWS = 0.5  # of an epoch's steps, in fp16
 
 
-class Observer(Protocol):
+class StepObserver(Protocol):
+    """Whoever watches the steps of an epoch."""
+
+    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing."""
+
+
+class Observer(StepObserver, Protocol):
     """Whoever shows the progress of a run, or keeps a record of it elsewhere."""
 
     def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None:
         """Training starts in the run's folder, or goes on, with `first_epoch`."""
 
-    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
-        """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing."""
-
     def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:
-        """An epoch is finished, measured and saved."""
+        """An epoch is finished and measured, and on its way to the disk."""
 
     def finish(self, result: Mapping[str, Any]) -> None:
         """The run is complete, and this is its result."""
@@ -70,9 +75,9 @@ def fit(
 ) -> TrainState:
     """Train `model` to the end of its run, from wherever the run folder says that it is.
 
-    After every epoch the metrics, the selected weights and the training state are on the disk, in this
-    order, so that a run that is killed anywhere goes on from the last epoch that it finished, and ends with
-    the same bits. Raises `DivergedError` when loss or weights stop being finite.
+    After every epoch the metrics, the selected weights and the training state go to the disk, so that a run
+    that is killed anywhere goes on from the last epoch that is there, and ends with the same bits. Raises
+    `DivergedError` when loss or weights stop being finite, and `OSError` when an epoch cannot be saved.
     """
     cast = autocast(loaders.train.device, precision)
     optimizer = create_optimizer(config.optimizer, groups, precision)
@@ -85,28 +90,31 @@ def fit(
     steps = create_steps(training, manner)
     observer.begin(config, run.path, state.epoch + 1, len(loaders.train))
 
-    for epoch in range(state.epoch + 1, config.train.epochs + 1):
-        started = time.perf_counter()
-        trained = train_epoch(steps, config, epoch, observer)
-        train_seconds = time.perf_counter() - started
-        row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(("test_loss", "test_top1", "test_top5"))
-        with training.average.in_use():
-            for split, loader in loaders.evaluation.items():
-                scores = metrics.score(*metrics.predict(model, loader, cast))
-                row |= {f"{split}_loss": scores.loss, f"{split}_top1": scores.top1, f"{split}_top5": scores.top5}
-            _refuse_infinite(row, model)
+    with Saver(run, card) as saver:
+        watched = _Watched(observer, saver)
+        for epoch in range(state.epoch + 1, config.train.epochs + 1):
+            started = time.perf_counter()
+            trained = train_epoch(steps, config, epoch, watched)
+            train_seconds = time.perf_counter() - started
+            row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(("test_loss", "test_top1", "test_top5"))
+            with training.average.in_use():
+                for split, loader in loaders.evaluation.items():
+                    scores = metrics.score(*metrics.predict(model, loader, cast))
+                    row |= {f"{split}_loss": scores.loss, f"{split}_top1": scores.top1, f"{split}_top5": scores.top5}
+                _refuse_infinite(row, model)
 
-        state.epoch = epoch
-        chosen_on = SPLIT_OF[config.train.select]
-        if chosen_on is None or row[f"{chosen_on}_top1"] > state.best_top1:
-            state.best_epoch, state.best_top1 = epoch, row[f"{chosen_on}_top1"] if chosen_on else -1.0
-        if config.data.first_image_size is not None:
-            row["image_size"] = config.image_size_in(epoch)
-        row["seconds"] = round(time.perf_counter() - started, 3)
-        row["images_per_second"] = round(loaders.train.count / train_seconds, 1)
-        row["peak_memory_bytes"] = peak_memory(loaders.train.device)
-        ranks.on_first(lambda: _save(run, row, state, training, card))  # noqa: B023 - called at once
-        observer.epoch(row, TrainState(**asdict(state)))
+            state.epoch = epoch
+            chosen_on = SPLIT_OF[config.train.select]
+            if chosen_on is None or row[f"{chosen_on}_top1"] > state.best_top1:
+                state.best_epoch, state.best_top1 = epoch, row[f"{chosen_on}_top1"] if chosen_on else -1.0
+            if config.data.first_image_size is not None:
+                row["image_size"] = config.image_size_in(epoch)
+            row["seconds"] = round(time.perf_counter() - started, 3)
+            row["images_per_second"] = round(loaders.train.count / train_seconds, 1)
+            row["peak_memory_bytes"] = peak_memory(loaders.train.device)
+            ranks.on_first(lambda: saver.save(row, state, training))  # noqa: B023 - called at once
+            observer.epoch(row, TrainState(**asdict(state)))
+        ranks.on_first(saver.wait)
     return state
 
 
@@ -134,7 +142,7 @@ def prepare_steps(
     )
 
 
-def train_epoch(steps: Steps, config: Config, epoch: int, observer: Observer) -> dict[str, float]:
+def train_epoch(steps: Steps, config: Config, epoch: int, observer: StepObserver) -> dict[str, float]:
     """One pass over the training images. The host waits for the device once, at the end, for the sums."""
     training, loader = steps.training, steps.training.loader
     training.model.train()
@@ -173,6 +181,19 @@ def train_epoch(steps: Steps, config: Config, epoch: int, observer: Observer) ->
     }
 
 
+@dataclass(frozen=True)
+class _Watched:
+    """An observer of steps, which end at once when the epoch before them could not be saved."""
+
+    observer: Observer
+    saver: Saver
+
+    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        """Pass the step on. Raises what went wrong with saving, such as `OSError`."""
+        self.saver.check()
+        self.observer.step(taken, glance)
+
+
 def _saved_state(run: RunDir) -> checkpoint.Saved | None:
     """What the run can go on from, if it has finished an epoch."""
     if (run.path / STATE).is_file():
@@ -180,21 +201,6 @@ def _saved_state(run: RunDir) -> checkpoint.Saved | None:
     if len(run.metrics()) > 1:  # one epoch may have been measured and not yet saved
         raise DataError(f"{run.path}: has no {STATE}, so it cannot go on; start a new run")
     return None
-
-
-def _save(
-    run: RunDir,
-    row: Mapping[str, Any],
-    state: TrainState,
-    training: Training,
-    card: Card,
-) -> None:
-    """Bring an epoch to the disk."""
-    run.append_metrics(row)
-    if state.best_epoch == state.epoch:
-        with training.average.in_use():
-            checkpoint.save_model(run.path / MODEL, training.model, card.model_copy(update={"epoch": state.epoch}))
-    checkpoint.save_state(run.path / STATE, state, training)
 
 
 def _refuse_infinite(row: Mapping[str, Any], model: nn.Module) -> None:

@@ -190,9 +190,11 @@ def trained(folder: Path) -> Path:
         std=(0.2, 0.2, 0.2),
         config=chosen.config.model_dump(mode="json", exclude_none=True),
     )
-    checkpoint.save_model(run.path / runs.MODEL, model, about)
+    checkpoint.save_model(run.path / runs.MODEL, model.state_dict(), about)
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.save_state(run.path / runs.STATE, checkpoint.TrainState(1, 1, 0.5), Trained(model, optimizer))
+    checkpoint.save_state(
+        run.path / runs.STATE, checkpoint.snapshot(checkpoint.TrainState(1, 1, 0.5), Trained(model, optimizer))
+    )
     row = {"train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0, "val_top1": 0.4, "seconds": 1, "images_per_second": 9}
     for epoch in range(1, 4):
         run.append_metrics({"epoch": epoch, **row})

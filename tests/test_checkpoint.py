@@ -50,7 +50,7 @@ def trained(model: nn.Module) -> Trained:
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
     path = tmp_path / "model.safetensors"
-    checkpoint.save_model(path, make_model(), make_card())
+    checkpoint.save_model(path, make_model().state_dict(), make_card())
     return path
 
 
@@ -170,7 +170,7 @@ def test_training_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None
     model = make_model()
     optimizer = create_optimizer(config, everything(model))
     steps(model, optimizer, range(3))
-    checkpoint.save_state(tmp_path / "state", TrainState(3, 2, 0.5), Trained(model, optimizer))
+    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(3, 2, 0.5), Trained(model, optimizer)))
     steps(model, optimizer, range(3, 6))
 
     other = make_model(seed=1)
@@ -188,13 +188,13 @@ def test_a_state_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for number, words in ((1, "older cifar100.*train anew"), (3, "newer cifar100")):
         with monkeypatch.context() as patch:
             patch.setattr(checkpoint, "STATE_FORMAT", number)
-            checkpoint.save_state(tmp_path / "state", TrainState(), Trained(model, optimizer))
+            checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(), Trained(model, optimizer)))
         with pytest.raises(DataError, match=words):
             checkpoint.read_state(tmp_path / "state")
 
 
 def test_a_state_is_no_model_and_a_model_no_state(saved: Path, tmp_path: Path) -> None:
-    checkpoint.save_state(tmp_path / "state", TrainState(), trained(make_model()))
+    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(), trained(make_model())))
     with pytest.raises(DataError, match=r"is a training state.*the model is .*model\.safetensors"):
         checkpoint.load_model(tmp_path / "state")
     with pytest.raises(DataError, match="holds a model"):
@@ -202,7 +202,7 @@ def test_a_state_is_no_model_and_a_model_no_state(saved: Path, tmp_path: Path) -
 
 
 def test_a_state_of_another_model(tmp_path: Path) -> None:
-    checkpoint.save_state(tmp_path / "state", TrainState(), trained(make_model()))
+    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(), trained(make_model())))
     other = trained(create_model(CONFIG, classes=4))
     with pytest.raises(DataError, match="does not fit"):
         checkpoint.restore(checkpoint.read_state(tmp_path / "state"), other)
@@ -211,7 +211,7 @@ def test_a_state_of_another_model(tmp_path: Path) -> None:
 def test_a_state_without_the_average_or_the_scale_that_the_run_has(tmp_path: Path) -> None:
     model = make_model()
     optimizer = create_optimizer(CONFIG.optimizer, everything(model))
-    checkpoint.save_state(tmp_path / "state", TrainState(), Trained(model, optimizer))
+    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(), Trained(model, optimizer)))
     saved = checkpoint.read_state(tmp_path / "state")
     with pytest.raises(DataError, match=r"does not fit the model: it lacks conv1\."):
         checkpoint.restore(saved, Trained(model, optimizer, average=Average(model, 0.9)))

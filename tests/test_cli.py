@@ -312,7 +312,7 @@ def test_a_checkpoint_for_other_classes(run_cli: Cli) -> None:
     run = Path(train(run_cli, epochs=1)["run_dir"])
     saved = checkpoint.load_model(run)
     card = saved.card.model_copy(update={"classes": tuple(map(str, range(100)))})
-    checkpoint.save_model(run / "model.safetensors", saved.model, card)
+    checkpoint.save_model(run / "model.safetensors", saved.model.state_dict(), card)
     outcome = run_cli("evaluate", run)
     assert outcome.code == 3
     assert "classes" in outcome.err

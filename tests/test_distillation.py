@@ -239,7 +239,7 @@ def test_logits_are_kept_by_teacher_data_and_version(
     saved = checkpoint.load_model(teacher_run)
     with torch.no_grad():
         next(saved.model.parameters()).mul_(1.01)
-    checkpoint.save_model(teacher_run / runs.MODEL, saved.model, saved.card)
+    checkpoint.save_model(teacher_run / runs.MODEL, saved.model.state_dict(), saved.card)
     assert count(student(teacher_run)) == 400
 
 
@@ -311,7 +311,7 @@ def test_without_a_teachers_weight_it_is_plain_training(tmp_path: Path, teacher_
 def test_a_teacher_of_other_classes_is_refused(tmp_path: Path, teacher_run: Path) -> None:
     saved = checkpoint.load_model(teacher_run)
     other = saved.card.model_copy(update={"classes": tuple(map(str, range(100)))})
-    checkpoint.save_model(tmp_path / "other.safetensors", saved.model, other)
+    checkpoint.save_model(tmp_path / "other.safetensors", saved.model.state_dict(), other)
     with pytest.raises(DataError, match=r"--teacher .*knows other classes"):
         jobs.prepare(student(tmp_path / "other.safetensors"), where(tmp_path), Listening())
     with pytest.raises(UsageError, match="--teacher RUN"):

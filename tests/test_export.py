@@ -81,7 +81,7 @@ def test_networks_of_our_own(tmp_path: Path, name: str) -> None:
         std=(0.25, 0.25, 0.25),
         config=config.model_dump(mode="json"),
     )
-    checkpoint.save_model(tmp_path / "model.safetensors", model, card)
+    checkpoint.save_model(tmp_path / "model.safetensors", model.state_dict(), card)
     export.export(tmp_path / "model.safetensors", tmp_path / "model.onnx")
     images = np.random.default_rng(0).integers(0, 256, (3, 3, 32, 32), np.uint8)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx", providers=["CPUExecutionProvider"])

@@ -308,7 +308,7 @@ def test_a_stem_of_our_own_is_taken_over(tmp_path: Path) -> None:
             "config": config.model_dump(mode="json", exclude_none=True),
         }
     )
-    checkpoint.save_model(tmp_path / "model.safetensors", model, card)
+    checkpoint.save_model(tmp_path / "model.safetensors", model.state_dict(), card)
     section = {
         "backbone": "resnet18",
         "stem": "cifar",

@@ -47,7 +47,7 @@ LEVELS = (
     {"completion", "download", "loader", "policies"},
     {"options"},
     {"tasks", "metrics", "checkpoint", "computed"},
-    {"steps", "teachers", "plain"},
+    {"saving", "steps", "teachers", "plain"},
     {"trainer", "flops"},
     {"jobs", "machine", "report"},
     {"evaluation"},

@@ -371,7 +371,7 @@ def test_fp16_and_the_average_go_on_with_the_same_bits(tmp_path: Path) -> None:
         return training
 
     unbroken = trained(range(1, 5))
-    checkpoint.save_state(tmp_path / "state", TrainState(2), trained(range(1, 3)))
+    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(2), trained(range(1, 3))))
     broken = trained(range(3, 5), checkpoint.read_state(tmp_path / "state"))
     assert broken.scaler.state_dict() == unbroken.scaler.state_dict()
     for ours, theirs in (
