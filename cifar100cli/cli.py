@@ -515,11 +515,12 @@ def report(
     from cifar100cli import report as reports
     from cifar100cli import report_text
 
-    if json and out_format not in (None, "json"):
-        raise UsageError(f"--json and --format {out_format} exclude each other")
+    if json and out is None and out_format not in (None, "json"):
+        raise UsageError(f"--json and --format {out_format} exclude each other where no --out takes one of them")
     if out is not None:
         out = places.check_output("--out", out)
-    chosen = "json" if json else out_format or report_text.format_of(out)
+    says_nothing = out is None or out.suffix not in report_text.FORMATS
+    chosen = out_format or ("json" if json and says_nothing else report_text.format_of(out))
     found = reports.collect([expand(folder) for folder in folders or [runs_dir]])
     if chosen == "table" and out is None:
         report_text.show_table(found)
@@ -537,6 +538,8 @@ def report(
 
             write_text(out, text)
             console.log(f"the report is in {out}")
+    if json and out is not None:
+        sys.stdout.write(report_text.render(found, "json"))
     if check is not None:
         _check_tolerance(found, check)
 

@@ -4,6 +4,7 @@ import os
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -56,6 +57,7 @@ def _run(app: typer.Typer) -> int:
     try:
         if ranks.rank() > 0:
             console.mute()
+        _refuse_empty(sys.argv[1:])
         code = app(prog_name="cifar100", standalone_mode=False)
         sys.stdout.flush()
         if code == 130:  # Typer's word for Ctrl-C while it was still parsing
@@ -84,6 +86,14 @@ def _run(app: typer.Typer) -> int:
         console.error(_torchs_message(error))
         code = 1
     return code or 0
+
+
+def _refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise `UsageError` for an empty word: a shell variable without a value must not be the current folder, say."""
+    for before, word in zip(["", *arguments], arguments, strict=False):
+        if not word or (word.startswith("--") and word.endswith("=") and word.count("=") == 1):
+            option = word.rstrip("=") or (before if before.startswith("-") else "an argument")
+            raise UsageError(f"{option} is empty: give it a value (a shell variable may be unset), or leave it out")
 
 
 def _torchs_message(error: RuntimeError | MemoryError) -> str:

@@ -133,6 +133,23 @@ def test_report_over_runs(run_cli: Cli) -> None:
     assert run_cli("report", "--check", "0.5").code == 3  # there is nothing that could be compared
 
 
+def test_a_report_in_a_file_and_as_json(run_cli: Cli) -> None:
+    """The name of the file says what it is, and stdout has the document that --json is for."""
+    train(run_cli, epochs=1)
+    document = json.loads(run_cli("report", "--json").out)
+    for name, form in (("report.html", None), ("report.csv", None), ("report", "markdown"), ("report.json", None)):
+        more = ("--format", form) if form else ()
+        expected = run_cli("report", "--out", name, *more)
+        assert (expected.code, expected.out) == (0, "")
+        written = Path(name).read_text()
+        outcome = run_cli("report", "--json", "--out", name, *more)
+        assert outcome.code == 0
+        assert json.loads(outcome.out) == document
+        assert Path(name).read_text() == written
+    assert run_cli("report", "--json", "--out", "report.dat").code == 0
+    assert json.loads(Path("report.dat").read_text()) == document
+
+
 def test_report_check(run_cli: Cli) -> None:
     run = Path(train(run_cli, "--preset", "resnet18-baseline", epochs=1)["run_dir"])
     for name in ("config.yaml", "result.json"):  # as if it had been trained on the real images
@@ -246,7 +263,10 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["report", ".", "--out", "."], 2, "is a folder"),
         (["report", ".", "--json", "--format", "csv"], 2, "exclude each other"),
         (["report", "~nobody-of-this-name"], 2, "no such user"),
-        (["evaluate", "x", "--predictions", ""], 2, "is a folder"),
+        (["evaluate", "x", "--predictions", ""], 2, "--predictions is empty"),
+        (["evaluate", ""], 2, "an argument is empty"),
+        (["train", "--preset", ""], 2, "--preset is empty: give it a value"),
+        (["train", "--data-dir="], 2, "--data-dir is empty"),
         (["train", "--preset", "./.hidden.yaml"], 2, "another name"),
         (["train", "--preset", "./...yaml"], 2, "another name"),
         (["train", "--set", "schedule.warmup_epochs=1e308"], 2, "at most 100000"),
