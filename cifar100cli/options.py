@@ -11,7 +11,7 @@ import typer
 
 from cifar100cli import completion, console
 from cifar100cli.catalog import DATASETS
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from cifar100cli.config import Override
@@ -223,7 +223,22 @@ def _start_from(init: str, found: dict[str, "Override"]) -> None:
         return
     if "model.weights" in found:
         raise UsageError(f"--init and {found['model.weights'].origin} both name weights; leave one out")
-    found["model.weights"] = Override("model.weights", str(find_model(expand(Path(init))).absolute()), flag)
+    path = find_model(expand(Path(init))).absolute()
+    found["model.weights"] = Override("model.weights", str(path), flag)
+    if "model.backbone" not in found:
+        for key, value in _network_of(path).items():
+            found.setdefault(key, Override(key, value, flag))
+
+
+def _network_of(path: Path) -> dict[str, str]:
+    """The keys that name a run's network; none where the file is of another kind, which is read when it is loaded."""
+    from cifar100cli.card import read_card
+
+    try:
+        model = read_card(path).config["model"]
+        return {f"model.{key}": model[key] for key in ("backbone", "stem") if isinstance(model[key], str)}
+    except (DataError, KeyError, TypeError):
+        return {}
 
 
 def with_pretrained(found: dict[str, "Override"]) -> list["Override"]:

@@ -145,6 +145,11 @@ class Distillation(Section):
         return self.teacher
 
 
+# What may be unfrozen of the study's network and its kin, so that a misspelt name is told without loading PyTorch.
+RESNETS = {"resnet18", "resnet34", "resnet50", "resnet101", "resnet152"}
+DEPTHS = ("fc", "layer4", "layer3", "all", "layer2", "layer1", "stem", "head")
+
+
 class Finetune(Section):
     """What of a trained network goes on learning, and at which rates."""
 
@@ -242,6 +247,11 @@ class Config(Section):
         idle = self.augment.idle()
         if idle is not None:
             raise ValueError(idle)
+        if self.finetune is not None and self.model.backbone in RESNETS and self.finetune.unfreeze not in DEPTHS:
+            raise ValueError(
+                f"finetune.unfreeze = {self.finetune.unfreeze}: {self.model.backbone} has no such stage; "
+                f"it has {', '.join(DEPTHS)}"
+            )
         if self.finetune is not None and self.finetune.cache == "on":
             unbounded = self.augment.unbounded()
             if unbounded:

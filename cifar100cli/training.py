@@ -183,12 +183,13 @@ def _check_inputs(config: "Config", data_dir: Path | None) -> None:
     from cifar100cli import datasets
     from cifar100cli.runs import find_model
 
+    teacher = config.distillation.required_teacher() if config.distillation is not None else None
     if config.data.dataset != "synthetic":
         datasets.find(config.data.dataset, places.data_folder(data_dir))
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise DataError(f"--weights {config.model.weights}: there is no such file")
-    if config.distillation is not None:
-        find_model(Path(config.distillation.required_teacher()))
+    if teacher is not None:
+        find_model(Path(teacher))
 
 
 def _resume(given: Mapping[str, Any], overrides: list["Override"]) -> None:

@@ -253,6 +253,7 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["train", "--resume", "nowhere"], 3, "no such run folder"),
         (["train", "--preset", "resnet18-baseline", "--data-dir", "nowhere"], 3, "run `cifar100 download`"),
         (["train", "--dataset", "cifar10", "--data-dir", "nowhere"], 3, "download --dataset cifar10"),
+        (["distill", "--data-dir", "nowhere"], 2, "distillation needs a teacher"),
         (["evaluate"], 2, "RUN|CHECKPOINT"),
         (["evaluate", "nowhere"], 3, "no such run or checkpoint"),
         (["evaluate", "."], 3, "no model.safetensors"),

@@ -254,6 +254,9 @@ def test_from_a_run_of_ours(run_cli: Cli, tmp_path: Path) -> None:
         else torch.equal(before["conv1.0.weight"], after["conv1.0.weight"])
     )
 
+    smallest = ["--dataset", "synthetic", "--image-size", "32", "--init", first["run_dir"]]
+    taken = yaml.safe_load(run_cli("finetune-cifar10", *smallest, "--print-config").out)
+    assert taken["model"]["backbone"] == "test_resnet"  # the run's, and not the preset's
     other = run_cli("finetune-cifar10", *SMALL, "--backbone", "resnet18", "--init", first["run_dir"])
     assert (other.code, len(other.err.splitlines()[-1:])) == (3, 1)
     assert "holds test_resnet, and this run is of resnet18" in other.err
@@ -270,7 +273,9 @@ def test_from_a_run_of_ours(run_cli: Cli, tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["--unfreeze", "layer9", *SMALL, "--init", "none"], 2, "it has fc, layer4, layer3, all"),
+        (["--unfreeze", "layer5", "--data-dir", "nowhere"], 2, "resnet18 has no such stage; it has fc, layer4, layer3"),
         (["--data-dir", "nowhere"], 3, "CIFAR-10 is not in nowhere: run `cifar100 download --dataset cifar10`"),
+        (["--data-dir", "nowhere", "--init", "none", "--unfreeze", "al"], 2, "finetune.unfreeze = al"),
         (["--init", "nowhere"], 3, "no such run or checkpoint"),
         (["--init", "none", "--weights", "x"], 2, "exclude each other"),
         (["--init", "imagenet", "--set", "model.pretrained=false"], 2, "leave one out"),

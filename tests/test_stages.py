@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from cifar100cli import schema
 from cifar100cli.errors import UsageError
 from cifar100cli.groups import Group
 from cifar100cli.models import classifiers, create_model
@@ -35,6 +36,12 @@ NAMES = {
     "airbench94": ["stem", "layer1", "layer2", "layer3", "fc"],
     "densenet121": ["stem", *(f"features.denseblock{number}" for number in range(1, 5)), "classifier"],
 }
+
+
+def test_the_study_and_its_kin_are_known_without_pytorch() -> None:
+    for name in schema.RESNETS:
+        _, stages = build(name)
+        assert {*("head", "all"), *(stage.name for stage in stages)} == set(schema.DEPTHS)
 
 
 @pytest.mark.parametrize("name", NAMES)
