@@ -126,7 +126,7 @@ def _usage_message(error: Any) -> str:
     command = context.command_path if context is not None else "cifar100"
     near = getattr(error, "possibilities", None)
     message = f"{error.message}; did you mean {sorted(near)[0]}?" if near else error.format_message()
-    return f"{message.rstrip('.')} (`{command} --help` lists what there is)"
+    return f"{message.replace('Value error, ', '').rstrip('.')} (`{command} --help` lists what there is)"
 
 
 def _os_message(error: OSError) -> str:

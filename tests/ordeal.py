@@ -38,6 +38,7 @@ def suffer(arguments: Sequence[str], folder: Path, data_dir: Path, seconds: floa
     """Run the command through so many kills and one full disk, an epoch of `seconds` apart or so; say what happens."""
     chance = random.Random(seed)
     todo, killed, was_full = list(arguments), 0, False
+    patience = 600 + 100 * seconds  # without bf16 in its hardware, a machine takes a quarter of an hour
     runs = folder / "runs"
     while True:
         (folder / "log").unlink(missing_ok=True)
@@ -47,7 +48,7 @@ def suffer(arguments: Sequence[str], folder: Path, data_dir: Path, seconds: floa
             _wait_for_training(folder)
             time.sleep(chance.uniform(0, 1.2) * seconds)
             os.kill(child, signal.SIGKILL)
-            code = ended(child, 600)
+            code = ended(child, patience)
             assert code in (0, -signal.SIGKILL), last_words(folder)
             if code == -signal.SIGKILL:
                 killed += 1
@@ -56,7 +57,7 @@ def suffer(arguments: Sequence[str], folder: Path, data_dir: Path, seconds: floa
             _wait_for_training(folder)
             time.sleep(chance.uniform(0, 1.2) * seconds)
             ballast = fill(runs, leave=300_000)
-            code = ended(child, 600)
+            code = ended(child, patience)
             print(f"  the disk was full after {time.monotonic() - began:.1f} s: exit code {code}")
             print(f"    {last_words(folder)}", flush=True)
             assert code == 1, "it was over before the disk was full; give it more --epochs"
@@ -65,7 +66,7 @@ def suffer(arguments: Sequence[str], folder: Path, data_dir: Path, seconds: floa
             ballast.unlink()
             was_full = True
         else:
-            code = ended(child, 600)
+            code = ended(child, patience)
             assert code == 0, last_words(folder)
         if code == 0:
             assert (was_full, killed) == (True, kills), f"over after {killed} kills; give it more --epochs"
