@@ -146,18 +146,22 @@ def _write(path: Path, part: Tensor) -> str | None:
 
 
 def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, disk: Path, title: str) -> Tensor:
-    """An empty table: on the device, in memory, or in a file that goes when the process does."""
+    """An empty table: on the device, in memory, or in a file that goes when the process does.
+
+    It is at the same place on all ranks, which hand parts of it to each other, and those of a machine share that.
+    """
     size = math.prod(shape) * dtype.itemsize
-    if device.type == "cuda" and size <= SHARE * torch.cuda.mem_get_info(device)[0]:
-        return torch.empty(shape, dtype=dtype, device=device)
-    memory = free_memory()
-    if size <= SHARE * memory:
-        return torch.empty(shape, dtype=dtype)
+    needed, memory = size * ranks.local_count(), free_memory()
+    on_device = device.type == "cuda" and size <= SHARE * torch.cuda.mem_get_info(device)[0]
+    in_memory = needed <= SHARE * memory
+    place = ranks.greatest(0 if on_device else 1 if in_memory else 2)
+    if place < 2:
+        return torch.empty(shape, dtype=dtype, device=device if place == 0 else None)
     disk.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(disk).free
-    if size > 0.95 * free:
+    if needed > 0.95 * free:
         raise UsageError(
-            f"{title}: {size / 1e9:.1f} GB are needed, and there are {memory / 1e9:.1f} GB of memory and "
+            f"{title}: {needed / 1e9:.1f} GB are needed, and there are {memory / 1e9:.1f} GB of memory and "
             f"{free / 1e9:.1f} GB in {disk}; lower --fraction or --image-size, name a larger disk with "
             "CIFAR100_CACHE_DIR, or use --no-cache"
         )

@@ -28,6 +28,8 @@ def select_device(name: str) -> torch.device:
     device = _select(name)
     if device.type == "cpu":
         _keep_memory()
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # streams, events and waits are those of the current device
     return device
 
 

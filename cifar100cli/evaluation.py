@@ -143,7 +143,7 @@ def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
 
 def write_predictions(path: Path, classes: tuple[str, ...], logits: Tensor, labels: Tensor) -> None:
     """A line an image, from logits (N, classes) and labels (N,)."""
-    confidences, predicted = logits.double().softmax(1).max(1)
+    confidences, predicted = logits.double().softmax(1).amax(1), metrics.predictions(logits)
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(["index", "true", "predicted", "confidence", "correct"])

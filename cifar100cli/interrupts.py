@@ -119,7 +119,7 @@ class _Listener:
                 elif first is None:
                     first = time.monotonic()
                 elif time.monotonic() - first >= self._grace:
-                    _leave(number, self._say, "interrupted again, and left at once; finished epochs are saved")
+                    _leave(number, self._say, "interrupted again, and left at once; what was saved is kept")
         os.close(self._reading)
 
     def forgive(self) -> None:

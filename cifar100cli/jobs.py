@@ -142,8 +142,12 @@ def prepare(
         ranks=ranks.count(),
         least=max(2, ranks.count() if config.train.sync_batch_norm else 2 * ranks.count()),
     )
-    if 1 in train_loader.batch_sizes() and any(isinstance(module, _BatchNorm) for module in model.modules()):
-        raise UsageError("data.batch_size = 1: batch norm cannot train on one image at a time; use at least 2")
+    apart = 1 if config.train.sync_batch_norm else ranks.count()  # how many take statistics of their own
+    if min(train_loader.batch_sizes()) < 2 * apart and any(isinstance(m, _BatchNorm) for m in model.modules()):
+        raise UsageError(
+            f"data.batch_size = {config.data.batch_size}: batch norm cannot train on one image at a time; "
+            f"use at least {2 * apart}"
+        )
     test_loader = evaluation_loader(dataset.test, device, preprocessing)
     evaluation = {}
     if held_out is not None:

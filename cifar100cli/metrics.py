@@ -119,13 +119,22 @@ def ensemble(members: Sequence[Tensor]) -> Tensor:
     return probabilities.logsumexp(0) - math.log(len(members))
 
 
+def predictions(logits: Tensor) -> Tensor:
+    """The predicted class (N,) int64 of each row of logits (N, classes).
+
+    In bf16, logits are often the same, and a prediction must be the same one in every figure.
+    """
+    return logits.argmax(1)
+
+
 def score(logits: Tensor, labels: Tensor) -> Scores:
     """Scores from logits (N, classes) and labels (N,)."""
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
+    right = predictions(logits) == labels
+    among_five = (logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]).any(1)
     return Scores(
         count=len(labels),
-        top1=ranked[:, 0].double().mean().item(),
-        top5=ranked.any(1).double().mean().item(),
+        top1=right.double().mean().item(),
+        top5=(among_five | right).double().mean().item(),
         loss=F.cross_entropy(logits.double(), labels).item(),
     )
 
@@ -137,7 +146,7 @@ def evaluate(logits: Tensor, labels: Tensor, superclass_of: tuple[int, ...] = ()
     """
     classes = logits.shape[1]
     scores = score(logits, labels)
-    predicted = logits.topk(1, dim=1).indices[:, 0]
+    predicted = predictions(logits)
     counts = torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
     images = counts.sum(1)
     superclass_top1 = None
@@ -162,8 +171,8 @@ def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = CALIB
 
     Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, with 15 bins.
     """
-    confidence, predicted = logits.double().softmax(1).max(1)
-    correct = (predicted == labels).double()
+    confidence = logits.double().softmax(1).amax(1)
+    correct = (predictions(logits) == labels).double()
     edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
     index = torch.bucketize(confidence, edges[1:-1])
     gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct - confidence)

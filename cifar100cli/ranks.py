@@ -138,6 +138,17 @@ def sum_up(*tensors: "Tensor") -> None:
             distributed.all_reduce(tensor)
 
 
+def greatest(value: int) -> int:
+    """The greatest of what the ranks have."""
+    values: list[int | None] = [value] * count()
+    if count() > 1:
+        from torch import distributed
+
+        start()
+        distributed.all_gather_object(values, value)
+    return max(found for found in values if found is not None)
+
+
 def hand_out(tensor: "Tensor", owner: int) -> None:
     """Fill the tensor on every rank with what it is on the rank `owner`."""
     if count() > 1:

@@ -37,13 +37,16 @@ class Saver:
     ) -> None:
         with interrupts.held_back():  # who asks next which epochs there are is told of this one, too
             self._thread.shutdown()
+        if isinstance(error, KeyboardInterrupt):  # a full disk is told, though it was seen too late
+            self.wait()
 
     def save(self, row: Mapping[str, Any], state: TrainState, trained: Trained) -> None:
         """Begin to save an epoch, once the one before is saved. Raises what went wrong with that, such as `OSError`."""
         self.wait()
         snapshot = checkpoint.snapshot(state, trained)
         snapshot = replace(snapshot, tensors=self._on_host(snapshot.tensors))
-        self._last = self._thread.submit(self._write, row, snapshot, state.best_epoch == state.epoch)
+        with interrupts.held_back():
+            self._last = self._thread.submit(self._write, row, snapshot, state.best_epoch == state.epoch)
 
     def check(self) -> None:
         """Raise what went wrong with the last epoch, if that is known by now."""
@@ -61,8 +64,8 @@ class Saver:
             if name not in self._host:  # page-locked where it comes from a GPU, which is several times as fast
                 self._host[name] = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
             self._host[name].copy_(tensor, non_blocking=tensor.is_cuda)
-        if any(tensor.is_cuda for tensor in tensors.values()):
-            torch.cuda.synchronize()
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            torch.cuda.synchronize(device)
         return {name: self._host[name] for name in tensors}
 
     def _write(self, row: Mapping[str, Any], snapshot: Snapshot, selected: bool) -> None:

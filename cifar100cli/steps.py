@@ -289,7 +289,10 @@ def _obstacle_to_capture(loader: DeviceLoader, ranks: int) -> str | None:
 def create_steps(training: Training, manner: Manner) -> Steps:
     """Steps of that kind."""
     if manner.name == "inductor":
-        compiled: Any = torch.compile(training.network)
+        # The kernels of one size of images do not depend on what was compiled before: a run that is gone on with would
+        # have others, and other bits.
+        torch._dynamo.reset()
+        compiled: Any = torch.compile(training.network, dynamic=False)
         training = Training(**{**vars(training), "network": compiled})
     captured = manner.name == "graph" or (manner.name == "inductor" and training.loader.device.type == "cuda")
     if captured and _obstacle_to_capture(training.loader, ranks=1) is None:

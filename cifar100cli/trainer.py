@@ -97,6 +97,7 @@ def fit(
             trained = train_epoch(steps, config, epoch, watched)
             train_seconds = time.perf_counter() - started
             row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(("test_loss", "test_top1", "test_top5"))
+            _agree_on_statistics(training)
             with training.average.in_use():
                 for split, loader in loaders.evaluation.items():
                     scores = metrics.score(*metrics.predict(model, loader, cast))
@@ -110,7 +111,8 @@ def fit(
             if config.data.first_image_size is not None:
                 row["image_size"] = config.image_size_in(epoch)
             row["seconds"] = round(time.perf_counter() - started, 3)
-            row["images_per_second"] = round(loaders.train.count / train_seconds, 1)
+            speed = loaders.train.count / train_seconds
+            row["images_per_second"] = round(speed, 1 if speed >= 10 else 4)
             row["peak_memory_bytes"] = peak_memory(loaders.train.device)
             ranks.on_first(lambda: saver.save(row, state, training))  # noqa: B023 - called at once
             observer.epoch(row, TrainState(**asdict(state)))
@@ -183,14 +185,18 @@ def train_epoch(steps: Steps, config: Config, epoch: int, observer: StepObserver
 
 @dataclass(frozen=True)
 class _Watched:
-    """An observer of steps, which end at once when the epoch before them could not be saved."""
+    """An observer of steps, which end at once when the epoch before them could not be saved.
+
+    Several ranks end together, which is after the epoch.
+    """
 
     observer: Observer
     saver: Saver
 
     def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
         """Pass the step on. Raises what went wrong with saving, such as `OSError`."""
-        self.saver.check()
+        if ranks.count() == 1:
+            self.saver.check()
         self.observer.step(taken, glance)
 
 
@@ -201,6 +207,18 @@ def _saved_state(run: RunDir) -> checkpoint.Saved | None:
     if len(run.metrics()) > 1:  # one epoch may have been measured and not yet saved
         raise DataError(f"{run.path}: has no {STATE}, so it cannot go on; start a new run")
     return None
+
+
+def _agree_on_statistics(training: Training) -> None:
+    """What is measured on every rank is what is kept: rank 0's batch statistics, where each has its own."""
+    if ranks.count() == 1:
+        return
+    persistent = training.model.state_dict().keys()
+    for name, buffer in training.model.named_buffers():
+        if name in persistent:
+            ranks.hand_out(buffer, owner=0)
+            if name in training.average.tensors:
+                ranks.hand_out(training.average.tensors[name], owner=0)
 
 
 def _refuse_infinite(row: Mapping[str, Any], model: nn.Module) -> None:

@@ -5,6 +5,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from cifar100cli import devices
 
 KEPT = """
 import sys, torch
@@ -31,3 +34,14 @@ def test_freed_memory_stays_with_the_process() -> None:
     }
     assert given_back["selected"] < 10e6
     assert given_back["plain"] > 80e6
+
+
+def test_the_chosen_gpu_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whose streams, events and waits PyTorch takes where none is named."""
+    current: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    for name in ("auto", "cuda", "cuda:1"):
+        assert devices.select_device(name) == current[-1]
+    assert current == [torch.device("cuda:0"), torch.device("cuda:0"), torch.device("cuda:1")]

@@ -94,7 +94,7 @@ def test_the_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
         os.kill(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert (process.returncode, out) == (130, "")
-    assert err.splitlines() == ["error: interrupted again, and left at once; finished epochs are saved"]
+    assert err.splitlines() == ["error: interrupted again, and left at once; what was saved is kept"]
     (run,) = (path.parent for path in tmp_path.glob("runs/*/*/config.yaml"))
     with RunDir.open(run).exclusively():  # nobody holds it, and it can be gone on with
         assert not list(run.glob(".*.tmp"))

@@ -1,5 +1,9 @@
 """Every measure against torchmetrics, and by hand where a sum can be done by hand."""
 
+import csv
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from torchmetrics.functional.classification import (
@@ -8,7 +12,7 @@ from torchmetrics.functional.classification import (
     multiclass_confusion_matrix,
 )
 
-from cifar100cli import metrics
+from cifar100cli import evaluation, metrics
 
 
 @pytest.fixture
@@ -63,3 +67,24 @@ def test_by_hand() -> None:
     assert (result.top1, result.top5, result.superclass_top1) == (0.5, 1.0, None)
     assert result.per_class == (1.0, 1 / 3, None)
     assert result.confusions == ((1, 0, 2),)
+
+
+def test_equal_logits_are_predicted_alike_in_every_figure(tmp_path: Path) -> None:
+    """In bf16 they are common, and PyTorch's ways to find the largest do not take the same one of them."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5000, 100, generator=generator).to(torch.bfloat16)
+    tied = (logits == logits.amax(1, keepdim=True)).sum(1) > 1
+    assert tied.sum() > 20
+    labels = logits.argmax(1)
+    labels[1::2] = torch.randint(100, (2500,), generator=generator)
+    found = metrics.evaluate(logits, labels)
+    images = np.bincount(labels.numpy(), minlength=100)
+    by_class = sum(accuracy * count for accuracy, count in zip(found.per_class, images, strict=True) if accuracy)
+    assert by_class == pytest.approx(found.top1 * 5000)
+    assert sum(count for *_, count in found.confusions) == 5000 - round(found.top1 * 5000)
+    evaluation.write_predictions(tmp_path / "predictions.csv", tuple(map(str, range(100))), logits, labels)
+    with (tmp_path / "predictions.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert np.mean([row["true"] == row["predicted"] for row in rows]) == pytest.approx(found.top1)
+    assert found.top1 == pytest.approx(metrics.score(logits, labels).top1)
+    assert found.top5 >= found.top1

@@ -85,6 +85,7 @@ def test_every_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
         devices.select_device("cuda")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     assert devices.select_device("auto") == devices.select_device("cuda") == torch.device("cuda:1")
     for name in ("cuda:0", "mps"):
         with pytest.raises(UsageError, match="every rank has a device of its own"):
@@ -160,6 +161,7 @@ found["sum"] = total
 handed = torch.full((2,), float(rank))
 ranks.hand_out(handed, owner=1)
 found["handed out"] = handed
+found["greatest"] = ranks.greatest(5 - rank)
 
 norms = []
 for case in torch.load(folder / "cases"):
@@ -207,6 +209,7 @@ def test_ranks_hear_the_first_and_each_other(found: list[dict[str, Any]]) -> Non
     assert [each["was there"] for each in found] == [False, True]
     assert [each["sum"].item() for each in found] == [3.0, 3.0]
     assert [each["handed out"].tolist() for each in found] == [[1.0, 1.0]] * 2
+    assert [each["greatest"] for each in found] == [5, 5]
 
 
 def test_batch_norm_over_ranks_is_batch_norm(found: list[dict[str, Any]], cases: list[dict[str, torch.Tensor]]) -> None:
@@ -329,6 +332,24 @@ def test_two_ranks_climb_as_one(run_cli: Cli, tmp_path: Path) -> None:
     assert len(ours) == 2
     for key in ("train_loss", "test_loss"):
         assert [row[key] for row in ours] == pytest.approx([row[key] for row in theirs], rel=1e-4), key
+
+
+def test_what_is_measured_is_what_is_kept(tmp_path: Path) -> None:
+    """Where each rank has batch statistics of its own, too, and an average of them."""
+    apart = ("--set", "train.sync_batch_norm=false", "--epochs", "2", "--set", "train.ema=0.9")
+    ended = trained(tmp_path, "live", *apart)
+    assert ended.code == 0, ended.err
+    result = json.loads(ended.out)
+    row = ended.run.metrics()[result["best"]["epoch"] - 1]
+    assert row["test_loss"] == pytest.approx(result["test"]["loss"], rel=1e-6)
+    assert (row["test_top1"], row["test_top5"]) == (result["test"]["top1"], result["test"]["top5"])
+
+
+def test_one_image_for_batch_norm_is_refused(tmp_path: Path) -> None:
+    ended = trained(tmp_path, "live", "--batch-size", "3", "--set", "train.sync_batch_norm=false")
+    assert ended.code != 0
+    assert "batch norm cannot train on one image at a time; use at least 4" in ended.err
+    assert "Error:" not in ended.err.split("torch/distributed")[0]  # torchrun has words of its own
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_word(tmp_path: Path) -> None:

@@ -112,6 +112,20 @@ def test_leaving_waits_for_what_is_on_its_way(run: RunDir, gate: Gate) -> None:
     assert checkpoint.finished_epochs(run.path / runs.STATE) == 1
 
 
+def test_a_full_disk_is_told_in_place_of_an_interrupt(run: RunDir, gate: Gate) -> None:
+    """Or the user would hear of it when the run is to go on."""
+    gate.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "where")
+
+    def interrupted() -> None:
+        with Saver(run, make_card()) as saver:
+            saver.save(ROW, TrainState(1, 1, 0.5), trained(make_model()))
+            gate.opened.set()
+            raise KeyboardInterrupt
+
+    with pytest.raises(OSError, match="No space left"):
+        interrupted()
+
+
 @pytest.mark.parametrize("ask", ["check", "wait", "save"])
 def test_a_failure_is_told_at_the_next_occasion(run: RunDir, gate: Gate, ask: str) -> None:
     gate.error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "where")
