@@ -2,7 +2,7 @@
 
 Images are uint8 (N, 3, H, W): before enlarging and normalising is where the data are smallest. What is drawn
 is a tuple of tensors, (N, ...) each, so that images which are divided among devices get what they would
-get on one.
+get on one (but for `mixing`, whose partners are of the same device).
 """
 
 import functools

@@ -119,7 +119,7 @@ def _value(member: Checkpoint, key: str) -> object:
 
 
 def ready(saved: Checkpoint, where: Where) -> tuple[nn.Module, torch.device, devices.Cast]:
-    """The model on the device that is asked for, in the precision that it was trained in."""
+    """The model on the device that is asked for, in its preset's precision: where that is `auto`, the device's."""
     device = devices.select_device(where.device)
     model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return (
