@@ -231,6 +231,8 @@ VALID = st.fixed_dictionaries(
 @trying(60)
 @given(VALID)
 def test_a_preset_comes_back_as_it_was_written(content: dict[str, Any]) -> None:
+    if "finetune" in content:  # the stages of the usual ResNets are known by name
+        content = {**content, "model": {**content.get("model", {}), "backbone": "test_resnet"}}
     config = Config.model_validate(content)
     with folder() as here:
         (here / "mine.yaml").write_text(config.to_yaml(), encoding="utf-8")
