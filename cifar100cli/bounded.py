@@ -13,6 +13,11 @@ DEEPEST_JSON = 20  # containers within containers
 DEEPEST_FOLDER = 32  # folders within folders
 
 
+def one_line(text: object, most: int = 120) -> str:
+    """The beginning of a text of any length, without line breaks, for a message."""
+    return " ".join(str(text).split())[:most]
+
+
 def read_file(path: Path, most: int) -> bytes:
     """The content of a plain file of at most `most` bytes.
 

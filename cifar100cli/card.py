@@ -1,12 +1,14 @@
 """What a model's file says about the model: enough to use it without the folder that it came from. No torch here."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from cifar100cli.bounded import parse_json
+from cifar100cli import interrupts
+from cifar100cli.bounded import one_line, parse_json
 from cifar100cli.catalog import DatasetName
 from cifar100cli.errors import DataError
 
@@ -92,3 +94,29 @@ def read_card(path: Path) -> Card:
     except (SafetensorError, OSError, ValueError, KeyError):
         raise DataError(f"{path}: not a model's file of ours") from None
     return parse_card(about, path)
+
+
+@dataclass(frozen=True)
+class Network:
+    """What a checkpoint of ours says of its network."""
+
+    backbone: str
+    stem: str
+    image_size: int
+
+
+@interrupts.held_back()
+def our_network(path: Path) -> Network | None:
+    """What a checkpoint of ours says of its network, or None for a file of another kind."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        check_header(path)
+        with safe_open(path, framework="np") as file:
+            config = parse_metadata(file.metadata())["config"]
+        model, image_size = config["model"], int(config["data"]["image_size"])
+        if not 16 <= image_size <= 1024:  # as in a preset: position embeddings grow with its square
+            return None
+        return Network(one_line(model["backbone"]), one_line(model["stem"]), image_size)
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, DataError):
+        return None

@@ -519,8 +519,7 @@ def report(
         raise UsageError(f"--json and --format {out_format} exclude each other where no --out takes one of them")
     if out is not None:
         out = places.check_output("--out", out)
-    says_nothing = out is None or out.suffix not in report_text.FORMATS
-    chosen = out_format or ("json" if json and says_nothing else report_text.format_of(out))
+    chosen = out_format or report_text.format_of(out, json=json)
     found = reports.collect([expand(folder) for folder in folders or [runs_dir]])
     if chosen == "table" and out is None:
         report_text.show_table(found)

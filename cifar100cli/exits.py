@@ -1,5 +1,6 @@
 """How a command ends: what went wrong in one line for people, and the exit code of the contract."""
 
+import itertools
 import os
 import shlex
 import signal
@@ -90,7 +91,7 @@ def _run(app: typer.Typer) -> int:
 
 def _refuse_empty(arguments: Sequence[str]) -> None:
     """Raise `UsageError` for an empty word: a shell variable without a value must not be the current folder, say."""
-    for before, word in zip(["", *arguments], arguments, strict=False):
+    for before, word in itertools.pairwise(["", *arguments]):
         if not word or (word.startswith("--") and word.endswith("=") and word.count("=") == 1):
             option = word.rstrip("=") or (before if before.startswith("-") else "an argument")
             raise UsageError(f"{option} is empty: give it a value (a shell variable may be unset), or leave it out")

@@ -19,10 +19,12 @@ from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
 from cifar100cli import networks
+from cifar100cli.bounded import one_line
+from cifar100cli.card import our_network
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.schema import Config
 from cifar100cli.unrolled import unroll
-from cifar100cli.weights import load_backbone, our_network
+from cifar100cli.weights import load_backbone
 
 
 def check_backbone(name: str) -> None:
@@ -100,7 +102,7 @@ def _backbone(config: Config, classes: int, *, from_timm: bool) -> nn.Module:
         outputs = classes if config.model.head == "linear" else 0  # 0: timm gives the pooled features
         model = timm.create_model(name, pretrained=from_timm, num_classes=outputs, **rates)
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         for key, rate in rates.items():
             if isinstance(error, TypeError) and f"'{key}'" in reason:
                 raise UsageError(_takes_no(key, rate, name)) from None

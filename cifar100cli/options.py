@@ -11,7 +11,7 @@ import typer
 
 from cifar100cli import completion, console
 from cifar100cli.catalog import DATASETS
-from cifar100cli.errors import DataError, UsageError
+from cifar100cli.errors import UsageError
 
 if TYPE_CHECKING:
     from cifar100cli.config import Override
@@ -212,6 +212,7 @@ def overrides(given: Mapping[str, Any]) -> list["Override"]:
 
 def _start_from(init: str, found: dict[str, "Override"]) -> None:
     """`--init`: ImageNet weights, none, or the network of a run of ours."""
+    from cifar100cli.card import our_network
     from cifar100cli.config import Override
     from cifar100cli.runs import find_model
 
@@ -226,19 +227,9 @@ def _start_from(init: str, found: dict[str, "Override"]) -> None:
     path = find_model(expand(Path(init))).absolute()
     found["model.weights"] = Override("model.weights", str(path), flag)
     if "model.backbone" not in found:
-        for key, value in _network_of(path).items():
-            found.setdefault(key, Override(key, value, flag))
-
-
-def _network_of(path: Path) -> dict[str, str]:
-    """The keys that name a run's network; none where the file is of another kind, which is read when it is loaded."""
-    from cifar100cli.card import read_card
-
-    try:
-        model = read_card(path).config["model"]
-        return {f"model.{key}": model[key] for key in ("backbone", "stem") if isinstance(model[key], str)}
-    except (DataError, KeyError, TypeError):
-        return {}
+        network = our_network(path)  # none where the file is of another kind, which is judged when it is loaded
+        for key in ("backbone", "stem") if network is not None else ():
+            found.setdefault(f"model.{key}", Override(f"model.{key}", getattr(network, key), flag))
 
 
 def with_pretrained(found: dict[str, "Override"]) -> list["Override"]:

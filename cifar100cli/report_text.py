@@ -34,8 +34,10 @@ ABLATION_COLUMNS = ("setting", "n", "top-1", "gain", "95% interval", "")
 STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train loss", "test loss", "test by epoch")
 
 
-def format_of(out: Path | None) -> str:
-    """The format that a file's name asks for."""
+def format_of(out: Path | None, *, json: bool) -> str:
+    """The format that a file's name asks for; with `json`, a name that asks for none is for JSON."""
+    if json and (out is None or out.suffix not in FORMATS):
+        return "json"
     if out is None:
         return "table"
     if out.suffix not in FORMATS:

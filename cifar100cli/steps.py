@@ -291,7 +291,7 @@ def create_steps(training: Training, manner: Manner) -> Steps:
     if manner.name == "inductor":
         # The kernels of one size of images do not depend on what was compiled before: a run that is gone on with would
         # have others, and other bits.
-        torch._dynamo.reset()
+        torch.compiler.reset()
         compiled: Any = torch.compile(training.network, dynamic=False)
         training = Training(**{**vars(training), "network": compiled})
     captured = manner.name == "graph" or (manner.name == "inductor" and training.loader.device.type == "cuda")

@@ -97,7 +97,8 @@ def fit(
             trained = train_epoch(steps, config, epoch, watched)
             train_seconds = time.perf_counter() - started
             row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(("test_loss", "test_top1", "test_top5"))
-            _agree_on_statistics(training)
+            if not config.train.sync_batch_norm:
+                _agree_on_statistics(training)
             with training.average.in_use():
                 for split, loader in loaders.evaluation.items():
                     scores = metrics.score(*metrics.predict(model, loader, cast))
@@ -210,9 +211,7 @@ def _saved_state(run: RunDir) -> checkpoint.Saved | None:
 
 
 def _agree_on_statistics(training: Training) -> None:
-    """What is measured on every rank is what is kept: rank 0's batch statistics, where each has its own."""
-    if ranks.count() == 1:
-        return
+    """Take rank 0's batch statistics on every rank: they are kept, and so they are what is measured."""
     persistent = training.model.state_dict().keys()
     for name, buffer in training.model.named_buffers():
         if name in persistent:

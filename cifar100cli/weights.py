@@ -6,19 +6,18 @@ import re
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, NoReturn
 
 import timm
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from cifar100cli import interrupts
-from cifar100cli.card import check_header, parse_metadata
+from cifar100cli.bounded import one_line
+from cifar100cli.card import check_header, our_network
 from cifar100cli.errors import DataError
 
 # Where training scripts put the weights in a file that holds other things too; averaged ones first, as timm does.
@@ -46,11 +45,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         content = _read_safetensors(path) if start[8:] == b"{" else _read_pytorch(path)
     except pickle.UnpicklingError as error:
         reason = str(error).split("Please file an issue")[0].split("WeightsUnpickler error:")[-1]
-        _refuse(path, f"refused: it holds more than tensors, or is no PyTorch file ({_short(reason)})")
+        _refuse(path, f"refused: it holds more than tensors, or is no PyTorch file ({one_line(reason)})")
     except DataError:
         raise
     except Exception as error:  # PyTorch has its own error for everything that a file may claim
-        words = _short(str(error)) or type(error).__name__
+        words = one_line(error) or type(error).__name__
         _refuse(path, f"corrupt, or neither safetensors nor a PyTorch file ({words})")
     return _tensors(path, content)
 
@@ -85,7 +84,7 @@ def _check_pickles(path: Path, file: IO[bytes], count: int) -> None:
         try:
             trap = _trap_in(file)
         except (ValueError, LookupError) as error:
-            trap = f"it holds more than tensors, or is no PyTorch file ({_short(str(error))})"
+            trap = f"it holds more than tensors, or is no PyTorch file ({one_line(error)})"
         if trap:
             _refuse(path, f"refused: {trap}")
 
@@ -127,10 +126,6 @@ def _trap_in(file: IO[bytes]) -> str | None:
     return None
 
 
-def _short(text: str) -> str:
-    return " ".join(text.split())[:120]
-
-
 def _refuse(path: Path, reason: str) -> NoReturn:
     raise DataError(f"--weights {path}: {reason}")
 
@@ -144,12 +139,12 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
     strange = [name for name, tensor in content.items() if not isinstance(name, str) or not isinstance(tensor, Tensor)]
     if strange:
         name = strange[0] if isinstance(strange[0], str) else f"a {type(strange[0]).__name__}"
-        _refuse(path, f"holds something that is no weight: {_short(name)}")
+        _refuse(path, f"holds something that is no weight: {one_line(name)}")
     for name, tensor in content.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
         if not plain or tensor.dtype not in (_FLOATING if not name.endswith(_COUNTER) else (torch.int64, *_FLOATING)):
             kind = str(tensor.dtype).removeprefix("torch.")
-            _refuse(path, f"{_short(name)} is no plain tensor of floating-point numbers, but of {kind}")
+            _refuse(path, f"{one_line(name)} is no plain tensor of floating-point numbers, but of {kind}")
     tensors = dict(content)
     for prefix in _WRAPPERS:
         inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
@@ -157,30 +152,6 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
         if inside and all(name.startswith((prefix, "head.")) for name in tensors):
             tensors = inside
     return tensors
-
-
-@dataclass(frozen=True)
-class OurNetwork:
-    """What a checkpoint of ours says of its network."""
-
-    backbone: str
-    stem: str
-    image_size: int
-
-
-@interrupts.held_back()
-def our_network(path: Path) -> OurNetwork | None:
-    """What a checkpoint of ours says of its network, or None for a file of another kind."""
-    try:
-        check_header(path)
-        with safe_open(path, framework="pt") as file:
-            config = parse_metadata(file.metadata())["config"]
-        model, image_size = config["model"], int(config["data"]["image_size"])
-        if not 16 <= image_size <= 1024:  # as in a preset: position embeddings grow with its square
-            return None
-        return OurNetwork(_short(str(model["backbone"])), _short(str(model["stem"])), image_size)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, DataError):
-        return None
 
 
 def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) -> None:

@@ -318,7 +318,7 @@ def pretrained() -> Reader:
                     parts.writestr(f"archive/data/{number}", bytes(432))
         else:
             path.write_bytes(content)
-        weights.our_network(path)
+        card.our_network(path)
         for tensor in weights.read_weights(path).values():
             if tensor.numel() < 1000:
                 torch.isfinite(tensor).all()

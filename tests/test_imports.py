@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 LEVELS = (
     {"errors"},
     {"__init__"},
-    {"bounded", "catalog", "safe_yaml"},
-    {"ranks", "card", "depthwise", "interrupts", "schema", "unpickle"},
+    {"bounded", "catalog", "interrupts", "safe_yaml"},
+    {"ranks", "card", "depthwise", "schema", "unpickle"},
     {
         "config",
         "fetch",

@@ -349,7 +349,7 @@ def test_one_image_for_batch_norm_is_refused(tmp_path: Path) -> None:
     ended = trained(tmp_path, "live", "--batch-size", "3", "--set", "train.sync_batch_norm=false")
     assert ended.code != 0
     assert "batch norm cannot train on one image at a time; use at least 4" in ended.err
-    assert "Error:" not in ended.err.split("torch/distributed")[0]  # torchrun has words of its own
+    assert ended.err.count("Traceback") == 1  # torchrun's own
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_word(tmp_path: Path) -> None:
