@@ -58,6 +58,11 @@ def pytest_configure() -> None:
         torch.set_num_threads(threads)
 
 
+def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
+    """Bytes go by parameter and number: what they hold may differ between processes that collect (gzip tells time)."""
+    return argname if isinstance(val, bytes) else None
+
+
 @dataclass(frozen=True)
 class Outcome:
     """What a command left behind."""
