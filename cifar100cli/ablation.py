@@ -10,8 +10,8 @@ from statistics import fmean
 from typing import Any
 
 from cifar100cli import noise
-from cifar100cli.config import did_you_mean, differences, flat, optional_sections, parse_config, shipped
-from cifar100cli.errors import UsageError
+from cifar100cli.config import differences, flat, optional_sections, parse_config, shipped
+from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.schema import Config
 
 OFF = (0, False, "none", "off", "constant")  # a default that is one of these does nothing

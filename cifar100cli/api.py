@@ -98,7 +98,8 @@ def evaluate(
     paths = [expand(Path(model)) for model in ([models] if isinstance(models, str | Path) else models)]
     if not paths:
         raise UsageError("models: name at least one run folder or .safetensors file")
-    table = places.check_output("predictions", Path(predictions)) if predictions is not None else None
+    files = [runs.find_model(path) for path in paths]
+    table = places.check_output("predictions", Path(predictions), files) if predictions is not None else None
     where = _where(device, data_dir, run=paths[0])
     with _watcher("evaluate", progress) as watcher:
         return evaluation.evaluate(paths, where, watcher, split, table, tta=tta)

@@ -50,7 +50,7 @@ def _root(
     verbose: options.Verbose = False,
 ) -> None:
     if context.invoked_subcommand is None:
-        print(context.get_help(), end="")
+        print(context.get_help())
 
 
 def _one_process() -> None:
@@ -237,7 +237,7 @@ def distill(
 
     Example: cifar100 distill --teacher runs/resnet50-arcface-224/20260101-120000-seed0
     """
-    training.train(context.params, "resnet18-arcface-kd")
+    training.train(context.params, "resnet18-arcface-kd", "distill")
 
 
 @app.command("finetune-cifar10")
@@ -281,7 +281,7 @@ def finetune_cifar10(
 
     Example: cifar100 finetune-cifar10 --unfreeze layer3 --epochs 50
     """
-    training.train(context.params, _study_preset(unfreeze, epochs))
+    training.train(context.params, _study_preset(unfreeze, epochs), "finetune-cifar10")
 
 
 def _study_preset(unfreeze: str | None, epochs: str | None) -> str:
@@ -324,10 +324,9 @@ def evaluate(
     """
     from cifar100cli.runs import find_model
 
-    csv_file = places.check_output("--predictions", predictions) if predictions is not None else None
     models = [expand(checkpoint) for checkpoint in checkpoints]
-    for model in models:
-        find_model(model)
+    files = [find_model(model) for model in models]
+    csv_file = places.check_output("--predictions", predictions, files) if predictions is not None else None
     where = places.where(data_dir, Path("runs"), device, models[0])
     from cifar100cli import evaluation
 
@@ -370,7 +369,7 @@ def predict(
     with console.TrainingDisplay("predict") as display:
         result = workflows.predict(expand(checkpoint), pictures, where, display, top)
     show.prediction(result, json)
-    skipped = [f"{skip['image']}: {skip['reason']}" for skip in result["skipped"]]
+    skipped = [f"{show.source(skip['image'])}: {skip['reason']}" for skip in result["skipped"]]
     for line in skipped[1:]:
         console.log(f"skipped: {line}")
     if skipped:
@@ -397,10 +396,9 @@ def export(
     _one_process()
     if out.suffix != ".onnx":
         raise UsageError(f"--out {out}: must end in .onnx")
-    out = places.check_output("--out", out)
     from cifar100cli.runs import find_model
 
-    find_model(expand(checkpoint))
+    out = places.check_output("--out", out, [find_model(expand(checkpoint))])
     with console.waiting("starting PyTorch ..."):
         from cifar100cli import export as exporting
     with console.waiting("exporting ..."):

@@ -5,6 +5,7 @@ runs before anything else.
 """
 
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,9 +16,9 @@ import annotated_types
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from cifar100cli import safe_yaml
+from cifar100cli import backbones, safe_yaml
 from cifar100cli.bounded import read_file
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.schema import DESCRIBING, Config, Section
 
 DEFAULT_PRESET = "quickstart"
@@ -61,12 +62,6 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_folder().glob("*.yaml"))
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about a name that does not exist: the nearest one that does, if any is near."""
-    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {near[0]}?" if near else ""
-
-
 def _read_preset(name: str) -> tuple[str, dict[str, object]]:
     """The preset's short name and its keys as they stand in the file."""
     shipped = presets_folder() / f"{name}.yaml"
@@ -76,8 +71,10 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
         path = Path(name)
         if path.stem.startswith(".") or not path.stem.isprintable():  # it becomes the name of a folder
             raise UsageError(f"--preset {name}: give the file another name: this one cannot name a run")
-        if not path.is_file():
+        if not path.exists():
             raise UsageError(f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name")
+        if not path.is_file():
+            raise UsageError(f"--preset {name}: is {'a folder' if path.is_dir() else 'not a plain file'}; name a file")
     else:
         raise UsageError(
             f"unknown preset {name!r}{did_you_mean(name, preset_names())} "
@@ -121,7 +118,10 @@ def load_preset(name: str = DEFAULT_PRESET, overrides: Iterable[Override] = ()) 
     for override in overrides:
         _apply(keys, override)
         origins[override.key] = override.origin
-    return Preset(stem, _validate(keys, name, origins))
+    config = _validate(keys, name, origins)
+    if "model.backbone" in origins or name not in preset_names():
+        backbones.check(config.model.backbone, origins.get("model.backbone", name))
+    return Preset(stem, config)
 
 
 def parse_config(keys: object, where: str) -> Config:
@@ -303,7 +303,9 @@ def _explain(error: ValidationError, where: str, origins: Mapping[str, str]) -> 
     """The first thing wrong, in one line: key, value, origin, what is allowed, the nearest name."""
     first, more = error.errors()[0], error.error_count() - 1
     if not first["loc"]:  # a rule between keys, which says it all itself, or a key that is no text
-        return f"{where}: {first.get('ctx', {}).get('error', 'one of its keys is no text')}"
+        message = str(first.get("ctx", {}).get("error", "one of its keys is no text"))
+        flags = [origin for key, origin in origins.items() if re.search(rf"\b{re.escape(key)}\b", message)]
+        return f"{', '.join(flags) or where}: {message}"
     *parents, last = [str(part) for part in first["loc"]]
     key = ".".join([*parents, last])
     rest = f" ({more} more {'mistake' if more == 1 else 'mistakes'})" if more else ""

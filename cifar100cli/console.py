@@ -7,6 +7,7 @@ because `--help` and a usage error have no use for it.
 import contextlib
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -178,6 +179,12 @@ def expected(top1: float, runs: int | None, deviation: float | None = None) -> s
     """What a preset of ours has reached, or what it is meant to reach where nobody has run it."""
     spread = f" ±{100 * deviation:.2f}" if deviation is not None else ""
     return f"{percent(top1)}{spread} ({several(runs, 'run') if runs else 'a goal: not run yet'})"
+
+
+def argument(path: str | Path) -> str:
+    """A path as it can be given to a command, whatever is in it, and were it taken for an option."""
+    text = str(path)
+    return shlex.quote(f"./{text}" if text.startswith("-") else text)
 
 
 def several(number: int, noun: str) -> str:

@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 
 from cifar100cli.bounded import parse_json, read_file
 from cifar100cli.catalog import FOLDERS
-from cifar100cli.errors import DataError, UsageError
+from cifar100cli.errors import DataError, FolderError, UsageError
 from cifar100cli.fetch import GZIP_MAGIC, Log, Part, Progress, fetch, refuse_unusable
 from cifar100cli.unpack import unpack
 
@@ -138,7 +138,7 @@ def install(
         refuse_unusable(url)
     if not force and (installed := find_installed(archive, data_dir)):
         return installed
-    data_dir.mkdir(parents=True, exist_ok=True)
+    _make_folder(data_dir)
     with _locked(data_dir / f".download-{archive.dataset}.lock", archive.dataset, log):
         final = data_dir / archive.folder
         new, old = data_dir / f".{archive.dataset}-new", data_dir / f".{archive.dataset}-old"
@@ -170,6 +170,16 @@ def install(
         part.path.unlink(missing_ok=True)
     official = md5s == dict(archive.files)
     return Installed(archive.dataset, final, official, digest, False, part.fetched, part.resumed)
+
+
+def _make_folder(data_dir: Path) -> None:
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is not a folder" if isinstance(error, FileExistsError) else error.strerror
+        raise FolderError(
+            f"data sets cannot be kept in {data_dir}: {reason}; --data-dir or CIFAR100_DATA_DIR names another place"
+        ) from None
 
 
 # What is in place

@@ -1,6 +1,15 @@
 """The mistakes and mishaps that a user is told about in one line, each with its exit code."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that does not exist: the nearest one that does, if any is near."""
+    names = {one.lower(): one for one in known}
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    return f"; did you mean {names[near[0]]}?" if near else ""
 
 
 class CifarError(ValueError):
@@ -22,7 +31,7 @@ class DataError(CifarError):
 
 
 class FolderError(CifarError):
-    """A run's folder cannot be written to, or another process has it: with several ranks, the same for all of them."""
+    """A folder cannot be written to, or another process has it: with several ranks, the same for all of them."""
 
 
 class DivergedError(CifarError):

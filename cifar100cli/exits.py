@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -26,13 +25,35 @@ class _Stopped(Exception):  # noqa: N818
 
 
 class Commands(TyperGroup):
-    """The commands, past which Ctrl-C gets as it is."""
+    """The commands, past which Ctrl-C gets as it is.
+
+    Typer converts each value with pydantic, whose import takes longer than all of `--help`: options that stand before
+    a command are looked at only where there are any.
+    """
+
+    _has_options = True
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Part the program's own options from the command and what follows it."""
+        self._has_options = not args or args[0].startswith("-")
+        try:
+            return super().parse_args(ctx, args)
+        finally:
+            self._has_options = True
+
+    def get_params(self, ctx: Any) -> Any:
+        """The program's own options; none while a command line is parsed that begins with a command."""
+        return super().get_params(ctx) if self._has_options else []
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
             raise _Stopped(stop) from None
+        except ClickUsageError as error:
+            if error.ctx is None and ctx.invoked_subcommand is not None:  # an option at the end that lacks its value
+                error.command = f"cifar100 {ctx.invoked_subcommand}"
+            raise
 
 
 def leave_with(app: typer.Typer) -> NoReturn:
@@ -116,7 +137,7 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
             console.error("interrupted before the run began: the same command begins it, with what was kept for it")
             return stop.exit_code
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
-        console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {shlex.quote(str(stop.run_dir))}")
+        console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {console.argument(stop.run_dir)}")
         return stop.exit_code
     console.error("interrupted")
     return stop.exit_code if isinstance(stop, Terminated) else 130
@@ -124,7 +145,7 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
 
 def _usage_message(error: Any) -> str:
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "cifar100"
+    command = context.command_path if context is not None else getattr(error, "command", "cifar100")
     near = getattr(error, "possibilities", None)
     message = f"{error.message}; did you mean {sorted(near)[0]}?" if near else error.format_message()
     return f"{message.replace('Value error, ', '').rstrip('.')} (`{command} --help` lists what there is)"

@@ -124,6 +124,11 @@ def prepare(
         checkpoint.restore_model(state, model)
     elif config.model.weights is not None:
         watcher.say(f"starting from {config.model.weights}; the head is a new one of {len(dataset.classes)} classes")
+    if state is None and config.schedule.warmup_epochs > config.train.epochs:
+        watcher.say(
+            f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g}, more than train.epochs = "
+            f"{config.train.epochs}: the learning rate rises to the end, and never reaches {config.optimizer.lr:g}"
+        )
     if state is None and not config.model.pretrained:
         initialize(model, _sample(training, preprocessing))
     if ranks.count() > 1 and config.train.sync_batch_norm:

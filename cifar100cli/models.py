@@ -1,6 +1,5 @@
 """Networks: a backbone of timm's or ours with the stem and head that a preset asks for. No training here."""
 
-import difflib
 import socket
 import warnings
 from collections import OrderedDict
@@ -18,7 +17,7 @@ from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
 from torch.overrides import TorchFunctionMode
 
-from cifar100cli import networks
+from cifar100cli import backbones, networks
 from cifar100cli.bounded import one_line
 from cifar100cli.card import our_network
 from cifar100cli.errors import DataError, UsageError
@@ -30,9 +29,7 @@ from cifar100cli.weights import load_backbone
 def check_backbone(name: str) -> None:
     """Raise `UsageError`, with the nearest name, for a backbone that timm does not know."""
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; timm.list_models() lists what there is"
-        raise UsageError(f"model.backbone = {name}: timm has no such model{hint}")
+        raise backbones.unknown(name, timm.list_models())
 
 
 class CosineHead(nn.Module):

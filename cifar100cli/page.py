@@ -208,14 +208,14 @@ def _chart_row(row: Row) -> dict[str, Any]:
             if name not in row.curves:
                 continue
             chosen = row.best_epochs if name == judged(row) else []
-            if row.n == 1:
+            if len(row.runs) == 1:
                 lines.append(Line(row.curves[name], colour, best=chosen))
                 continue
             lines.append(Line(row.curves[name], colour))
             for number, metrics in enumerate(seeds):
                 best = chosen[number : number + 1]
                 lines.append(Line([line[name] for line in metrics], colour, faint=True, best=best))
-        caption = f"{words.capitalize()} by epoch" + (" (thin: single seeds)." if row.n > 1 else ".")
+        caption = f"{words.capitalize()} by epoch" + (" (thin: single runs)." if len(row.runs) > 1 else ".")
         if figure == "top1" and judged(row):
             caption += " A circle marks the epoch that was chosen."
         drawn = charts.curves(

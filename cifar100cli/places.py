@@ -1,11 +1,14 @@
 """Where a command reads and writes, and what it computes on: folders, output files, the device."""
 
+import contextlib
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar100cli import console, interrupts
+from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import UsageError
 from cifar100cli.options import expand
 
@@ -13,18 +16,42 @@ if TYPE_CHECKING:
     from cifar100cli.jobs import Where
 
 
-def check_output(flag: str, path: Path) -> Path:
-    """A file to be written must be possible before the work for it begins."""
+def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
+    """A file to be written must be possible before the work for it begins, and cost nothing that was work to make.
+
+    Raises `UsageError` where it could not be written, and where it would take the place of one of `inputs` (which the
+    command reads), of a file of a run or a data set, or of a model; a link counts as what it leads to.
+    """
     path = expand(path)
-    if path.is_dir():
-        raise UsageError(f"{flag} {path}: is a folder; name a file")
-    if not path.absolute().parent.is_dir():
-        raise UsageError(f"{flag} {path}: there is no such folder to write it in")
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            path.stat()  # tells of names that are too long, links that go round in circles, and folders that are shut
+        if path.is_dir():
+            raise UsageError(f"{flag} {path}: is a folder; name a file")
+        target = path.resolve()
+        if not target.parent.is_dir():
+            raise UsageError(f"{flag} {path}: there is no such folder to write it in")
+        lost = _would_be_lost(path, target, inputs) if target.exists() else None
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: cannot be written: {error.strerror}; choose another name") from None
+    if lost is not None:
+        raise UsageError(f"{flag} {path}: would overwrite {lost}; choose another name")
+    return path
+
+
+def _would_be_lost(path: Path, target: Path, inputs: Sequence[Path]) -> str | None:
+    """What an existing file is that must not be written over, in words; `target` is what `path` leads to."""
     from cifar100cli.runs import FILES
 
-    if path.name in FILES and path.exists():
-        raise UsageError(f"{flag} {path}: would overwrite a file of a run; choose another name")
-    return path
+    if any(given.exists() and target.samefile(given) for given in inputs):
+        return "what it is made from"
+    if {path.name, target.name} & set(FILES):
+        return "a file of a run"
+    if target.parent.name in FOLDERS.values():
+        return "a file of a data set"
+    if target.suffix == ".safetensors":
+        return "a model"
+    return None
 
 
 def data_folder(given: Path | None, run: Path | None = None) -> Path:

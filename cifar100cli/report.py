@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from cifar100cli import ablation, noise
-from cifar100cli.ablation import Ablation, Effect
+from cifar100cli.ablation import Ablation, Effect, Setting
 from cifar100cli.config import differences, preset_names, shipped
 from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
@@ -26,10 +26,12 @@ class Row:
     """The complete runs that share a preset and all settings but the seed.
 
     `changes` says where they depart from the shipped preset, which has `shipped` there; figures of different settings
-    are never averaged. `expected_top1` is what a preset of ours reached in `expected_runs` runs, or with 0 of them is
-    meant to reach. `delta` is ours minus published, as a fraction, and only on the preset's own data set. `curves`
-    has losses and accuracies by epoch, as means over the runs; what was not measured in every epoch is not there.
-    `noise` is how far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds.
+    are never averaged. `n` counts seeds: runs of one seed count as one, their mean, since no more than that is learned
+    from them; `seeds` and `best_epochs` are those of `runs`. `expected_top1` is what a preset of ours reached in
+    `expected_runs` runs, or with 0 of them is meant to reach. `delta` is ours minus published, as a fraction, and only
+    on the preset's own data set. `curves` has losses and accuracies by epoch, as means over the runs; what was not
+    measured in every epoch is not there. `noise` is how far a single run may lie from our mean by chance alone, as a
+    fraction, once there are several seeds.
     """
 
     preset: str
@@ -148,7 +150,8 @@ def collect(folders: Sequence[Path]) -> Report:
         )
         for group in groups.values()
     ]
-    return Report(sorted(map(_row, groups.values()), key=place), unusable, ablation.find(measured))
+    rows = [_row(group, setting) for group, setting in zip(groups.values(), measured, strict=True)]
+    return Report(sorted(rows, key=place), unusable, ablation.find(measured))
 
 
 def _read(path: Path) -> _Complete | Unusable:
@@ -168,14 +171,14 @@ def _read(path: Path) -> _Complete | Unusable:
     return _Complete(path, run.preset, config, result, hardware, run.metrics())
 
 
-def _row(group: list[_Complete]) -> Row:
+def _row(group: list[_Complete], measured: Setting) -> Row:
     first = group[0]
     config, ours = first.config, shipped(first.preset)
     changed = {} if ours is None else differences(config, ours)
     changed.pop("seed", None)
     published = config.published
     own_dataset = ours.data.dataset if ours is not None else "cifar100"
-    top1 = [run.result["test"]["top1"] for run in group]
+    top1 = list(measured.top1.values())
     mean = fmean(top1)
     comparable = config.data.dataset == own_dataset != "synthetic"
     delta = mean - published.top1 if published and comparable else None
@@ -189,7 +192,7 @@ def _row(group: list[_Complete]) -> Row:
         published_epoch=published.epoch if published else None,
         expected_top1=config.expected.top1 if config.expected else None,
         expected_runs=config.expected.runs if config.expected else None,
-        n=len(group),
+        n=len(top1),
         top1_mean=mean,
         top1_std=noise.deviation(top1),
         delta=delta,

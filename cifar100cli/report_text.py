@@ -154,6 +154,8 @@ def _notes(report: Report) -> list[str]:
         for row in report.rows
         if row.expected_top1 is not None and not row.changes
     ]
+    if any(len(row.runs) > row.n for row in report.rows):
+        notes.append("n counts seeds: several runs of one seed, or copies of one run, count as one, their mean.")
     if any(row.changes for row in report.rows):
         notes.append("in brackets: settings that are not the preset's; the published figure is for the preset's.")
     return notes + ablation_notes(report.ablations)

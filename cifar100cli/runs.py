@@ -56,8 +56,11 @@ def replacing(path: Path) -> Iterator[Path]:
     before the name is. A link is followed, and a device such as /dev/stdout is written to as it is.
     """
     named, path = path, path.resolve()
-    if path.exists() and not path.is_file() and not path.is_dir():
-        yield path
+    if named.exists() and not named.is_file() and not named.is_dir():  # asked before: what a pipe leads to has no name
+        try:
+            yield named
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(named)) from None
         return
     try:
         if path.is_dir():
@@ -330,10 +333,17 @@ class RunDir:
 def check_writable(root: Path) -> None:
     """Raise `FolderError` when runs cannot be made there; asked before the long preparations, changes nothing."""
     existing = root.absolute()
-    while not existing.exists():
-        existing = existing.parent
+    while True:
+        try:
+            existing.lstat()
+            break
+        except (FileNotFoundError, NotADirectoryError):
+            existing = existing.parent
+        except OSError as error:
+            raise _unwritable(root, error.strerror) from None
     if not existing.is_dir():
-        raise _unwritable(root, f"{existing} is not a folder")
+        kind = "a link that leads to no folder" if existing.is_symlink() else "not a folder"
+        raise _unwritable(root, f"{existing} is {kind}")
     if not os.access(existing, os.W_OK | os.X_OK):
         raise _unwritable(root, f"{existing} must not be written to")
 

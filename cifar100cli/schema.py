@@ -8,7 +8,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from cifar100cli import safe_yaml
 from cifar100cli.catalog import DatasetName
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import UsageError, did_you_mean
 
 SPLIT_OF = {"best_test": "test", "best_val": "val", "last": None}  # what `train.select` chooses the epoch on
 MOST_SEEDS = 2**32
@@ -249,8 +249,8 @@ class Config(Section):
             raise ValueError(idle)
         if self.finetune is not None and self.model.backbone in RESNETS and self.finetune.unfreeze not in DEPTHS:
             raise ValueError(
-                f"finetune.unfreeze = {self.finetune.unfreeze}: {self.model.backbone} has no such stage; "
-                f"it has {', '.join(DEPTHS)}"
+                f"finetune.unfreeze = {self.finetune.unfreeze}: {self.model.backbone} has no such stage"
+                f"{did_you_mean(self.finetune.unfreeze, DEPTHS)} (it has {', '.join(DEPTHS)})"
             )
         if self.finetune is not None and self.finetune.cache == "on":
             unbounded = self.augment.unbounded()

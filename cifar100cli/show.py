@@ -1,6 +1,5 @@
 """Results in words and tables, for people; with `--json`, as they are."""
 
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,7 +22,7 @@ def dry_run(result: Mapping[str, Any], json: bool) -> None:
     console.result(
         f"{result['preset']} is ready: {result['backbone']} with {result['parameters']:,} parameters, "
         f"{result['training_images']:,} images of {result['dataset']} in {result['steps_per_epoch']:,} steps, "
-        f"{result['epochs']} epochs, {result['precision']} on {result['device']}"
+        f"{console.several(result['epochs'], 'epoch')}, {result['precision']} on {result['device']}"
     )
     console.result(f"one step on a batch of {tuple(result['batch'])} gave the loss {result['loss']:.4f}")
     console.result("nothing was written (dry run)")
@@ -46,7 +45,7 @@ def training(result: Mapping[str, Any], preset: "Config", json: bool) -> None:
         f"top-5 {percent(test['top5'])}, loss {test['loss']:.4f}"
     )
     console.result(f"selected: {how}")
-    _beside(test["top1"], preset, result["dataset"])
+    _beside(test["top1"], result["preset"], preset)
     console.result(
         f"{console.several(result['epochs'], 'epoch')} in {console.duration(result['seconds'])}, "
         f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {_where(result)}"
@@ -55,12 +54,17 @@ def training(result: Mapping[str, Any], preset: "Config", json: bool) -> None:
     _next(result["run_dir"])
 
 
-def _beside(top1: float, preset: "Config", dataset: str) -> None:
-    """The figure that is published or expected, and how far from a published one this one is."""
-    published, expected = preset.published, preset.expected
-    if expected is not None and dataset == preset.data.dataset:
+def _beside(top1: float, name: str, config: "Config") -> None:
+    """The figure that is published or expected of a preset, how far from a published one this one is, and what of that
+    is not the preset's doing: settings that are not its own."""
+    published, expected = config.published, config.expected
+    if config.data.dataset == "synthetic" or (published is None and expected is None):
+        return
+    if changes := _changes(name, config):
+        console.result(f"not the preset's own settings: {changes}")
+    if expected is not None:
         console.result(f"expected of the preset: {console.expected(expected.top1, expected.runs, expected.deviation)}")
-    if published is None or dataset == "synthetic":
+    if published is None:
         return
     at = f" at epoch {published.epoch}" if published.epoch else ""
     console.result(
@@ -68,10 +72,19 @@ def _beside(top1: float, preset: "Config", dataset: str) -> None:
     )
 
 
+def _changes(name: str, config: "Config") -> str:
+    """Where settings depart from the shipped preset of this name, in words; empty where they do not."""
+    from cifar100cli.config import differences, shipped
+
+    ours = shipped(name)
+    apart = differences(config, ours) if ours is not None else {}
+    return ", ".join(f"{key} = {here} (not {there})" for key, (here, there) in apart.items() if key != "seed")
+
+
 def _next(run: str) -> None:
-    console.result(f"next: cifar100 evaluate {shlex.quote(run)}")
+    console.result(f"next: cifar100 evaluate {console.argument(run)}")
     root = str(Path(run).parent.parent)
-    console.result("      cifar100 report" + ("" if root == "runs" else f" {shlex.quote(root)}"))
+    console.result("      cifar100 report" + ("" if root == "runs" else f" {console.argument(root)}"))
 
 
 def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) -> None:
@@ -110,7 +123,7 @@ def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) ->
     how = console.PROTOCOLS[first["select"]]
     spread = "" if deviation is None else f", deviation {100 * deviation:.2f} points"
     console.result(f"mean {percent(mean)}{spread} over {console.several(len(results), 'seed')} ({how})")
-    _beside(mean, preset, first["dataset"])
+    _beside(mean, first["preset"], preset)
     _next(first["run_dir"])
 
 
@@ -191,12 +204,12 @@ def prediction(result: Mapping[str, Any], json: bool) -> None:
     if json:
         console.result_json(result)
         return
-    if result["dataset"] == "synthetic":
-        console.result("the model was trained on synthetic (drawn) shapes: what it says of photographs means nothing")
+    if result["dataset"] == "synthetic" and result["images"]:
+        console.log("the model was trained on synthetic (drawn) shapes: what it says of photographs means nothing")
     rows = []
     for picture in result["images"]:
         for place, guess in enumerate(picture["top"]):
-            name = "standard input" if picture["image"] == "-" else picture["image"]
+            name = source(picture["image"])
             rows.append(
                 (
                     "" if place else name,
@@ -207,6 +220,11 @@ def prediction(result: Mapping[str, Any], json: bool) -> None:
             )
     if rows:
         console.table("", ("image", "class", "probability", "superclass"), rows, right=(2,))
+
+
+def source(image: str) -> str:
+    """Where a picture came from, for people."""
+    return "standard input" if image == "-" else image
 
 
 def export(result: Mapping[str, Any], json: bool) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import UsageError, did_you_mean
 
 HEAD, LAST, LAST_TWO, ALL = "fc", "layer4", "layer3", "all"  # as in ResNet-18, for any network
 
@@ -105,8 +105,11 @@ def learning(stages: Sequence[Stage], unfreeze: str, backbone: str) -> list[Stag
     if unfreeze in names:
         return list(stages[names.index(unfreeze) :])
     if unfreeze not in depth or depth[unfreeze] > len(stages):
-        known = ", ".join(dict.fromkeys((HEAD, LAST, LAST_TWO, ALL, *reversed(names))))
-        raise UsageError(f"finetune.unfreeze = {unfreeze}: {backbone} has no such stage; it has {known}")
+        known = list(dict.fromkeys((HEAD, LAST, LAST_TWO, ALL, *reversed(names))))
+        raise UsageError(
+            f"finetune.unfreeze = {unfreeze}: {backbone} has no such stage{did_you_mean(unfreeze, known)} "
+            f"(it has {', '.join(known)})"
+        )
     return list(stages[-depth[unfreeze] :])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar100cli import console, options, places, ranks, show, trackers
+from cifar100cli.catalog import TITLES
 from cifar100cli.errors import CifarError, DataError, DivergedError, UsageError
 from cifar100cli.options import expand
 
@@ -16,7 +17,14 @@ if TYPE_CHECKING:
     from cifar100cli.schema import Config
 
 
-def train(given: Mapping[str, Any], default_preset: str) -> None:
+# The section that a command's settings must have, and what is to be told where they have it not.
+SECTIONS = {
+    "distill": ("distillation", "has no teacher", "name one with --teacher RUN|CHECKPOINT"),
+    "finetune-cifar10": ("finetune", "does not fine-tune", "say what goes on learning with --unfreeze"),
+}
+
+
+def train(given: Mapping[str, Any], default_preset: str, command: str = "train") -> None:
     """Do what a command that trains is asked for by its options, `given` by their names, and show the result."""
     from cifar100cli import ablation
     from cifar100cli.config import load_preset
@@ -29,11 +37,12 @@ def train(given: Mapping[str, Any], default_preset: str) -> None:
         if given["seeds"] > 1 or given["ablate"] is not None:
             flag = "--seeds" if given["seeds"] > 1 else "--ablate"
             raise UsageError(f"--resume goes on with one run: leave {flag} out")
-        _resume(given, overrides)
+        _resume(given, overrides, command)
         return
     if given["seeds"] > 1 and ranks.count() > 1:
         raise UsageError("--seeds trains one run after another; with torchrun, give a command for each --seed")
     chosen = load_preset(given["preset"] or default_preset, overrides)
+    _check_command(command, chosen, overrides)
     left_out = {}
     if given["ablate"] is not None:
         if dry_run or given["print_config"]:
@@ -70,6 +79,21 @@ def train(given: Mapping[str, Any], default_preset: str) -> None:
         _seeds(in_turn, given, where)
     else:
         show.training(_trained(chosen, given, where), chosen.config, json)
+
+
+def _check_command(command: str, chosen: "Preset", overrides: Sequence["Override"]) -> None:
+    """A command's name says what it does: settings that are of another job are refused, another data set is told."""
+    if command not in SECTIONS:
+        return
+    section, lacks, remedy = SECTIONS[command]
+    if getattr(chosen.config, section) is None:
+        raise UsageError(f"{command}: the preset {chosen.name} {lacks}: {remedy}, or use `cifar100 train`")
+    dataset = chosen.config.data.dataset
+    asked_for = any(override.key == "data.dataset" for override in overrides)
+    if command == "finetune-cifar10" and dataset != "cifar10" and not asked_for:
+        console.log(
+            f"the preset {chosen.name} is on {TITLES[dataset]}, and so is this run; --dataset cifar10 changes it"
+        )
 
 
 def _trained(one: "Preset", given: Mapping[str, Any], where: "Where", run: "RunDir | None" = None) -> dict[str, Any]:
@@ -183,19 +207,25 @@ def _check_inputs(config: "Config", data_dir: Path | None) -> None:
     from cifar100cli import datasets
     from cifar100cli.runs import find_model
 
-    teacher = config.distillation.required_teacher() if config.distillation is not None else None
-    if config.data.dataset != "synthetic":
-        datasets.find(config.data.dataset, places.data_folder(data_dir))
+    if config.distillation is not None:
+        find_model(Path(config.distillation.required_teacher()))
     if config.model.weights is not None and not Path(config.model.weights).is_file():
         raise DataError(f"--weights {config.model.weights}: there is no such file")
-    if teacher is not None:
-        find_model(Path(teacher))
+    if config.data.dataset != "synthetic":
+        datasets.find(config.data.dataset, places.data_folder(data_dir))
 
 
-def _resume(given: Mapping[str, Any], overrides: list["Override"]) -> None:
+def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str) -> None:
     if given["dry_run"] or given["print_config"]:
         raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
     run, asked, own, data_dir, device = ranks.on_first(lambda: _run_to_resume(given, overrides))
+    if command in SECTIONS and getattr(own, SECTIONS[command][0]) is None:
+        raise UsageError(
+            f"{command}: {run.path} is a run of {run.preset}, which {SECTIONS[command][1]}; "
+            f"go on with it by: cifar100 train --resume {console.argument(run.path)}"
+        )
+    if run.complete:
+        console.log(f"{run.path} is complete already; nothing is left to train")
     where = places.where(data_dir, given["out"], device)
     from cifar100cli import workflows
 

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar100cli import checkpoint, devices, evaluation, images, machine, metrics, ranks, trainer
+from cifar100cli import checkpoint, console, devices, evaluation, images, machine, metrics, ranks, trainer
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.classifier import PICTURES, Classifier
 from cifar100cli.config import Preset, differences
@@ -121,7 +120,7 @@ def _alone(run: RunDir) -> Iterator[None]:
 @contextlib.contextmanager
 def _in_words(job: Job, run: RunDir) -> Iterator[None]:
     """What ends a run, with what is left of it and what to do."""
-    go_on = f"go on with: cifar100 train --resume {shlex.quote(str(run.path))}"
+    go_on = f"go on with: cifar100 train --resume {console.argument(run.path)}"
     try:
         yield
     except DivergedError as error:

@@ -246,7 +246,14 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["train", "--epochs", "0"], 2, "train.epochs = 0 (--epochs)"),
         (["train", "--epochs", "1.5"], 2, "whole number"),
         (["train", "--dataset", "cifar"], 2, "did you mean cifar10?"),
-        (["train", "--dataset", "synthetic", "--backbone", "resnet81"], 2, "timm has no such model"),
+        (["train", "--dataset", "synthetic", "--backbone", "resnet81"], 2, "timm has no such model; did you mean"),
+        (["train", "--set", "model.backbone=ResNet-18"], 2, "did you mean resnet18"),
+        (["train", "--resume"], 2, "(`cifar100 train --help` lists"),
+        (["distill", "--preset", "quickstart"], 2, "the preset quickstart has no teacher: name one with --teacher"),
+        (["distill", "--teacher", "nowhere", "--data-dir", "nowhere"], 3, "no such run or checkpoint"),
+        (["download", "--data-dir", "/dev/null"], 1, "data sets cannot be kept in /dev/null: it is not a folder"),
+        (["train", "--out", "x" * 300], 1, "File name too long; --out or CIFAR100_RUNS_DIR names another place"),
+        (["report", ".", "--out", "x" * 300 + ".md"], 2, "File name too long; choose another name"),
         (["train", "--device", "gpu"], 2, "auto, cpu, cuda, cuda:N or mps"),
         (["train", "--dry-run", "--resume", "last"], 2, "--dry-run"),
         (["train", "--resume", "last"], 3, "no unfinished run"),
@@ -339,12 +346,103 @@ def test_a_checkpoint_for_other_classes(run_cli: Cli) -> None:
     assert "classes" in outcome.err
 
 
-def test_predictions_overwrite_no_file_of_a_run(run_cli: Cli) -> None:
+@pytest.mark.usefixtures("small_synthetic")
+def test_no_output_takes_the_place_of_what_was_work_to_make(run_cli: Cli, tmp_path: Path) -> None:
     run = Path(train(run_cli, epochs=1)["run_dir"])
-    before = (run / "model.safetensors").read_bytes()
-    outcome = run_cli("evaluate", run, "--predictions", run / "model.safetensors")
-    assert outcome.code == 2
-    assert (run / "model.safetensors").read_bytes() == before
+    model = run / "model.safetensors"
+    data = tmp_path / FOLDERS["cifar100"] / "test"
+    data.parent.mkdir()
+    data.write_text("images")
+    copy, own = tmp_path / "copy.safetensors", tmp_path / "own.onnx"
+    for path in (copy, own):
+        path.write_bytes(model.read_bytes())
+    for link, target in {"run.csv": model, "copy.csv": copy, "data.csv": data, "run.onnx": model}.items():
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "hard.onnx").hardlink_to(own)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for arguments, words in (
+        (["evaluate", run, "--predictions", model], "what it is made from"),
+        (["evaluate", own, "--predictions", own], "what it is made from"),
+        (["evaluate", run, copy, "--predictions", "copy.csv"], "what it is made from"),
+        (["evaluate", copy, "--predictions", "run.csv"], "a file of a run"),
+        (["evaluate", run, "--predictions", "copy.csv"], "a model"),
+        (["evaluate", run, "--predictions", data], "a file of a data set"),
+        (["report", "--format", "csv", "--out", "run.csv"], "a file of a run"),
+        (["report", "--format", "csv", "--out", "data.csv"], "a file of a data set"),
+        (["report", "--format", "csv", "--out", copy], "a model"),
+        (["export", own, "--out", own], "what it is made from"),
+        (["export", own, "--out", "hard.onnx"], "what it is made from"),
+        (["export", copy, "--out", "run.onnx"], "a file of a run"),
+    ):
+        outcome = run_cli(*arguments)
+        assert outcome.code == 2, arguments
+        assert f"would overwrite {words}; choose another name" in outcome.err
+    assert {path: path.read_bytes() for path in before} == before
+    assert run_cli("report", "--out", "new.csv").code == run_cli("report", "--out", "new.csv").code == 0, (
+        "its own, again"
+    )
+
+
+def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> None:
+    run_dir = train(run_cli, epochs=1)["run_dir"]
+    (tmp_path / "round.csv").symlink_to(tmp_path / "round.csv")
+    outcome = run_cli("report", "--out", "round.csv")
+    assert (outcome.code, "cannot be written" in outcome.err) == (2, True)
+    full = run_cli("evaluate", run_dir, "--predictions", "/dev/full", "-q")
+    assert (full.code, full.err) == (1, "error: /dev/full: No space left on device\n")
+    command = [sys.executable, "-m", "cifar100cli", "report", "--format", "csv", "--out", "/dev/stdout"]
+    piped = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    assert [row["runs"] for row in csv.DictReader(piped.stdout.splitlines())] == [str(run_dir)]
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_command_goes_on_with_runs_of_its_own_job(run_cli: Cli) -> None:
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    for command, words in (("distill", "has no teacher"), ("finetune-cifar10", "does not fine-tune")):
+        outcome = run_cli(command, "--resume", run, "-q")
+        assert outcome.code == 2
+        assert f"{words}; go on with it by: cifar100 train --resume {run}" in outcome.err
+    assert f"{run} is complete already" in run_cli("train", "--resume", run).err
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_another_data_set_than_the_commands_is_told(run_cli: Cli, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(run_cli("train", "--print-config", *TINY[:-2]).out, encoding="utf-8")
+    plan = ("finetune-cifar10", "--preset", preset, "--unfreeze", "fc", "--dry-run", "--device", "cpu")
+    told = "the preset mine is on Synthetic (drawn) data, and so is this run"
+    assert told in run_cli(*plan).err
+    assert told not in run_cli(*plan, "--dataset", "synthetic").err
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_folder_that_looks_like_an_option(run_cli: Cli) -> None:
+    outcome = run_cli("train", *TINY, "--epochs", "1", "--out=-x")
+    (line,) = [line for line in outcome.out.splitlines() if line.startswith("next: cifar100 ")]
+    assert line.startswith("next: cifar100 evaluate ./-x/")
+    assert run_cli(*line.removeprefix("next: cifar100 ").split()).code == 0
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_warm_up_longer_than_the_run_is_told(run_cli: Cli) -> None:
+    plan = ("train", *TINY, "--dry-run", "--epochs", "1")
+    assert "never reaches" not in run_cli(*plan).err
+    outcome = run_cli(*plan, "--set", "schedule.warmup_epochs=2")
+    assert outcome.code == 0
+    assert "schedule.warmup_epochs = 2, more than train.epochs = 1" in outcome.err
+    assert "1 epoch, fp32" in outcome.out
+
+
+def test_figures_of_other_settings_say_so(run_cli: Cli, pretend_cifar: Path) -> None:
+    plan = ("--epochs", "1", "--batch-size", "2500", "--backbone", "test_resnet", "--set", "data.fraction=0.1")
+    outcome = run_cli("train", "--preset", "resnet18-baseline", *plan, "--data-dir", pretend_cifar, "--device", "cpu")
+    assert outcome.code == 0, outcome.err
+    lines = outcome.out.splitlines()
+    (number,) = [number for number, line in enumerate(lines) if line.startswith("published: 44.26% at epoch 186")]
+    assert lines[number - 1] == (
+        "not the preset's own settings: data.batch_size = 2500 (not 250), data.fraction = 0.1 (not 1.0), "
+        "model.backbone = test_resnet (not resnet18), train.epochs = 1 (not 200)"
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Presets: what is read, what is refused, and in which words."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -176,8 +177,29 @@ def test_a_preset_that_is_not_there(tmp_path: Path) -> None:
         load_preset("resnet18-basline")
     with pytest.raises(UsageError, match="no such file"):
         load_preset(str(tmp_path / "none.yaml"))
-    with pytest.raises(UsageError, match="no such file"):
+    with pytest.raises(UsageError, match="is a folder"):
         load_preset(str(tmp_path))
+    os.mkfifo(tmp_path / "pipe.yaml")
+    with pytest.raises(UsageError, match="not a plain file"):
+        load_preset(str(tmp_path / "pipe.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "start"),
+    [
+        (
+            "finetune.unfreeze",
+            "layr3",
+            "--unfreeze: finetune.unfreeze = layr3: resnet18 has no such stage; did you mean layer3?",
+        ),
+        ("finetune.unfreeze", "FC", "--unfreeze: finetune.unfreeze = FC: resnet18 has no such stage; did you mean fc?"),
+        ("schedule.milestones", [200], "--milestones: schedule.milestones = [200] is for"),
+    ],
+)
+def test_a_rule_between_keys_names_the_flag(key: str, value: object, start: str) -> None:
+    with pytest.raises(UsageError) as raised:
+        load_preset("finetune-layer4", [Override("seed", 1, "--seed"), Override(key, value, f"--{key.split('.')[1]}")])
+    assert str(raised.value).startswith(start)
 
 
 @pytest.mark.parametrize("name", preset_names())

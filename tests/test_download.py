@@ -21,7 +21,7 @@ import pytest
 
 from cifar100cli import download, fetch
 from cifar100cli.download import ARCHIVES, OFFICIAL, Installed, find_installed
-from cifar100cli.errors import CifarError, DataError, UsageError
+from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 from tests.weather import (
     ARCHIVE,
     BODY,
@@ -571,8 +571,10 @@ def test_interrupt_keeps_the_part(server: Server, tmp_path: Path) -> None:
 
 def test_data_dir_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FolderError, match="Not a directory; --data-dir or CIFAR100_DATA_DIR names another place"):
         install(tmp_path / "file" / "data")
+    with pytest.raises(FolderError, match="it is not a folder"):
+        install(tmp_path / "file")
 
 
 def full_disk(*_arguments: object) -> None:

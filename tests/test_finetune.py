@@ -273,9 +273,10 @@ def test_from_a_run_of_ours(run_cli: Cli, tmp_path: Path) -> None:
     ("arguments", "code", "words"),
     [
         (["--unfreeze", "layer9", *SMALL, "--init", "none"], 2, "it has fc, layer4, layer3, all"),
-        (["--unfreeze", "layer5", "--data-dir", "nowhere"], 2, "resnet18 has no such stage; it has fc, layer4, layer3"),
+        (["--unfreeze", "layer5", "--data-dir", "nowhere"], 2, "resnet18 has no such stage; did you mean layer4?"),
         (["--data-dir", "nowhere"], 3, "CIFAR-10 is not in nowhere: run `cifar100 download --dataset cifar10`"),
         (["--data-dir", "nowhere", "--init", "none", "--unfreeze", "al"], 2, "finetune.unfreeze = al"),
+        (["--preset", "quickstart"], 2, "quickstart does not fine-tune: say what goes on learning with --unfreeze"),
         (["--init", "nowhere"], 3, "no such run or checkpoint"),
         (["--init", "none", "--weights", "x"], 2, "exclude each other"),
         (["--init", "imagenet", "--set", "model.pretrained=false"], 2, "leave one out"),

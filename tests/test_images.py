@@ -248,7 +248,8 @@ def test_predict_skips_and_says_so(run: str, run_cli: Cli, tmp_path: Path) -> No
     assert sum(guess["probability"] for guess in answer["images"][0]["top"]) == pytest.approx(1)
     shown = run_cli("predict", run, folder / "a.JPG", "--top", "2")
     assert shown.out.count("%") == 2
-    assert "drawn" in shown.out
+    assert ("drawn" in shown.out, "drawn" in shown.err) == (False, True), "a warning is no result"
+    assert "drawn" not in run_cli("predict", run, folder / "broken.png").err, "and of nothing there is none"
 
 
 def test_predict_reads_standard_input(run: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 LEVELS = (
     {"errors"},
     {"__init__"},
-    {"bounded", "catalog", "interrupts", "safe_yaml"},
+    {"backbones", "bounded", "catalog", "interrupts", "safe_yaml"},
     {"ranks", "card", "depthwise", "schema", "unpickle"},
     {
         "config",
@@ -100,7 +100,9 @@ import sys
 from cifar100cli import cli
 for arguments in (["--help"], ["--version"], ["train", "--help"], ["presets"], ["presets", "resnet18-baseline"],
                   ["train", "--preset", "nope"], ["train", "--nope"], ["nope"], ["train", "--set", "a.b=1"],
-                  ["train", "--lr", "x"], ["train", "--print-config"], ["report", "nowhere"],
+                  ["train", "--lr", "x"], ["train", "--backbone", "resnet1888"], ["train", "--resume"],
+                  ["finetune-cifar10", "--unfreeze", "layr3"], ["distill", "--preset", "quickstart"],
+                  ["train", "--print-config"], ["report", "nowhere"],
                   ["train", "--resume", "nowhere"], ["download", "--dataset", "x"], ["evaluate", "nowhere"],
                   ["train", "--preset", "resnet18-baseline", "--data-dir", "nowhere"]):
     sys.argv = ["cifar100", *arguments]

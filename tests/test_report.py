@@ -54,6 +54,20 @@ def test_seeds_are_averaged(tmp_path: Path) -> None:
     assert row.changes == {}
 
 
+def test_runs_of_one_seed_are_no_further_evidence(tmp_path: Path) -> None:
+    """Copies of a run, say."""
+    for seed, top1 in ((0, 0.44), (0, 0.44), (0, 0.44), (1, 0.40), (1, 0.42)):
+        make_run(tmp_path, "resnet18-baseline", top1, seed)
+    found = report.collect([tmp_path])
+    (row,) = found.rows
+    assert (row.n, len(row.runs)) == (2, 5)
+    assert sorted(row.seeds) == [0, 0, 0, 1, 1]
+    assert row.top1_mean == pytest.approx(statistics.fmean([0.44, 0.41]))
+    assert row.top1_std == pytest.approx(statistics.stdev([0.44, 0.41]))
+    assert "n counts seeds" in report_text.render(found, "table")
+    assert report_text.render(found, "csv").count("\n") == 2
+
+
 @pytest.mark.parametrize(("runs", "words"), [(0, "(a goal: not run yet)"), (3, "(3 runs)")])
 def test_what_a_preset_is_meant_to_reach(tmp_path: Path, runs: int, words: str) -> None:
     config = load_preset("wrn28-10-sam").config

@@ -99,7 +99,9 @@ def test_names_of_any_network() -> None:
     _, stages = build("tf_efficientnet_lite0")
     assert [s.name for s in learning(stages, "layer3", "x")] == ["blocks.5", "blocks.6", "classifier"]
     assert [s.name for s in learning(stages, "blocks.6", "x")] == ["blocks.6", "classifier"]
-    with pytest.raises(UsageError, match=r"tf_efficientnet_lite0 has no such stage; it has fc, layer4, .*blocks.6"):
+    with pytest.raises(
+        UsageError, match=r"lite0 has no such stage; did you mean layer\d\? \(it has fc, layer4, .*blocks.6"
+    ):
         learning(stages, "layer9", "tf_efficientnet_lite0")
 
 
