@@ -259,4 +259,3 @@ def inside(boxes: Tensor, height: int, width: int) -> Tensor:
 none = Views((unchanged,))
 flip = Views((unchanged, mirrored))
 alternating_flip = Alternating((unchanged, mirrored))
-crop_flip = in_turn(random_crop(), flip)  # the usual recipe for CIFAR

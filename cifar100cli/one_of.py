@@ -12,7 +12,17 @@ import itertools
 import torch
 from torch import Tensor
 
-from cifar100cli.augment import Drawn, Epoch, Transform, apply_chosen, constant, draw_nothing, drawn_by, inside
+from cifar100cli.augment import (
+    Drawn,
+    Epoch,
+    Transform,
+    apply_chosen,
+    constant,
+    draw_nothing,
+    drawn_by,
+    inside,
+    mirrored,
+)
 
 SHIFT_LIMIT, SCALE_LIMIT, ANGLE_LIMIT = 0.0625, 0.1, 45.0  # of the side; from 1; degrees
 LEAST_SIDE, MOST_SIDE = 0.1, 0.2  # of a hole, in sides of the image
@@ -177,11 +187,6 @@ def _reciprocal(numerator: int, denominator: Tensor) -> Tensor:
     return (numerator * 2**12 / denominator.clamp(min=1)).round_().mul_(2**-12)
 
 
-def mirror_left_right(images: Tensor) -> Tensor:
-    """The images with left and right exchanged."""
-    return images.flip(-1)
-
-
 def mirror_top_bottom(images: Tensor) -> Tensor:
     """The images with top and bottom exchanged."""
     return images.flip(-2)
@@ -191,7 +196,7 @@ TRANSFORMS = (
     Transform(3, draw_shift_scale_rotate, shift_scale_rotate),
     Transform(1, draw_holes, cut_holes),
     Transform(5, draw_jitter, jitter),
-    Transform(0, draw_nothing, mirror_left_right),
+    Transform(0, draw_nothing, mirrored),
     Transform(0, draw_nothing, mirror_top_bottom),
 )
 

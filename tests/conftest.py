@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from cifar100cli import cli, fetch, interrupts, runs, synthetic
-from cifar100cli.augment import Epoch, Policy
+from cifar100cli.augment import Epoch, Policy, flip, in_turn, random_crop
 from cifar100cli.averaging import Average
 from cifar100cli.config import Preset
 from cifar100cli.jobs import Silence, Where
@@ -33,6 +33,8 @@ TINY = (
     *("--dataset", "synthetic", "--backbone", "test_resnet", "--batch-size", "64"),
     *("--set", "train.precision=fp32", "--device", "cpu"),
 )
+
+CROP_FLIP = in_turn(random_crop(), flip)  # the usual recipe for CIFAR
 
 # All that augments, at once.
 EVERYTHING: dict[str, Any] = {

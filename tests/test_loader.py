@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as reference
 from cifar100cli import augment
 from cifar100cli.datasets import Split
 from cifar100cli.loader import DeviceLoader, Preprocessing, preprocessing_for
+from tests.conftest import CROP_FLIP
 
 CPU = torch.device("cpu")
 
@@ -50,9 +51,7 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
 def test_augmentation_can_be_had_again_without_the_epochs_before() -> None:
     def inputs(epochs: list[int]) -> torch.Tensor:
-        loader = DeviceLoader(
-            make_split(50), 20, CPU, Preprocessing(32), shuffle=True, policy=augment.crop_flip, seed=1
-        )
+        loader = DeviceLoader(make_split(50), 20, CPU, Preprocessing(32), shuffle=True, policy=CROP_FLIP, seed=1)
         return [torch.cat([batch.inputs for batch in loader.epoch(epoch)]) for epoch in epochs][-1]
 
     assert torch.equal(inputs([1, 2, 3]), inputs([3]))

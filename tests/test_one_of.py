@@ -285,7 +285,7 @@ def test_jitter_that_does_nothing(images: Tensor) -> None:
 
 
 def test_mirror_images_are_the_librarys(images: Tensor, library: list[Any]) -> None:
-    for ours, transform in ((one_of.mirror_left_right, library[3]), (one_of.mirror_top_bottom, library[4])):
+    for ours, transform in ((augment.mirrored, library[3]), (one_of.mirror_top_bottom, library[4])):
         assert torch.equal(ours(images), batch([transform.apply(picture(image)) for image in images]))
 
 

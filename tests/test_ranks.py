@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 from torch.nn import functional as F
 
-from cifar100cli import augment, devices, ranks, runs
+from cifar100cli import devices, ranks, runs
 from cifar100cli.datasets import Split
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import DeviceLoader, Preprocessing
-from tests.conftest import Cli
+from tests.conftest import CROP_FLIP, Cli
 
 CPU = torch.device("cpu")
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -37,7 +37,7 @@ def test_shares_make_the_batches_of_one(count: int, batch_size: int, number: int
 
     def loader(**keys: Any) -> DeviceLoader:
         return DeviceLoader(
-            split, batch_size, CPU, Preprocessing(32), shuffle=True, policy=augment.crop_flip, least=number, **keys
+            split, batch_size, CPU, Preprocessing(32), shuffle=True, policy=CROP_FLIP, least=number, **keys
         )
 
     alone, parts = loader(), [loader(rank=rank, ranks=number) for rank in range(number)]
