@@ -5,6 +5,7 @@ Whatever happens on the way, the data folder holds the old data set or the new o
 
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -159,8 +160,12 @@ def install(
             _check(check, new, label)
             _write_manifest(archive, new, md5s, digest)
             if os.path.lexists(final) and not find_installed(archive, data_dir):
-                log(f"{final}: not a data set that can be verified; replaced")
-            _swap(final, new, old)
+                kept = _free_name(data_dir / f"{archive.folder}.earlier")  # somebody's own, perhaps
+                log(f"{final}: not a data set that can be verified; kept as {kept}")
+                _swap(final, new, kept)
+            else:
+                _swap(final, new, old)
+                _remove(old)
         except DataError:
             if source is None:
                 part.discard()
@@ -256,7 +261,11 @@ def _swap(final: Path, new: Path, old: Path) -> None:
         if os.path.lexists(old) and not os.path.lexists(final):
             old.rename(final)
         raise
-    _remove(old)
+
+
+def _free_name(path: Path) -> Path:
+    names = itertools.chain([path.name], (f"{path.name}-{number}" for number in itertools.count(2)))
+    return next(free for name in names if not os.path.lexists(free := path.with_name(name)))
 
 
 def _remove(path: Path) -> None:

@@ -188,7 +188,7 @@ def written(command: Sequence[str], name: str) -> Scene:
 
 def downloaded(root: Path) -> Scene:
     """An archive put in the place of an older data set."""
-    from tests.weather import ARCHIVE, BODY, FILES, FOLDER
+    from tests.weather import ARCHIVE, BODY, FILES, FOLDER, KEPT
 
     (root / "archive.tar.gz").write_bytes(BODY)
     command = ("download", "--from", str(root / "archive.tar.gz"), "--data-dir", "data", "--force")
@@ -204,12 +204,12 @@ def downloaded(root: Path) -> Scene:
         def contents(place: Path) -> dict[str, bytes]:
             return {name: (place / name).read_bytes() for name in FILES}
 
-        places = [place for place in (folder / "data" / FOLDER, folder / "data" / ".cifar100-old") if place.is_dir()]
+        places = [place for place in (folder / "data" / FOLDER, folder / "data" / KEPT) if place.is_dir()]
         expected = dict.fromkeys(FILES, b"old") if code else FILES
         assert any(contents(place) in (expected, FILES) for place in places), "neither the old nor the new data set"
         assert ended(started(command, folder, lambda: put_nothing())) == 0, (folder / "log").read_text()
         assert contents(folder / "data" / FOLDER) == FILES
-        assert {path.name for path in (folder / "data").iterdir()} - {".download-cifar100.lock"} == {FOLDER}
+        assert {path.name for path in (folder / "data").iterdir()} - {".download-cifar100.lock", KEPT} == {FOLDER}
 
     def put_nothing() -> None:
         download.ARCHIVES["cifar100"] = ARCHIVE  # type: ignore[index]

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,7 @@ from tests.weather import (
     FILES,
     FOLDER,
     HALF,
+    KEPT,
     MD5S,
     OTHER,
     PART,
@@ -598,7 +600,7 @@ def test_full_disk_while_fetching(server: Server, tmp_path: Path, monkeypatch: p
     assert len(server.exchanges) == 1
     assert_old(tmp_path)
     assert install(tmp_path, url).resumed_bytes > 100_000
-    assert_complete(tmp_path)
+    assert_complete(tmp_path, kept=True)
 
 
 def test_full_disk_while_unpacking(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -612,7 +614,7 @@ def test_full_disk_while_unpacking(server: Server, tmp_path: Path, monkeypatch: 
     installed = install(tmp_path, url)
     assert (installed.resumed_bytes, installed.fetched_bytes) == (len(BODY), 0)
     assert len(server.exchanges) == 1
-    assert_complete(tmp_path)
+    assert_complete(tmp_path, kept=True)
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -643,7 +645,8 @@ def test_failed_rename_is_undone(server: Server, tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
-def test_replaces_what_is_no_data_set(server: Server, tmp_path: Path, kind: str) -> None:
+def test_keeps_what_is_no_data_set_under_another_name(server: Server, tmp_path: Path, kind: str) -> None:
+    """It may be somebody's own, as with other labels."""
     elsewhere = tmp_path / "elsewhere"
     data_dir = tmp_path / "data"
     put_old(elsewhere)
@@ -656,9 +659,20 @@ def test_replaces_what_is_no_data_set(server: Server, tmp_path: Path, kind: str)
         (data_dir / FOLDER).symlink_to(elsewhere / FOLDER)
     listener = Listener()
     install(data_dir, server.url("/a", good), listener=listener)
-    assert f"{data_dir / FOLDER}: not a data set that can be verified; replaced" in listener.lines
-    assert_complete(data_dir)
+    kept = data_dir / KEPT
+    assert f"{data_dir / FOLDER}: not a data set that can be verified; kept as {kept}" in listener.lines
+    assert_complete(data_dir, kept=True)
     assert_old(elsewhere)
+    if kind == "file":
+        assert kept.is_file()
+    else:
+        kept.rename(tmp_path / FOLDER)
+        assert_old(tmp_path)
+        (tmp_path / FOLDER).rename(kept)
+    shutil.rmtree(data_dir / FOLDER)
+    (data_dir / FOLDER).mkdir()
+    install(data_dir, server.url("/a", good))
+    assert (data_dir / f"{KEPT}-2").is_dir(), "nor does one take another's place"
 
 
 # Finding

@@ -18,6 +18,7 @@ from cifar100cli import download
 from cifar100cli.download import ARCHIVES, Archive, Installed, find_installed
 
 FOLDER = "cifar-100-python"
+KEPT = f"{FOLDER}.earlier"  # what was there and could not be verified
 FILES = {
     "train": random.Random(1).randbytes(900_000),
     "test": random.Random(2).randbytes(100_000),
@@ -283,11 +284,12 @@ def install(data_dir: Path, *urls: str, archive: Archive = ARCHIVE, **options: A
     return download.install(archive, data_dir, urls=urls, progress=listener.note, log=listener.lines.append, **options)
 
 
-def assert_complete(data_dir: Path) -> None:
-    """The data set is there, and nothing else is but the lock."""
+def assert_complete(data_dir: Path, *, kept: bool = False) -> None:
+    """The data set is there, and nothing else is but the lock, and what was kept of an earlier one."""
     for name, content in FILES.items():
         assert (data_dir / FOLDER / name).read_bytes() == content
-    assert {path.name for path in data_dir.iterdir()} - {".download-cifar100.lock"} == {FOLDER}
+    expected = {FOLDER, KEPT} if kept else {FOLDER}
+    assert {path.name for path in data_dir.iterdir()} - {".download-cifar100.lock"} == expected
     assert {path.name for path in (data_dir / FOLDER).iterdir()} == {*FILES, ".cifar100.json"}
     assert find_installed(ARCHIVE, data_dir) is not None
 
