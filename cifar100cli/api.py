@@ -27,7 +27,7 @@ def load_preset(name: AnyPath = DEFAULT_PRESET, overrides: Mapping[str, object] 
     """A shipped preset by its name, or one of a YAML file, with `overrides` by the keys of `--set`.
 
     As in `load_preset("resnet18-baseline", {"train.epochs": 10, "optimizer.lr": 3e-4})`. `preset.config` has all of
-    it, frozen; `preset.config.to_yaml()` is what `--print-config` prints.
+    it, frozen; `preset.config.to_yaml()` is YAML that it reads back.
 
     Raises `UsageError` for a name, key, type or value that is not right.
     """

@@ -4,19 +4,19 @@ All sides are measured in one process and in turn, so that a machine whose speed
 are taken within a turn. The images are noise: what they show makes no difference to the time.
 """
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean, median
 from typing import Any
 
 import numpy as np
 import torch
 
-from cifar100cli import __version__, devices, machine, metrics, trainer
+from cifar100cli import __version__, devices, machine, metrics, synthetic, trainer
 from cifar100cli.catalog import DATASETS
 from cifar100cli.checkpoint import load_model
 from cifar100cli.config import Preset
@@ -29,7 +29,6 @@ from cifar100cli.plain import PlainLoop
 from cifar100cli.schema import Config
 from cifar100cli.steps import Steps, create_steps
 
-TRAINING_IMAGES, TEST_IMAGES = 50_000, 10_000  # of CIFAR-100 and of CIFAR-10
 TURN = {"cpu": 3.0, "cuda": 0.5}  # about so many seconds of each side in a turn
 REPEATS = 7
 TEST_BATCHES = 3
@@ -225,7 +224,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Spread":
-        return cls(statistics.median(values), min(values), max(values))
+        return cls(median(values), min(values), max(values))
 
 
 class PeakProduct:
@@ -286,7 +285,7 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
 
     flops = step_flops(sides.training)
     loop = rate("loop", images)
-    highest = peak.flops / statistics.median(seconds["peak"])
+    highest = peak.flops / median(seconds["peak"])
     result: dict[str, Any] = {
         "preset": preset.name,
         "backbone": job.config.model.backbone,
@@ -326,14 +325,28 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
 
 
 def _full_run(config: Config, training_rate: float, evaluation_rate: float) -> dict[str, float]:
-    """What the preset's whole run comes to, on all of its images."""
-    held_out = round(TRAINING_IMAGES * config.data.val_fraction)
-    images = round((TRAINING_IMAGES - held_out) * config.data.fraction)
-    looks = held_out + (TEST_IMAGES if config.train.select == "best_test" or config.train.watch_test else 0)
-    epoch = images / training_rate + looks / evaluation_rate
+    """What the preset's whole run comes to, on all of its images.
+
+    Rates are those of images as large as they get; smaller ones, while they grow, are taken to cost as their area says.
+    """
+    training, tested = _counts(config.data.dataset)
+    held_out = round(training * config.data.val_fraction)
+    images = round((training - held_out) * config.data.fraction)
+    looks = held_out + (tested if config.train.select == "best_test" or config.train.watch_test else 0)
+    epochs = config.train.epochs
+    areas = fmean((config.image_size_in(epoch) / config.data.image_size) ** 2 for epoch in range(1, epochs + 1))
+    epoch = areas * images / training_rate + looks / evaluation_rate
     return {
-        "epochs": config.train.epochs,
+        "epochs": epochs,
         "training_images": images,
         "seconds_per_epoch": epoch,
-        "seconds": config.train.epochs * epoch + TEST_IMAGES / evaluation_rate,
+        "seconds": epochs * epoch + tested / evaluation_rate,
     }
+
+
+def _counts(dataset: str) -> tuple[int, int]:
+    """The images to train on, and those to test on."""
+    if dataset == "synthetic":
+        classes = DATASETS["synthetic"].classes
+        return classes * synthetic.TRAIN_PER_CLASS, classes * synthetic.TEST_PER_CLASS
+    return 50_000, 10_000

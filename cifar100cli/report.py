@@ -121,7 +121,9 @@ def collect(folders: Sequence[Path]) -> Report:
     paths: list[Path] = []
     for folder in folders:
         if not folder.is_dir():
-            raise DataError(f"{folder}: there is no such folder; `cifar100 train` makes runs, --out says where")
+            raise DataError(
+                f"{folder}: there is no such folder of runs; `cifar100 train` makes them, --runs-dir says where"
+            )
         paths += [path for path in find_runs(folder) if path not in paths]
     groups: dict[str, list[_Complete]] = {}
     unusable = []
@@ -177,7 +179,7 @@ def _row(group: list[_Complete], measured: Setting) -> Row:
     changed = {} if ours is None else differences(config, ours)
     changed.pop("seed", None)
     published = config.published
-    own_dataset = ours.data.dataset if ours is not None else "cifar100"
+    own_dataset = (ours or config).data.dataset
     top1 = list(measured.top1.values())
     mean = fmean(top1)
     comparable = config.data.dataset == own_dataset != "synthetic"

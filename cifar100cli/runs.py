@@ -398,7 +398,10 @@ def find_model(path: Path) -> Path:
     if path.is_dir():
         path = path / MODEL
         if not path.is_file():
-            raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished")
+            below = [run for run in find_runs(path.parent) if (run / MODEL).is_file()]
+            latest = max(below, key=lambda run: run.name, default=None)  # a name begins with the time
+            hint = f"; the latest run below it is {latest}" if latest is not None else ""
+            raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished{hint}")
     elif not path.is_file():
         raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report` lists the runs")
     return path

@@ -57,11 +57,16 @@ def training(result: Mapping[str, Any], preset: "Config", json: bool) -> None:
 def _beside(top1: float, name: str, config: "Config") -> None:
     """The figure that is published or expected of a preset, how far from a published one this one is, and what of that
     is not the preset's doing: settings that are not its own."""
+    from cifar100cli.config import differences, shipped
+
     published, expected = config.published, config.expected
-    if config.data.dataset == "synthetic" or (published is None and expected is None):
+    ours = shipped(name) or config
+    if config.data.dataset != ours.data.dataset or (published is None and expected is None):
         return
-    if changes := _changes(name, config):
-        console.result(f"not the preset's own settings: {changes}")
+    changes = {key: both for key, both in differences(config, ours).items() if key != "seed"}
+    if changes:
+        told = ", ".join(f"{key} = {here} (not {there})" for key, (here, there) in changes.items())
+        console.result(f"not the preset's own settings: {told}")
     if expected is not None:
         console.result(f"expected of the preset: {console.expected(expected.top1, expected.runs, expected.deviation)}")
     if published is None:
@@ -70,15 +75,6 @@ def _beside(top1: float, name: str, config: "Config") -> None:
     console.result(
         f"published: {percent(published.top1)}{at}; the difference is {100 * (top1 - published.top1):+.2f} points"
     )
-
-
-def _changes(name: str, config: "Config") -> str:
-    """Where settings depart from the shipped preset of this name, in words; empty where they do not."""
-    from cifar100cli.config import differences, shipped
-
-    ours = shipped(name)
-    apart = differences(config, ours) if ours is not None else {}
-    return ", ".join(f"{key} = {here} (not {there})" for key, (here, there) in apart.items() if key != "seed")
 
 
 def _next(run: str) -> None:

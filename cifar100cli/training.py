@@ -56,10 +56,11 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
         )
     in_turn = _in_turn(chosen, given["seeds"])
     if given["print_config"]:
+        config = _as_a_preset(chosen, load_preset(given["preset"] or default_preset))
         if json:
-            console.result_json(chosen.config.model_dump(mode="json"))
+            console.result_json(config.model_dump(mode="json"))
         else:
-            console.result(chosen.config.to_yaml().rstrip())
+            console.result(config.to_yaml().rstrip())
         return
     if not dry_run:
         from cifar100cli.runs import check_writable
@@ -79,6 +80,15 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
         _seeds(in_turn, given, where)
     else:
         show.training(_trained(chosen, given, where), chosen.config, json)
+
+
+def _as_a_preset(chosen: "Preset", original: "Preset") -> "Config":
+    """A configuration to be kept in a file; a figure of the preset that it comes from is not that of other settings."""
+    from cifar100cli.config import differences
+
+    if differences(chosen.config, original.config).keys() <= {"seed"}:
+        return chosen.config
+    return chosen.config.model_copy(update={"published": None, "expected": None})
 
 
 def _check_command(command: str, chosen: "Preset", overrides: Sequence["Override"]) -> None:

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Build the image that docker/train.bash runs.
 set -euo pipefail
+unset CDPATH # with it, cd prints where it went
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 nvidia=nvcr.io/nvidia/pytorch:26.07-py3

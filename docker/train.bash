@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # Train in a container that docker/build.bash has built.
 set -euo pipefail
+unset CDPATH # with it, cd prints where it went
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 usage() {
     cat <<'END'
 Usage: docker/train.bash [--cpu|--gpu] PRESET [options of `cifar100 train`]
+       docker/train.bash [--cpu|--gpu] PRESET --teacher RUN [options of `cifar100 distill`]
 
 Trains the preset, one of `presets/` or a YAML file, in the image cifar100:gpu where nvidia-smi finds a GPU, else in
 cifar100:cpu. Exit codes are those of `cifar100 train`. Ctrl-C saves, and `docker/train.bash PRESET --resume last` goes on.
@@ -103,4 +105,10 @@ fi
 for variable in NO_COLOR FORCE_COLOR OMP_NUM_THREADS; do
     arguments+=(--env "$variable") # without a value here, docker sets none there
 done
-exec docker run "${arguments[@]}" "${mounts[@]}" "cifar100:$kind" train --preset "$preset" "$@"
+command=train
+for argument in "$@"; do
+    case $argument in
+        --teacher | --teacher=*) command=distill ;;
+    esac
+done
+exec docker run "${arguments[@]}" "${mounts[@]}" "cifar100:$kind" "$command" --preset "$preset" "$@"

@@ -12,7 +12,7 @@ from torch import nn
 
 from cifar100cli import benchmark, erasing, flops, plain
 from cifar100cli.benchmark import Sides
-from cifar100cli.config import Preset
+from cifar100cli.config import Preset, load_preset
 from cifar100cli.schema import Augment
 from tests.conftest import EVERYTHING, Cli, Listening, epoch_of, make_preset, where
 
@@ -156,6 +156,20 @@ def test_bench_needs_no_data_and_leaves_nothing(run_cli: Cli, tmp_path: Path) ->
     assert run["seconds"] == pytest.approx(200 * epoch, rel=0.01)
     assert result["peak_memory_bytes"] > 2**20
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_run_of_few_or_growing_images() -> None:
+    """Each epoch by itself, as the loader would shuffle it."""
+    drawn = load_preset("quickstart").config
+    run = benchmark._full_run(drawn, 100.0, 1000.0)
+    kept = round(10_000 * (1 - drawn.data.val_fraction))
+    assert run["training_images"] == kept
+    assert run["seconds"] == pytest.approx(drawn.train.epochs * (kept / 100 + (10_000 - kept) / 1000) + 2, rel=1e-3)
+    growing = load_preset("laptop-pretrained").config
+    sizes = [growing.image_size_in(epoch) for epoch in range(1, growing.train.epochs + 1)]
+    assert sizes[0] < sizes[-1] == growing.data.image_size
+    seconds = sum(50_000 / (58 * (sizes[-1] / size) ** 2) for size in sizes)
+    assert benchmark._full_run(growing, 58.0, 1e9)["seconds"] == pytest.approx(seconds)
 
 
 def test_bench_in_words(run_cli: Cli) -> None:

@@ -173,6 +173,9 @@ def test_print_config_round_trips(run_cli: Cli, tmp_path: Path) -> None:
     Path("mine.yaml").write_text(first)
     assert run_cli("train", "--preset", "mine.yaml", "--print-config").out == first
     assert yaml.safe_load(first)["optimizer"]["lr"] == 0.002
+    assert "published" not in yaml.safe_load(first), "the tutorial's figure is not that of another rate"
+    own = yaml.safe_load(run_cli("train", "--preset", "resnet18-wd01", "--seed", "5", "--print-config").out)
+    assert own["published"]["top1"] == 0.4012
     as_json = json.loads(run_cli("train", "--preset", "mine.yaml", "--print-config", "--json").out)
     assert as_json["optimizer"]["lr"] == 0.002
     assert [path.name for path in tmp_path.iterdir()] == ["mine.yaml"]
@@ -443,6 +446,20 @@ def test_figures_of_other_settings_say_so(run_cli: Cli, pretend_cifar: Path) -> 
         "not the preset's own settings: data.batch_size = 2500 (not 250), data.fraction = 0.1 (not 1.0), "
         "model.backbone = test_resnet (not resnet18), train.epochs = 1 (not 200)"
     )
+    outcome = run_cli(
+        *("train", "--preset", "resnet18-baseline", *plan, "--dataset", "cifar10"),
+        *("--data-dir", pretend_cifar, "--device", "cpu"),
+    )
+    assert outcome.code == 0, outcome.err
+    assert "published" not in outcome.out, "which is of other images"
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_folder_of_runs_is_no_run(run_cli: Cli) -> None:
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    outcome = run_cli("evaluate", run.parent)
+    assert outcome.code == 3
+    assert f"the latest run below it is {run}" in outcome.err
 
 
 @pytest.mark.parametrize(

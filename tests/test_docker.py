@@ -121,6 +121,19 @@ def test_training_is_one_docker_run(host: Host) -> None:
     assert each(call, "--env") == ["NO_COLOR", "FORCE_COLOR", "OMP_NUM_THREADS"]
 
 
+@pytest.mark.parametrize("teacher", [["--teacher", "runs/a/b"], ["--teacher=runs/a/b"]])
+def test_a_teacher_means_distilling(host: Host, teacher: list[str]) -> None:
+    assert train(host, "resnet18-arcface-kd", *teacher).returncode == 0
+    call = host.only("run")
+    assert call[call.index("cifar100:cpu") + 1 :] == ["distill", "--preset", "resnet18-arcface-kd", *teacher]
+
+
+def test_a_path_for_cd_changes_nothing(host: Host) -> None:
+    """With CDPATH, cd prints the folder that it finds."""
+    assert train(host, "quickstart", CDPATH=f"{ROOT}:.", CIFAR100_RUNS_DIR="mine/runs").returncode == 0
+    assert mounts(host.only("run"))["/cifar100/runs"]["source"] == str(host.home / "mine" / "runs")
+
+
 def test_folders_are_the_tools_own_and_made_beforehand(host: Host) -> None:
     train(host, "quickstart")
     cache = host.home / ".cache"

@@ -30,7 +30,7 @@ SCRIPTS = [
 documents = pytest.mark.parametrize("path", readme.DOCUMENTS, ids=lambda path: path.name)
 
 # Flags of programs that are not ours: pip's, docker's, git's, uv's.
-ELSEWHERE = {"--extra", "--file", "--gpus", "--python", "--rm", "--target", "--upgrade", "--with"}
+ELSEWHERE = {"--constraint", "--extra", "--file", "--gpus", "--python", "--rm", "--target", "--upgrade", "--with"}
 
 # Endings by which `model.safetensors` is a file, and not a key.
 ENDINGS = ("bash", "csv", "html", "json", "jsonl", "onnx", "pt", "pth", "py", "safetensors", "yaml")

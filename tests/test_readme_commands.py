@@ -51,7 +51,7 @@ COMMANDS = [command for block in BLOCKS for command in block]
 ELSEWHERE = {
     r"python3 -m pip install --quiet --upgrade --target \.uv uv": ".ci/run",
     r"\.uv/bin/uv build": ".ci/release",
-    r"(python3? -m pip|uv pip|pip|pipx|uv tool) install .*|uvx .*": ".ci/release",  # tries both archives
+    r"(python3? -m pip|uv pip|pip|pipx|uv tool) install .*|\.uv/bin/uvx .*": ".ci/release",  # tries both archives
     r"(ruff|mypy|pytest)\b.*": ".ci/run",
     r"git clone .*|cd .*": "README.md",
     r"cifar100 --(install|show)-completion.*": "tests/test_completion.py",
