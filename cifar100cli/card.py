@@ -103,6 +103,10 @@ class Network:
     backbone: str
     stem: str
     image_size: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    dataset: str
+    val_fraction: float
 
 
 @interrupts.held_back()
@@ -113,10 +117,9 @@ def our_network(path: Path) -> Network | None:
     try:
         check_header(path)
         with safe_open(path, framework="np") as file:
-            config = parse_metadata(file.metadata())["config"]
-        model, image_size = config["model"], int(config["data"]["image_size"])
-        if not 16 <= image_size <= 1024:  # as in a preset: position embeddings grow with its square
-            return None
-        return Network(one_line(model["backbone"]), one_line(model["stem"]), image_size)
+            card = parse_card(parse_metadata(file.metadata()), path)
+        model, data = card.config["model"], card.config["data"]
+        names = one_line(model["backbone"]), one_line(model["stem"])
+        return Network(*names, card.image_size, card.mean, card.std, card.dataset, float(data.get("val_fraction", 0.0)))
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, DataError):
         return None

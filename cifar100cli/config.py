@@ -266,7 +266,7 @@ def _allowed(annotation: object, metadata: Iterable[object]) -> str:
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"a list, as in [60, 120, 160], each {_allowed(arguments[0], ())}"
     if origin is tuple:
-        return "two numbers, as in [0.9, 0.999]"
+        return "two numbers, as in [0.9, 0.999]" if len(arguments) == 2 else "three numbers, as in [0.5, 0.5, 0.5]"
     if origin in (Union, UnionType):
         return _allowed(next(a for a in arguments if a is not type(None)), metadata)
     if origin is Annotated:

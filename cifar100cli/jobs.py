@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar100cli import batch_norm, checkpoint, computed, datasets, devices, ranks, steps, teachers
 from cifar100cli.augment import Views
-from cifar100cli.card import Card
+from cifar100cli.card import Card, our_network
 from cifar100cli.checkpoint import Checkpoint, Saved, TrainState
 from cifar100cli.computed import Speaker
 from cifar100cli.config import Preset
@@ -111,9 +111,11 @@ def prepare(
             "optimizer.name = muon: has no way to leave a step out, as fp16 asks for; "
             "use --set train.precision=fp32, or adamw"
         )
+    if state is None:
+        _refuse_known_images(config)
     dataset = dataset or datasets.load(config.data.dataset, where.data_dir)
     training, held_out = training_splits(dataset, config)
-    preprocessing = preprocessing_for(config.data.normalize, config.data.image_size, training, config.model.backbone)
+    preprocessing = preprocessing_for(config.data, training, config.model.backbone)
     saved_teacher = None
     if config.distillation is not None:
         saved_teacher = _load_teacher(config.distillation, dataset)
@@ -123,7 +125,7 @@ def prepare(
     if state is not None:
         checkpoint.restore_model(state, model)
     elif config.model.weights is not None:
-        watcher.say(f"starting from {config.model.weights}; the head is a new one of {len(dataset.classes)} classes")
+        watcher.say(_starting_point(config, len(dataset.classes)))
     if state is None and config.schedule.warmup_epochs > config.train.epochs:
         watcher.say(
             f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g}, more than train.epochs = "
@@ -202,6 +204,29 @@ def prepare(
         split,
         manner,
     )
+
+
+def _starting_point(config: Config, classes: int) -> str:
+    """What a run begins with, and where its images will not be those that the weights were made for."""
+    assert config.model.weights is not None
+    told = f"starting from {config.model.weights}; the head is a new one of {classes} classes"
+    network = our_network(Path(config.model.weights))
+    if network is not None and network.image_size != config.data.image_size:
+        told += f"; it saw images of {network.image_size} pixels, and sees {config.data.image_size} now (--image-size)"
+    return told
+
+
+def _refuse_known_images(config: Config) -> None:
+    """Raise `UsageError` where an epoch would be chosen on images that the weights to start from were trained on."""
+    network = our_network(Path(config.model.weights)) if config.model.weights is not None else None
+    if network is None or network.dataset != config.data.dataset or config.train.select != "best_val":
+        return
+    if network.val_fraction != config.data.val_fraction:  # which images are held out depends on the share alone
+        raise UsageError(
+            f"{config.model.weights}: was trained with data.val_fraction = {network.val_fraction:g}, and so on images "
+            f"that {config.data.val_fraction:g} holds out: an epoch chosen on these would flatter; hold out the same "
+            "share, or use --set train.select=last"
+        )
 
 
 def _sample(split: Split, preprocessing: Preprocessing) -> torch.Tensor:

@@ -13,6 +13,7 @@ from cifar100cli.augment import Drawn, Epoch, Policy, Views, none, on_device
 from cifar100cli.datasets import Split
 from cifar100cli.mixing import Mixed
 from cifar100cli.models import backbone_normalization
+from cifar100cli.schema import Data
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 1
 
@@ -50,8 +51,13 @@ def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
     return torch.tensor(values, device=device)[:, None, None]
 
 
-def preprocessing_for(normalize: str, image_size: int, train: Split, backbone: str) -> Preprocessing:
-    """The preprocessing that a preset's `data.normalize` means for this training set and timm's `backbone`."""
+def preprocessing_for(data: Data, train: Split, backbone: str) -> Preprocessing:
+    """The preprocessing that a preset's `data` section means for this training set and timm's `backbone`."""
+    normalize, image_size = data.normalize, data.image_size
+    if normalize == "values":
+        assert data.mean is not None
+        assert data.std is not None
+        return Preprocessing(image_size, data.mean, data.std)
     if normalize == "imagenet":
         return Preprocessing(image_size, IMAGENET_MEAN, IMAGENET_STD)
     if normalize == "backbone":

@@ -226,17 +226,25 @@ def _start_from(init: str, found: dict[str, "Override"]) -> None:
         raise UsageError(f"--init and {found['model.weights'].origin} both name weights; leave one out")
     path = find_model(expand(Path(init))).absolute()
     found["model.weights"] = Override("model.weights", str(path), flag)
-    if "model.backbone" not in found:
-        network = our_network(path)  # none where the file is of another kind, which is judged when it is loaded
-        for key in ("backbone", "stem") if network is not None else ():
+    network = our_network(path)  # none where the file is of another kind, which is judged when it is loaded
+    if "model.backbone" not in found and network is not None:
+        for key in ("backbone", "stem"):
             found.setdefault(f"model.{key}", Override(f"model.{key}", getattr(network, key), flag))
 
 
 def with_pretrained(found: dict[str, "Override"]) -> list["Override"]:
-    """Naming weights means starting from them."""
+    """Naming weights means starting from them; those of a run of ours go on seeing pixels as they were trained to."""
+    from cifar100cli.card import our_network
     from cifar100cli.config import Override
 
     if "model.weights" in found:
+        weights = found["model.weights"]
+        network = our_network(Path(weights.value)) if isinstance(weights.value, str) else None
+        if network is not None and "data.normalize" not in found:
+            untouched = not any(network.mean) and set(network.std) == {1.0}
+            pixels = {"mean": list(network.mean), "std": list(network.std)} if not untouched else {}
+            for key, value in {"normalize": "values" if pixels else "none", **pixels}.items():
+                found[f"data.{key}"] = Override(f"data.{key}", value, weights.origin)
         pretrained = found.setdefault("model.pretrained", Override("model.pretrained", True, "--weights"))
         if pretrained.value is False:
             raise UsageError(f"{found['model.weights'].origin} and {pretrained.origin} exclude each other")

@@ -25,6 +25,12 @@ Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 
 
+_Level = Annotated[Number, Field(ge=0, le=1)]
+_Spread = Annotated[Number, Field(gt=0, le=1)]
+Colours = tuple[_Level, _Level, _Level]
+Deviations = tuple[_Spread, _Spread, _Spread]
+
+
 class Section(BaseModel):
     """A frozen mapping that refuses keys which it does not know."""
 
@@ -57,9 +63,11 @@ class Data(Section):
     batch_size: Integer = Field(250, ge=1, le=65536, description="images in a training step")
     fraction: Number = Field(1.0, gt=0, le=1, description="share of each class's training images that is used")
     val_fraction: Number = Field(0.0, ge=0, le=0.9, description="share of the training set that is held out")
-    normalize: Literal["none", "dataset", "imagenet", "backbone"] = Field(
-        "none", description="after dividing by 255: nothing, or the mean and deviation of ..."
+    normalize: Literal["none", "dataset", "imagenet", "backbone", "values"] = Field(
+        "none", description="after dividing by 255: nothing, or the mean and deviation of ...; values: those below"
     )
+    mean: Colours | None = Field(None, description="of values: of red, green and blue, from 0 to 1")
+    std: Deviations | None = Field(None, description="of values: likewise; weights of a run bring their own")
     first_image_size: Integer | None = Field(
         None, ge=16, le=1024, multiple_of=16, description="begin with images this small, and grow to image_size"
     )
@@ -239,6 +247,16 @@ class Config(Section):
     train: Train = Train()
 
     @model_validator(mode="after")
+    def _normalisation_is_whole(self) -> Self:
+        data = self.data
+        for key, value in (("mean", data.mean), ("std", data.std)):
+            if data.normalize == "values" and value is None:
+                raise ValueError(f"data.normalize = values needs data.{key}, as in [0.5, 0.5, 0.5]")
+            if data.normalize != "values" and value is not None:
+                raise ValueError(f"data.{key} is for data.normalize = values, not {data.normalize}; leave one out")
+        return self
+
+    @model_validator(mode="after")
     def _keys_go_together(self) -> Self:
         if self.loss.name in ("arcface", "cosface") and self.model.head != "cosine":
             raise ValueError(f"loss.name = {self.loss.name} works on cosines: set model.head to cosine as well")
@@ -326,7 +344,7 @@ class Config(Section):
         grows by 16 pixels at a time, evenly over the epochs, and after `data.grow_until` of them it is whole.
         """
         first, whole = self.data.first_image_size, self.data.image_size
-        done = (epoch - 1) / (self.data.grow_until * self.train.epochs)
+        done = (epoch - 1) / (self.data.grow_until * self.train.epochs) + 1e-9  # 0.55 * 100 is more than 55 in floats
         if first is None or done >= 1 or epoch >= self.train.epochs:
             return whole
         return first + 16 * int(done * (whole - first) / 16)

@@ -6,7 +6,7 @@ front can be run once, and the rest go on from its output.
 """
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,10 +49,14 @@ def stages_of(model: nn.Module, name: str, classifier: Sequence[str]) -> list[St
     if matcher is None:
         raise UsageError(f"finetune: timm names no stages of {name}; use a backbone such as resnet18")
     prefix, head = ("backbone.", "head") if backbone is not model else ("", classifier[0])
-    patterns = matcher(coarse=True)
+    try:
+        patterns = matcher(coarse=True)
+        groups = group_modules(backbone, patterns)
+    except Exception:  # each of timm's families has a way of its own to have none
+        raise UsageError(f"finetune: timm names no stages of {name}; use a backbone such as resnet18") from None
     parts = [
         [f"{prefix}{module}" for module in modules if prefix or not _within(module, classifier)]
-        for _, modules in sorted(group_modules(backbone, patterns).items())
+        for _, modules in sorted(groups.items())
     ]
     parts = [part for part in parts if part]
     if len(parts) > 2 and not _matches(parts[-1][0].removeprefix(prefix), patterns):
@@ -65,7 +69,13 @@ def stages_of(model: nn.Module, name: str, classifier: Sequence[str]) -> list[St
     stages = [Stage(n, s, tuple(part)) for n, s, part in zip(names, starts, parts, strict=True)]
     heads = [f"{prefix}{n}" for n in classifier] if not prefix else ["head"]
     holding = [n for n, module in model.named_modules() if _within(n, heads) and list(_own(module))]
-    return [*stages, Stage(head, head, tuple(holding))]
+    found = [*stages, Stage(head, head, tuple(holding))]
+    weights = [id(weight) for stage in found for weight in stage.parameters(model)]
+    if len(weights) > len(set(weights)):
+        raise UsageError(
+            f"finetune: stages of {name} share weights, and none can be frozen alone; use another backbone"
+        )
+    return found
 
 
 def _within(name: str, parents: Sequence[str]) -> bool:
@@ -76,8 +86,10 @@ def _own(module: nn.Module) -> Iterator[nn.Parameter]:
     return module.parameters(recurse=False)
 
 
-def _matches(name: str, patterns: dict[str, object]) -> bool:
+def _matches(name: str, patterns: dict[str, object] | Callable[[str], object]) -> bool:
     """Whether timm counts a module among its groups, or has it at the end because no group takes it."""
+    if callable(patterns):  # a function of the name, which takes all
+        return True
     found = []
     for pattern in patterns.values():
         found += [p[0] if isinstance(p, tuple) else p for p in (pattern if isinstance(pattern, list) else [pattern])]

@@ -110,8 +110,8 @@ assert "torch" in sys.modules and load_model and train
 
 def test_presets_are_those_of_the_command_line(run_cli: Cli, tmp_path: Path) -> None:
     assert preset_names() == sorted(row["name"] for row in json.loads(run_cli("presets", "--json").out)["presets"])
-    printed = run_cli("train", "--preset", "resnet18-baseline", "--lr", "3e-4", "--epochs", "10", "--print-config").out
-    ours = load_preset("resnet18-baseline", {"optimizer.lr": 3e-4, "train.epochs": 10})
+    printed = run_cli("train", "--preset", "resnet18-cosface", "--lr", "3e-4", "--epochs", "10", "--print-config").out
+    ours = load_preset("resnet18-cosface", {"optimizer.lr": 3e-4, "train.epochs": 10})
     assert isinstance(ours, Preset)
     assert ours.config.to_yaml().strip() == printed.strip()
     file = tmp_path / "mine.yaml"

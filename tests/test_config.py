@@ -145,6 +145,7 @@ def test_refused_in_one_line(tmp_path: Path, text: str, words: list[str]) -> Non
         (16, 32, 0.5, 1, [32]),
         (128, 224, 0.75, 8, [128, 144, 160, 176, 192, 208, 224, 224]),
         (32, 100, 0.5, 10, [32, 32, 48, 64, 80, 100, 100, 100, 100, 100]),
+        (16, 32, 0.55, 100, [16] * 55 + [32] * 45),  # 0.55 * 100 is more than 55 in floats
     ],
 )
 def test_images_grow_evenly_and_end_whole(

@@ -194,6 +194,7 @@ def test_caches_that_cannot_be(sections: dict[str, dict[str, Any]], words: str) 
 # -------------------------------------------------------------------------------------------- the command line
 
 SMALL = [*TINY, "--image-size", "32", "--epochs", "1"]
+FAST = ["--epochs", "1", "--batch-size", "64", "--device", "cpu", "--set", "train.precision=fp32"]
 
 
 def test_the_studys_presets() -> None:
@@ -219,8 +220,8 @@ def test_the_studys_presets() -> None:
         ([], "layer4", 10, 0.9133),
         (["--unfreeze", "layer3", "--epochs", "50"], "layer3", 50, 0.9335),
         (["--unfreeze", "fc"], "fc", 10, None),
-        (["--unfreeze", "layer4", "--epochs", "7"], "layer4", 7, 0.9133),
-        (["--unfreeze", "layer2"], "layer2", 10, 0.9133),
+        (["--unfreeze", "layer4", "--epochs", "7"], "layer4", 7, None),
+        (["--unfreeze", "layer2"], "layer2", 10, None),
     ],
 )
 def test_the_preset_follows_the_cell(
@@ -267,6 +268,42 @@ def test_from_a_run_of_ours(run_cli: Cli, tmp_path: Path) -> None:
     (row,) = [r for r in json.loads(run_cli("report", "--json").out)["rows"] if r["unfreeze"]]
     assert len(row["curves"]["test_top1"]) == 1
     assert row["curves"].keys() == {"train_loss", "train_top1", "test_loss", "test_top1"}
+
+
+@pytest.mark.usefixtures("small_synthetic")
+@pytest.mark.parametrize(("normalize", "own"), [("none", "none"), ("dataset", "values"), ("backbone", "values")])
+def test_pixels_are_normalised_as_in_the_run_that_is_begun_from(run_cli: Cli, normalize: str, own: str) -> None:
+    """Frozen layers and statistics know no others. Weights that are named by a flag are no different."""
+    first = json.loads(run_cli("train", *TINY, "--epochs", "1", "--set", f"data.normalize={normalize}", "--json").out)
+    model = Path(first["run_dir"]).absolute() / runs.MODEL
+    card = checkpoint.load_model(model).card
+    for flags in (["--init", first["run_dir"]], ["--weights", model, "--backbone", "test_resnet"]):
+        arguments = ["finetune-cifar10", "--dataset", "synthetic", "--image-size", "32", *flags]
+        data = yaml.safe_load(run_cli(*arguments, "--print-config").out)["data"]
+        assert data["normalize"] == own
+        if own == "values":
+            assert (tuple(data["mean"]), tuple(data["std"])) == (card.mean, card.std)
+        chosen = yaml.safe_load(run_cli(*arguments, "--set", "data.normalize=imagenet", "--print-config").out)
+        assert chosen["data"]["normalize"] == "imagenet", "unless the user says how"
+    plan = ("finetune-cifar10", "--dataset", "synthetic", "--image-size", "48", *FAST)
+    second = run_cli(*plan, "--init", first["run_dir"])
+    assert second.code == 0, second.err
+    found = checkpoint.load_model(next(Path("runs").glob("finetune-layer4/*"))).card
+    assert (found.mean, found.std, found.image_size) == (card.mean, card.std, 48)
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_no_epoch_is_chosen_on_images_that_the_weights_know(run_cli: Cli) -> None:
+    first = json.loads(run_cli("train", *TINY, "--epochs", "1", "--json").out)["run_dir"]  # a tenth is held out
+    plan = ("finetune-cifar10", "--dataset", "synthetic", "--image-size", "48", "--init", first, *FAST)
+    choosing = ("--set", "train.select=best_val", "--set")
+    refused = run_cli(*plan, *choosing, "data.val_fraction=0.3")
+    assert refused.code == 2
+    assert "trained with data.val_fraction = 0.1, and so on images that 0.3 holds out" in refused.err
+    assert not Path("runs/finetune-layer4").exists()
+    taken = run_cli(*plan, *choosing, "data.val_fraction=0.1")
+    assert taken.code == 0, taken.err
+    assert "it saw images of 32 pixels, and sees 48 now (--image-size)" in taken.err
 
 
 @pytest.mark.parametrize(

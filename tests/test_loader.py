@@ -10,6 +10,7 @@ from torchvision.transforms.v2 import functional as reference
 from cifar100cli import augment
 from cifar100cli.datasets import Split
 from cifar100cli.loader import DeviceLoader, Preprocessing, preprocessing_for
+from cifar100cli.schema import Data
 from tests.conftest import CROP_FLIP
 
 CPU = torch.device("cpu")
@@ -79,7 +80,7 @@ def test_resizing_agrees_with_opencv_to_one_grey_level(size: int) -> None:
 def test_normalising_is_torchvisions() -> None:
     images = torch.from_numpy(make_split(8).images)
     for name in ("imagenet", "dataset", "backbone"):
-        preprocessing = preprocessing_for(name, 32, make_split(8), "tf_efficientnet_lite0")
+        preprocessing = preprocessing_for(Data(normalize=name), make_split(8), "tf_efficientnet_lite0")
         theirs = reference.normalize(
             reference.to_dtype(images, torch.float32, scale=True), list(preprocessing.mean), list(preprocessing.std)
         )
@@ -88,7 +89,7 @@ def test_normalising_is_torchvisions() -> None:
 
 def test_mean_and_deviation_of_the_training_set() -> None:
     split = make_split(100)
-    preprocessing = preprocessing_for("dataset", 32, split, "resnet18")
+    preprocessing = preprocessing_for(Data(normalize="dataset"), split, "resnet18")
     pixels = split.images.astype(np.float64) / 255
     np.testing.assert_allclose(preprocessing.mean, pixels.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(preprocessing.std, pixels.std((0, 2, 3)), rtol=1e-12)
@@ -96,14 +97,14 @@ def test_mean_and_deviation_of_the_training_set() -> None:
 
 def test_no_normalising_divides_by_255_and_no_more() -> None:
     split = make_split(4)
-    inputs = preprocessing_for("none", 32, split, "resnet18")(torch.from_numpy(split.images))
+    inputs = preprocessing_for(Data(), split, "resnet18")(torch.from_numpy(split.images))
     assert torch.equal(inputs, torch.from_numpy(split.images).float() / 255)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "tf_efficientnet_lite0", "vit_base_patch16_clip_224"])
 def test_the_backbones_own_mean_and_deviation_are_timms(name: str) -> None:
     theirs = timm.data.resolve_data_config(model=timm.create_model(name))  # type: ignore[attr-defined,no-untyped-call]
-    preprocessing = preprocessing_for("backbone", 32, make_split(2), name)
+    preprocessing = preprocessing_for(Data(normalize="backbone"), make_split(2), name)
     assert (preprocessing.mean, preprocessing.std) == (theirs["mean"], theirs["std"])
 
 

@@ -105,6 +105,20 @@ def test_names_of_any_network() -> None:
         learning(stages, "layer9", "tf_efficientnet_lite0")
 
 
+@pytest.mark.parametrize("name", ["inception_v3", "inception_resnet_v2"])
+def test_groups_that_are_a_function_of_the_name(name: str) -> None:
+    """All weights are in a stage, each in one."""
+    model, stages = build(name, size=96)
+    found = [id(weight) for stage in stages for weight in stage.parameters(model)]
+    assert sorted(found) == sorted(id(weight) for weight in model.parameters())
+
+
+@pytest.mark.parametrize(("name", "words"), [("rdnet_tiny", "timm names no stages"), ("coat_tiny", "share weights")])
+def test_networks_without_stages_of_their_own(name: str, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        build(name, size=224)
+
+
 def state(model: nn.Module, stages: list[Stage]) -> dict[str, dict[str, torch.Tensor]]:
     """The weights and statistics of each stage."""
     content = copy.deepcopy(model.state_dict())

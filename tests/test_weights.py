@@ -95,8 +95,10 @@ def test_position_embeddings_are_resampled_as_timm_does(tmp_path: Path) -> None:
     with torch.inference_mode():
         torch.testing.assert_close(features(ours, images), theirs(images))
 
-    preset = {"config": at(96, "160").model_dump(mode="json", exclude_none=True)}
-    save_file(ours.state_dict(), tmp_path / "96.safetensors", metadata={"cifar100": json.dumps(preset)})
+    pixels = {"image_size": 96, "mean": [0, 0, 0], "std": [1, 1, 1]}
+    about = {"format": 1, "preset": "x", "dataset": "cifar100", "classes": ["a", "b"], **pixels}
+    about["config"] = at(96, "160").model_dump(mode="json", exclude_none=True)
+    save_file(ours.state_dict(), tmp_path / "96.safetensors", metadata={"cifar100": json.dumps(about)})
     again = create_model(at(96, "96.safetensors"), classes=7)
     assert torch.equal(features(again, images), features(ours, images))
     larger = create_model(at(192, "96.safetensors"), classes=7)
