@@ -3,7 +3,7 @@
 import json
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,12 +63,16 @@ def parse_json(text: str | bytes) -> Any:
     raise ValueError("nested too deeply")
 
 
-def walk(root: Path, *, hidden: bool) -> Iterator[tuple[Path, list[str]]]:
+def walk(
+    root: Path, *, hidden: bool, refused: Callable[[OSError], None] | None = None
+) -> Iterator[tuple[Path, list[str]]]:
     """Each folder at and below `root` with the names of its files, in order; links are not entered.
+
+    A folder that may not be read is told to `refused`, and left out.
 
     What lies deeper than DEEPEST_FOLDER is not looked at: `os.walk` calls itself for each level.
     """
-    for name, subfolders, files in os.walk(root):
+    for name, subfolders, files in os.walk(root, onerror=refused):
         folder = Path(name)
         deep = len(folder.parts) - len(root.parts) >= DEEPEST_FOLDER
         subfolders[:] = [] if deep else sorted(name for name in subfolders if hidden or not name.startswith("."))

@@ -192,9 +192,11 @@ def _apply(keys: dict[str, Any], override: Override) -> None:
         raise UsageError(f"unknown key {override.key!r} in {override.origin}{_nearest_key(override.key)}")
     *sections, last = override.key.split(".")
     for section in sections:
-        inner = keys.get(section)
-        keys[section] = inner if isinstance(inner, dict) else {}
+        if keys.get(section) is None:
+            keys[section] = {}
         keys = keys[section]
+        if not isinstance(keys, dict):
+            return  # no section: refused when all is checked
     keys[last] = override.value
 
 
@@ -240,6 +242,7 @@ def _nearest_key(key: str) -> str:
     leaves: dict[str, str] = {}
     for name in known:
         leaves.setdefault(name.split(".")[-1], name)
+    key = key.lower()
     leaf = key.split(".")[-1]
     # A slip of the finger in the whole name, then the right name without its section, then a far guess.
     guesses = (

@@ -135,7 +135,7 @@ def waiting(text: str) -> Iterator[None]:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """A table on stdout; `right` names the columns that are numbers. Outside a terminal it is as wide as it is."""
     rows = [[printable(cell) for cell in row] for row in rows]
-    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+    if not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR") or "COLUMNS" in os.environ):
         result(_plain_table(title, columns, rows, right))
         return
     from rich import box
@@ -151,7 +151,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
         collapse_padding=True,
     )
     for index, name in enumerate(columns):
-        drawn.add_column(Text(name), justify="right" if index in right else "left", overflow="fold")
+        # A figure that is broken in two is none; words are.
+        figures = max((len(row[index]) for row in rows), default=0) if index in right else None
+        drawn.add_column(Text(name), justify="right" if index in right else "left", overflow="fold", min_width=figures)
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     screen = _console(sys.stdout)

@@ -172,7 +172,8 @@ def install(
             raise
         finally:
             _remove(new)
-        part.path.unlink(missing_ok=True)
+        if source is None:  # else it may be the archive itself that is named
+            part.path.unlink(missing_ok=True)
     official = md5s == dict(archive.files)
     return Installed(archive.dataset, final, official, digest, False, part.fetched, part.resumed)
 

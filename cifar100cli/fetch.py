@@ -224,9 +224,12 @@ class _WebRedirects(HTTPRedirectHandler):
 def refuse_unusable(url: str) -> None:
     try:
         parts = urlsplit(url)
+        secret = parts.username is not None or parts.password is not None
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
     except ValueError:
-        usable = False
+        usable = secret = False
+    if secret:
+        raise UsageError("--url: a name or password in an address is sent nowhere; leave it out")
     if not usable or not url.isascii() or not url.isprintable() or " " in url:
         raise UsageError(f"--url {url!r}: not an address that starts with http:// or https://")
 

@@ -113,6 +113,8 @@ def small_square(picture: "Picture") -> NDArray[np.uint8]:
 def _content(source: Path) -> bytes:
     try:
         if source == STANDARD_INPUT:
+            if sys.stdin is None:
+                raise DataError("it is closed")
             content = _read(sys.stdin.buffer)
         else:
             with source.open("rb") as file:

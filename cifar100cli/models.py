@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from cifar100cli import backbones, networks
 from cifar100cli.bounded import one_line
 from cifar100cli.card import our_network
-from cifar100cli.errors import DataError, UsageError
+from cifar100cli.errors import DataError, UsageError, did_you_mean
 from cifar100cli.schema import Config
 from cifar100cli.unrolled import unroll
 from cifar100cli.weights import load_backbone
@@ -30,6 +30,11 @@ def check_backbone(name: str) -> None:
     """Raise `UsageError`, with the nearest name, for a backbone that timm does not know."""
     if not timm.is_model(name):
         raise backbones.unknown(name, timm.list_models())
+    architecture, _, weights = name.partition(".")
+    known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")] if weights else []
+    if weights and weights not in known:
+        hint = f"{did_you_mean(weights, known)} (there are {', '.join(known)})" if known else ""
+        raise UsageError(f"model.backbone = {name}: timm has no weights {weights!r} of {architecture}{hint}")
 
 
 class CosineHead(nn.Module):

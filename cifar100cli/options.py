@@ -11,7 +11,7 @@ import typer
 
 from cifar100cli import completion, console
 from cifar100cli.catalog import DATASETS
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import DataError, UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from cifar100cli.config import Override
@@ -224,7 +224,10 @@ def _start_from(init: str, found: dict[str, "Override"]) -> None:
         return
     if "model.weights" in found:
         raise UsageError(f"--init and {found['model.weights'].origin} both name weights; leave one out")
-    path = find_model(expand(Path(init))).absolute()
+    try:
+        path = find_model(expand(Path(init))).absolute()
+    except DataError as error:
+        raise DataError(f"{error}{did_you_mean(init, ('imagenet', 'none'))}") from None
     found["model.weights"] = Override("model.weights", str(path), flag)
     network = our_network(path)  # none where the file is of another kind, which is judged when it is loaded
     if "model.backbone" not in found and network is not None:

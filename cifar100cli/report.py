@@ -119,14 +119,16 @@ class _Complete:
 def collect(folders: Sequence[Path]) -> Report:
     """Read every run under the folders. A broken one is listed with its reason and stops nothing."""
     paths: list[Path] = []
+    unusable = []
     for folder in folders:
         if not folder.is_dir():
             raise DataError(
                 f"{folder}: there is no such folder of runs; `cifar100 train` makes them, --runs-dir says where"
             )
-        paths += [path for path in find_runs(folder) if path not in paths]
+        shut: list[OSError] = []
+        paths += [path for path in find_runs(folder, shut.append) if path not in paths]
+        unusable += [Unusable(str(error.filename), f"cannot be read: {error.strerror}") for error in shut]
     groups: dict[str, list[_Complete]] = {}
-    unusable = []
     for path in paths:
         try:
             run = _read(path)

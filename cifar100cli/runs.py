@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -260,7 +260,7 @@ class RunDir:
         """Add one epoch's line and bring it to the disk. Raises `DataError` when earlier lines have gone."""
         path = self.path / METRICS
         if len(self.metrics()) != row["epoch"] - 1:
-            raise DataError(f"{path}: lines are missing or broken before epoch {row['epoch']}")
+            raise self._lost_lines(row["epoch"])
         try:
             with path.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -274,9 +274,14 @@ class RunDir:
         """Drop the lines of epochs that were measured but whose training state was not saved."""
         kept = self.metrics()[:epoch]
         if len(kept) < epoch:
-            raise DataError(f"{self.path / METRICS}: lines are missing or broken before epoch {epoch}")
+            raise self._lost_lines(epoch)
         write_text(self.path / METRICS, "".join(json.dumps(row) + "\n" for row in kept))
         self._write_table()
+
+    def _lost_lines(self, epoch: int) -> DataError:
+        return DataError(
+            f"{self.path / METRICS}: lines are missing or broken before epoch {epoch}; bring them back, or train anew"
+        )
 
     def _write_table(self) -> None:
         rows = self.metrics()
@@ -352,10 +357,13 @@ def _unwritable(root: Path, reason: str | None) -> FolderError:
     return FolderError(f"runs cannot be written to {root}: {reason}; --out or CIFAR100_RUNS_DIR names another place")
 
 
-def find_runs(root: Path) -> list[Path]:
-    """Every folder under `root` that looks like a run, whole or broken, in order of path."""
+def find_runs(root: Path, refused: Callable[[OSError], None] | None = None) -> list[Path]:
+    """Every folder under `root` that looks like a run, whole or broken, in order of path.
+
+    A folder that may not be read is told to `refused`.
+    """
     marks = {CONFIG, METRICS, RESULT, MODEL}
-    return sorted(folder for folder, files in walk(root, hidden=False) if marks & set(files))
+    return sorted(folder for folder, files in walk(root, hidden=False, refused=refused) if marks & set(files))
 
 
 def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
@@ -367,7 +375,15 @@ def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
     if not folders:
         of_preset = f" of {preset}" if preset else ""
         raise DataError(f"{root}: there is no unfinished run{of_preset} to resume")
-    return RunDir.open(max(folders, key=lambda path: (path / CONFIG).stat().st_mtime_ns))
+    return RunDir.open(max(folders, key=_begun))
+
+
+def _begun(path: Path) -> float:
+    """When a run was begun, in seconds since 1970; by what it says itself, for copying a folder begins no run."""
+    try:
+        return datetime.fromisoformat(RunDir(path).recorded("started") or "").timestamp()
+    except (ValueError, OverflowError, OSError):
+        return (path / CONFIG).stat().st_mtime
 
 
 def same_run(root: Path, preset: str, config: Config) -> RunDir | None:

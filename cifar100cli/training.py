@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar100cli import console, options, places, ranks, show, trackers
 from cifar100cli.catalog import TITLES
-from cifar100cli.errors import CifarError, DataError, DivergedError, UsageError
+from cifar100cli.errors import CifarError, DataError, DivergedError, RunInterrupted, UsageError
 from cifar100cli.options import expand
 
 if TYPE_CHECKING:
@@ -122,9 +122,11 @@ def _seeds(in_turn: Sequence["Preset"], given: Mapping[str, Any], where: "Where"
             results.append(_trained(one, given, where))
         except DivergedError as error:
             lost.add(f"seed {one.config.seed}", error)
-        except (KeyboardInterrupt, CifarError):
-            if rest := in_turn[done:]:
-                console.log(f"still to do after this run: --seed {rest[0].config.seed} --seeds {len(rest)}")
+        except (KeyboardInterrupt, CifarError) as stop:
+            begun = not (isinstance(stop, RunInterrupted) and stop.run_dir is None)
+            if rest := in_turn[done if begun else done - 1 :]:
+                seeds = f"--seed {rest[0].config.seed} --seeds {len(rest)}"
+                console.log(f"still to do{' after this run' if begun else ''}: {seeds}")
             raise
     if results:
         show.seeds(results, in_turn[0].config, given["json"])
@@ -235,14 +237,28 @@ def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str)
             f"go on with it by: cifar100 train --resume {console.argument(run.path)}"
         )
     if run.complete:
+        _check_result(run)
         console.log(f"{run.path} is complete already; nothing is left to train")
-    where = places.where(data_dir, given["out"], device)
+    try:
+        where = places.where(data_dir, given["out"], device)
+    except UsageError as error:
+        if device == given["device"]:
+            raise
+        reason = str(error).partition(": ")[2].partition(";")[0]
+        raise UsageError(f"{run.path}: was begun on {device}, and {reason}; --device cpu goes on without it") from None
     from cifar100cli import workflows
 
     workflows.refuse_other_settings(run, asked, own)
     with console.TrainingDisplay(run.preset) as display, _tracked(display, given["log"]) as watcher:
         result = workflows.resume(run, where, watcher)
     show.training(result, own, given["json"])
+
+
+def _check_result(run: "RunDir") -> None:
+    try:
+        run.result()
+    except DataError as error:
+        raise DataError(f"{error}; without this file, --resume measures the run again and writes it") from None
 
 
 def _run_to_resume(
@@ -259,6 +275,9 @@ def _run_to_resume(
     else:
         run = RunDir.open(expand(Path(name)))
     own = asked = run.config()
+    teacher = own.distillation.teacher if own.distillation is not None and not run.complete else None
+    if teacher is not None and not Path(teacher).exists():
+        raise DataError(f"{teacher}: the run's teacher is there no more: bring it back, or leave a link to it there")
     if preset is not None:
         if run.preset != preset.name:
             raise UsageError(

@@ -37,7 +37,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     Raises `DataError` for a file that is missing, broken, of another kind, or that asks for more than tensors.
     """
     if not path.is_file():
-        raise DataError(f"--weights {path}: there is no such file")
+        raise DataError(f"{path}: there is no such file of weights")
     try:
         with path.open("rb") as file:
             start = file.read(9)
@@ -127,7 +127,7 @@ def _trap_in(file: IO[bytes]) -> str | None:
 
 
 def _refuse(path: Path, reason: str) -> NoReturn:
-    raise DataError(f"--weights {path}: {reason}")
+    raise DataError(f"{path}: {reason}")
 
 
 def _tensors(path: Path, content: object) -> dict[str, Tensor]:

@@ -18,7 +18,7 @@ from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError
 from cifar100cli.jobs import Job, Watcher, Where, prepare
 from cifar100cli.models import count_parameters
 from cifar100cli.optim import create_optimizer
-from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, STATE, RunDir, begun_by
+from cifar100cli.runs import CONFIG, ENVIRONMENT, MODEL, PREDICTIONS, STATE, RunDir, begun_by
 from cifar100cli.schema import SPLIT_OF, Config
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -54,6 +54,8 @@ def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
     try:
         with devices.deterministic(config.train.deterministic):
             job = prepare(Preset(name, config), where, watcher, state=saved)
+            if began_in is None:
+                raise DataError(f"{run.path / ENVIRONMENT}: does not say in which precision the run was begun")
             if job.config.train.precision == "auto" and began_in != job.precision:
                 raise UsageError(
                     f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
@@ -73,9 +75,17 @@ def _interrupted(run: RunDir | None, config: Config, stop: KeyboardInterrupt) ->
 def _where_it_is(run: RunDir) -> tuple[dict[str, Any] | None, Config, str, object, checkpoint.Saved | None]:
     """A run's result, if it has one; its configuration, preset, precision, and the state that it can go on from."""
     state = run.path / STATE
-    done = run.result() if run.complete else None
+    done, config = run.result() if run.complete else None, run.config()
     saved = checkpoint.read_state(state) if done is None and state.is_file() else None
-    return done, run.config(), run.preset, run.environment().get("precision"), saved
+    if saved is not None and (SPLIT_OF[config.train.select] or saved.about["epoch"] == config.train.epochs):
+        try:
+            checkpoint.read(run.path / MODEL)
+        except DataError as error:
+            raise DataError(
+                f"{error}; it held the epoch that was the best so far, and the run cannot end without: bring the file "
+                "back, or train anew"
+            ) from None
+    return done, config, run.preset, run.recorded("precision"), saved
 
 
 def refuse_other_settings(run: RunDir, asked: Config, own: Config) -> None:

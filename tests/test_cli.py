@@ -2,7 +2,9 @@
 
 import csv
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from cifar100cli import __version__, checkpoint, synthetic
+from cifar100cli import __version__, checkpoint, runs, synthetic
 from cifar100cli.card import KEY
 from cifar100cli.catalog import FOLDERS
 from tests.conftest import TINY, Cli, train
@@ -252,6 +254,10 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["train", "--dataset", "synthetic", "--backbone", "resnet81"], 2, "timm has no such model; did you mean"),
         (["train", "--set", "model.backbone=ResNet-18"], 2, "did you mean resnet18"),
         (["train", "--resume"], 2, "(`cifar100 train --help` lists"),
+        (["train", *TINY[:2], "--backbone", "test_resnet.nosuch", "--pretrained"], 2, "no weights 'nosuch'"),
+        (["train", "--set", "DATA.FRACTION=0.1"], 2, "did you mean data.fraction?"),
+        (["finetune-cifar10", "--init", "Imagenet"], 3, "did you mean imagenet?"),
+        (["download", "--url", "http://me:secret@127.0.0.1:1/x"], 2, "--url: a name or password in an address"),
         (["distill", "--preset", "quickstart"], 2, "the preset quickstart has no teacher: name one with --teacher"),
         (["distill", "--teacher", "nowhere", "--data-dir", "nowhere"], 3, "no such run or checkpoint"),
         (["download", "--data-dir", "/dev/null"], 1, "data sets cannot be kept in /dev/null: it is not a folder"),
@@ -396,6 +402,88 @@ def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> 
     command = [sys.executable, "-m", "cifar100cli", "report", "--format", "csv", "--out", "/dev/stdout"]
     piped = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
     assert [row["runs"] for row in csv.DictReader(piped.stdout.splitlines())] == [str(run_dir)]
+
+
+def _unfinished(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, epochs: int = 3) -> Path:
+    """A run that was stopped after its first epoch."""
+    from cifar100cli import trainer
+
+    train_epoch = trainer.train_epoch
+
+    def stopped(steps: Any, config: Any, epoch: int, observer: Any) -> Any:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(steps, config, epoch, observer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_epoch", stopped)
+        assert run_cli("train", *TINY, "--epochs", str(epochs)).code == 130
+    return max(Path("runs").glob("*/*"))
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_resume_that_cannot_end_well_is_not_begun(
+    run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = _unfinished(run_cli, monkeypatch)
+    assert json.loads((run / "environment.json").read_text())["device"] == "cpu"
+
+    def refused(file: str, content: bytes | None, code: int, words: str) -> None:
+        before = (run / file).read_bytes()
+        if content is None:
+            (run / file).unlink()
+        else:
+            (run / file).write_bytes(content)
+        outcome = run_cli("train", "--resume", run)
+        assert (outcome.code, len(outcome.err.splitlines())) == (code, 1), outcome.err
+        assert words in outcome.err
+        (run / file).write_bytes(before)
+
+    environment = (run / "environment.json").read_bytes()
+    elsewhere = environment.replace(b'"device": "cpu"', b'"device": "cuda:9"')
+    refused("environment.json", elsewhere, 2, f"{run}: was begun on cuda:9, and ")
+    refused("environment.json", elsewhere, 2, "; --device cpu goes on without it")
+    refused("environment.json", environment.replace(b'"precision"', b'"p"'), 3, "does not say in which precision")
+    for content in (b"", None):
+        refused("model.safetensors", content, 3, "held the epoch that was the best so far")
+    refused("metrics.jsonl", b"{", 3, "missing or broken before epoch 1; bring them back, or train anew")
+    assert run_cli("train", "--resume", run).code == 0
+    refused("result.json", b"{", 3, "without this file, --resume measures the run again and writes it")
+    figures = json.loads((run / "result.json").read_text())["test"]
+    (run / "result.json").unlink()
+    assert run_cli("train", "--resume", run).code == 0
+    assert json.loads((run / "result.json").read_text())["test"] == figures
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_the_last_run_is_the_one_begun_last(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Whatever was copied or touched since."""
+    older, newer = (_unfinished(run_cli, monkeypatch) for _ in range(2))
+    for run, started in ((older, "2026-01-01T12:00:00+09:00"), (newer, "2026-01-01T04:00:00+00:00")):
+        about = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps({**about, "started": started}))
+    os.utime(older / "config.yaml")
+    assert runs.latest_unfinished(Path("runs")).path == newer
+    shutil.copytree(older, older.with_name("copy"))
+    assert runs.latest_unfinished(Path("runs")).path == newer
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_seeds_that_are_left_when_one_has_not_begun(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifar100cli import jobs, workflows
+
+    prepare = jobs.prepare
+
+    def stopped(preset: Any, *arguments: Any, **keys: Any) -> Any:
+        if preset.config.seed == 4:
+            raise KeyboardInterrupt
+        return prepare(preset, *arguments, **keys)
+
+    monkeypatch.setattr(workflows, "prepare", stopped)
+    outcome = run_cli("train", *TINY, "--epochs", "1", "--seed", "3", "--seeds", "3")
+    assert outcome.code == 130
+    assert "still to do: --seed 4 --seeds 2" in outcome.err
+    assert "the same command" not in outcome.err
 
 
 @pytest.mark.usefixtures("small_synthetic")

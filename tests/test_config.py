@@ -173,6 +173,16 @@ def test_bytes_that_are_no_text(tmp_path: Path) -> None:
         load_preset(str(path))
 
 
+@pytest.mark.parametrize("value", ["foo", "[1, 2]", "5"])
+def test_a_flag_makes_no_section_of_what_is_none(tmp_path: Path, value: str) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"augment: {value}\n", encoding="utf-8")
+    with pytest.raises(UsageError, match=r"augment = .* must be a section with the keys policy"):
+        load_preset(str(path), [Override("augment.policy", "flip", "--augment")])
+    path.write_text("augment: null\n", encoding="utf-8")
+    assert load_preset(str(path), [Override("augment.policy", "flip", "--augment")]).config.augment.policy == "flip"
+
+
 def test_a_preset_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="did you mean resnet18-baseline"):
         load_preset("resnet18-basline")

@@ -104,3 +104,22 @@ def test_the_report_fits_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 def test_durations() -> None:
     assert [console.duration(seconds) for seconds in (0.4, 59.4, 60, 3725)] == ["0 s", "59 s", "1:00", "1:02:05"]
+
+
+def test_figures_stay_whole_in_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    console.table("", ("preset", "top-1"), [("resnet18-baseline-fixed", "44.26 ±0.12")], right=(1,))
+    assert "44.26 ±0.12" in capsys.readouterr().out
+
+
+def test_tables_in_a_pipe_that_is_to_be_coloured(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    console.table("title", ("a",), [("b",)])
+    assert "\x1b" not in capsys.readouterr().out
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    console.table("title", ("a",), [("b",)])
+    assert "\x1b[1m" in capsys.readouterr().out

@@ -252,6 +252,13 @@ def test_predict_skips_and_says_so(run: str, run_cli: Cli, tmp_path: Path) -> No
     assert "drawn" not in run_cli("predict", run, folder / "broken.png").err, "and of nothing there is none"
 
 
+def test_standard_input_that_is_closed(run: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    outcome = run_cli("predict", run, "-")
+    assert outcome.code == 3
+    assert outcome.err.splitlines()[-1] == "error: skipped: standard input: it is closed"
+
+
 def test_predict_reads_standard_input(run: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     buffer = io.BytesIO()
     Image.fromarray(PICTURE).save(buffer, "PNG")

@@ -1,8 +1,10 @@
 """The report: groups, means, differences, protocols, and folders that are not what they should be."""
 
 import csv
+import errno
 import io
 import json
+import os
 import re
 import statistics
 from pathlib import Path
@@ -52,6 +54,20 @@ def test_seeds_are_averaged(tmp_path: Path) -> None:
     assert (row.published_top1, row.published_epoch, row.select) == (0.4426, 186, "best_test")
     assert len(row.runs) == 3
     assert row.changes == {}
+
+
+def test_folders_that_may_not_be_read_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path, "resnet18-baseline", 0.44)
+    scandir = os.scandir
+
+    def shut(path: str) -> object:
+        if str(path) == str(run.path):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", shut)
+    found = report.collect([tmp_path])
+    assert (found.rows, found.unusable) == ([], [report.Unusable(str(run.path), "cannot be read: Permission denied")])
 
 
 def test_runs_of_one_seed_are_no_further_evidence(tmp_path: Path) -> None:

@@ -37,6 +37,15 @@ from tests.weather import (
 # From a file
 
 
+@pytest.mark.parametrize("name", ["mine.tar.gz", f"{ARCHIVE.filename}.part"])
+def test_the_users_archive_stays(tmp_path: Path, name: str) -> None:
+    source = tmp_path / "data" / name
+    source.parent.mkdir()
+    source.write_bytes(BODY)
+    install(source.parent, source=source)
+    assert source.read_bytes() == BODY
+
+
 def test_from_file(tmp_path: Path) -> None:
     source = tmp_path / "mine.tar.gz"
     source.write_bytes(BODY)
