@@ -151,9 +151,8 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
         collapse_padding=True,
     )
     for index, name in enumerate(columns):
-        # A figure that is broken in two is none; words are.
-        figures = max((len(row[index]) for row in rows), default=0) if index in right else None
-        drawn.add_column(Text(name), justify="right" if index in right else "left", overflow="fold", min_width=figures)
+        figures = index in right  # of which one that is broken in two is none
+        drawn.add_column(Text(name), justify="right" if figures else "left", overflow="fold", no_wrap=figures)
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     screen = _console(sys.stdout)
