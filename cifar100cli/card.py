@@ -121,5 +121,5 @@ def our_network(path: Path) -> Network | None:
         model, data = card.config["model"], card.config["data"]
         names = one_line(model["backbone"]), one_line(model["stem"])
         return Network(*names, card.image_size, card.mean, card.std, card.dataset, float(data.get("val_fraction", 0.0)))
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, DataError):
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, DataError):
         return None

@@ -125,7 +125,7 @@ def prepare(
     if state is not None:
         checkpoint.restore_model(state, model)
     elif config.model.weights is not None:
-        watcher.say(_starting_point(config, len(dataset.classes)))
+        watcher.say(_starting_point(config, preprocessing, len(dataset.classes)))
     if state is None and config.schedule.warmup_epochs > config.train.epochs:
         watcher.say(
             f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g}, more than train.epochs = "
@@ -206,11 +206,13 @@ def prepare(
     )
 
 
-def _starting_point(config: Config, classes: int) -> str:
+def _starting_point(config: Config, preprocessing: Preprocessing, classes: int) -> str:
     """What a run begins with, and where its images will not be those that the weights were made for."""
     assert config.model.weights is not None
     told = f"starting from {config.model.weights}; the head is a new one of {classes} classes"
     network = our_network(Path(config.model.weights))
+    if network is not None and (network.mean, network.std) != (preprocessing.mean, preprocessing.std):
+        told += f"; it saw pixels normalised otherwise than by data.normalize = {config.data.normalize}"
     if network is not None and network.image_size != config.data.image_size:
         told += f"; it saw images of {network.image_size} pixels, and sees {config.data.image_size} now (--image-size)"
     return told

@@ -42,6 +42,12 @@ def test_a_slip_is_told(name: str, near: str) -> None:
     assert near in str(raised.value)
 
 
+@pytest.mark.usefixtures("unloaded")
+def test_sources_that_are_not_there_refuse_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backbones, "_sources", lambda: "")
+    backbones.check("resnet18", "--backbone")
+
+
 def test_networks_of_the_callers_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where timm is loaded it knows more than its files say."""
     backbones.check("a_network_of_my_own", "overrides")

@@ -288,6 +288,9 @@ def test_pixels_are_normalised_as_in_the_run_that_is_begun_from(run_cli: Cli, no
     plan = ("finetune-cifar10", "--dataset", "synthetic", "--image-size", "48", *FAST)
     second = run_cli(*plan, "--init", first["run_dir"])
     assert second.code == 0, second.err
+    assert "normalised otherwise" not in second.err
+    other = run_cli(*plan, "--init", first["run_dir"], "--set", "data.normalize=imagenet", "--dry-run")
+    assert "it saw pixels normalised otherwise than by data.normalize = imagenet" in other.err
     found = checkpoint.load_model(next(Path("runs").glob("finetune-layer4/*"))).card
     assert (found.mean, found.std, found.image_size) == (card.mean, card.std, 48)
 
