@@ -43,7 +43,7 @@ def _would_be_lost(path: Path, target: Path, inputs: Sequence[Path]) -> str | No
     """What an existing file is that must not be written over, in words; `target` is what `path` leads to."""
     from cifar100cli.runs import FILES
 
-    if any(given.exists() and target.samefile(given) for given in inputs):
+    if any(target.samefile(given) for given in inputs):
         return "what it is made from"
     if {path.name, target.name} & set(FILES):
         return "a file of a run"

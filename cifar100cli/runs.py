@@ -378,12 +378,16 @@ def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
     return RunDir.open(max(folders, key=_begun))
 
 
-def _begun(path: Path) -> float:
-    """When a run was begun, in seconds since 1970; by what it says itself, for copying a folder begins no run."""
+def _begun(path: Path) -> tuple[float, float]:
+    """When a run was begun, in seconds since 1970, and when its first file was written.
+
+    The first is what it says itself, for copying a folder begins no run; several may begin within one second.
+    """
+    written = (path / CONFIG).stat().st_mtime
     try:
-        return datetime.fromisoformat(RunDir(path).recorded("started") or "").timestamp()
+        return datetime.fromisoformat(RunDir(path).recorded("started") or "").timestamp(), written
     except (ValueError, OverflowError, OSError):
-        return (path / CONFIG).stat().st_mtime
+        return written, written
 
 
 def same_run(root: Path, preset: str, config: Config) -> RunDir | None:

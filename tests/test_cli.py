@@ -2,9 +2,7 @@
 
 import csv
 import json
-import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +14,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from cifar100cli import __version__, checkpoint, runs, synthetic
+from cifar100cli import __version__, checkpoint, synthetic
 from cifar100cli.card import KEY
 from cifar100cli.catalog import FOLDERS
 from tests.conftest import TINY, Cli, train
@@ -353,157 +351,6 @@ def test_a_checkpoint_for_other_classes(run_cli: Cli) -> None:
     outcome = run_cli("evaluate", run)
     assert outcome.code == 3
     assert "classes" in outcome.err
-
-
-@pytest.mark.usefixtures("small_synthetic")
-def test_no_output_takes_the_place_of_what_was_work_to_make(run_cli: Cli, tmp_path: Path) -> None:
-    run = Path(train(run_cli, epochs=1)["run_dir"])
-    model = run / "model.safetensors"
-    data = tmp_path / FOLDERS["cifar100"] / "test"
-    data.parent.mkdir()
-    data.write_text("images")
-    copy, own = tmp_path / "copy.safetensors", tmp_path / "own.onnx"
-    for path in (copy, own):
-        path.write_bytes(model.read_bytes())
-    for link, target in {"run.csv": model, "copy.csv": copy, "data.csv": data, "run.onnx": model}.items():
-        (tmp_path / link).symlink_to(target)
-    (tmp_path / "hard.onnx").hardlink_to(own)
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    for arguments, words in (
-        (["evaluate", run, "--predictions", model], "what it is made from"),
-        (["evaluate", own, "--predictions", own], "what it is made from"),
-        (["evaluate", run, copy, "--predictions", "copy.csv"], "what it is made from"),
-        (["evaluate", copy, "--predictions", "run.csv"], "a file of a run"),
-        (["evaluate", run, "--predictions", "copy.csv"], "a model"),
-        (["evaluate", run, "--predictions", data], "a file of a data set"),
-        (["report", "--format", "csv", "--out", "run.csv"], "a file of a run"),
-        (["report", "--format", "csv", "--out", "data.csv"], "a file of a data set"),
-        (["report", "--format", "csv", "--out", copy], "a model"),
-        (["export", own, "--out", own], "what it is made from"),
-        (["export", own, "--out", "hard.onnx"], "what it is made from"),
-        (["export", copy, "--out", "run.onnx"], "a file of a run"),
-    ):
-        outcome = run_cli(*arguments)
-        assert outcome.code == 2, arguments
-        assert f"would overwrite {words}; choose another name" in outcome.err
-    assert {path: path.read_bytes() for path in before} == before
-    assert run_cli("report", "--out", "new.csv").code == run_cli("report", "--out", "new.csv").code == 0, (
-        "its own, again"
-    )
-
-
-def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> None:
-    run_dir = train(run_cli, epochs=1)["run_dir"]
-    (tmp_path / "round.csv").symlink_to(tmp_path / "round.csv")
-    outcome = run_cli("report", "--out", "round.csv")
-    assert (outcome.code, "cannot be written" in outcome.err) == (2, True)
-    full = run_cli("evaluate", run_dir, "--predictions", "/dev/full", "-q")
-    assert (full.code, full.err) == (1, "error: /dev/full: No space left on device\n")
-    command = [sys.executable, "-m", "cifar100cli", "report", "--format", "csv", "--out", "/dev/stdout"]
-    piped = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
-    assert [row["runs"] for row in csv.DictReader(piped.stdout.splitlines())] == [str(run_dir)]
-
-
-def _unfinished(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, epochs: int = 3) -> Path:
-    """A run that was stopped after its first epoch."""
-    from cifar100cli import trainer
-
-    train_epoch = trainer.train_epoch
-
-    def stopped(steps: Any, config: Any, epoch: int, observer: Any) -> Any:
-        if epoch == 2:
-            raise KeyboardInterrupt
-        return train_epoch(steps, config, epoch, observer)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer, "train_epoch", stopped)
-        assert run_cli("train", *TINY, "--epochs", str(epochs)).code == 130
-    return max(Path("runs").glob("*/*"))
-
-
-@pytest.mark.usefixtures("small_synthetic")
-def test_a_resume_that_cannot_end_well_is_not_begun(
-    run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    run = _unfinished(run_cli, monkeypatch)
-    assert json.loads((run / "environment.json").read_text())["device"] == "cpu"
-
-    def refused(file: str, content: bytes | None, code: int, words: str) -> None:
-        before = (run / file).read_bytes()
-        if content is None:
-            (run / file).unlink()
-        else:
-            (run / file).write_bytes(content)
-        outcome = run_cli("train", "--resume", run)
-        assert (outcome.code, len(outcome.err.splitlines())) == (code, 1), outcome.err
-        assert words in outcome.err
-        (run / file).write_bytes(before)
-
-    environment = (run / "environment.json").read_bytes()
-    elsewhere = environment.replace(b'"device": "cpu"', b'"device": "cuda:9"')
-    refused("environment.json", elsewhere, 2, f"{run}: was begun on cuda:9, and ")
-    refused("environment.json", elsewhere, 2, "; --device cpu goes on without it")
-    refused("environment.json", environment.replace(b'"precision"', b'"p"'), 3, "does not say in which precision")
-    for content in (b"", None):
-        refused("model.safetensors", content, 3, "held the epoch that was the best so far")
-    refused("metrics.jsonl", b"{", 3, "missing or broken before epoch 1; bring them back, or train anew")
-    assert run_cli("train", "--resume", run).code == 0
-    refused("result.json", b"{", 3, "without this file, --resume measures the run again and writes it")
-    figures = json.loads((run / "result.json").read_text())["test"]
-    (run / "result.json").unlink()
-    assert run_cli("train", "--resume", run).code == 0
-    assert json.loads((run / "result.json").read_text())["test"] == figures
-
-
-@pytest.mark.usefixtures("small_synthetic")
-def test_the_last_run_is_the_one_begun_last(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Whatever was copied or touched since."""
-    older, newer = (_unfinished(run_cli, monkeypatch) for _ in range(2))
-    for run, started in ((older, "2026-01-01T12:00:00+09:00"), (newer, "2026-01-01T04:00:00+00:00")):
-        about = json.loads((run / "environment.json").read_text())
-        (run / "environment.json").write_text(json.dumps({**about, "started": started}))
-    os.utime(older / "config.yaml")
-    assert runs.latest_unfinished(Path("runs")).path == newer
-    shutil.copytree(older, older.with_name("copy"))
-    assert runs.latest_unfinished(Path("runs")).path == newer
-
-
-@pytest.mark.usefixtures("small_synthetic")
-def test_seeds_that_are_left_when_one_has_not_begun(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cifar100cli import jobs, workflows
-
-    prepare = jobs.prepare
-
-    def stopped(preset: Any, *arguments: Any, **keys: Any) -> Any:
-        if preset.config.seed == 4:
-            raise KeyboardInterrupt
-        return prepare(preset, *arguments, **keys)
-
-    monkeypatch.setattr(workflows, "prepare", stopped)
-    outcome = run_cli("train", *TINY, "--epochs", "1", "--seed", "3", "--seeds", "3")
-    assert outcome.code == 130
-    assert "still to do: --seed 4 --seeds 2" in outcome.err
-    assert "the same command" not in outcome.err
-
-
-@pytest.mark.usefixtures("small_synthetic")
-def test_a_command_goes_on_with_runs_of_its_own_job(run_cli: Cli) -> None:
-    run = Path(train(run_cli, epochs=1)["run_dir"])
-    for command, words in (("distill", "has no teacher"), ("finetune-cifar10", "does not fine-tune")):
-        outcome = run_cli(command, "--resume", run, "-q")
-        assert outcome.code == 2
-        assert f"{words}; go on with it by: cifar100 train --resume {run}" in outcome.err
-    assert f"{run} is complete already" in run_cli("train", "--resume", run).err
-
-
-@pytest.mark.usefixtures("small_synthetic")
-def test_another_data_set_than_the_commands_is_told(run_cli: Cli, tmp_path: Path) -> None:
-    preset = tmp_path / "mine.yaml"
-    preset.write_text(run_cli("train", "--print-config", *TINY[:-2]).out, encoding="utf-8")
-    plan = ("finetune-cifar10", "--preset", preset, "--unfreeze", "fc", "--dry-run", "--device", "cpu")
-    told = "the preset mine is on Synthetic (drawn) data, and so is this run"
-    assert told in run_cli(*plan).err
-    assert told not in run_cli(*plan, "--dataset", "synthetic").err
 
 
 @pytest.mark.usefixtures("small_synthetic")

@@ -1,6 +1,8 @@
 """From a command that trains to its runs: one for each seed, and one that stopped and goes on."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import safetensors.torch
 from safetensors import SafetensorError
 
-from cifar100cli import checkpoint, errors
+from cifar100cli import checkpoint, errors, runs
 from cifar100cli.runs import RunDir
 from tests.conftest import TINY, Cli, train
 
@@ -165,3 +167,105 @@ def test_a_full_disk(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     run = line.split("--resume ")[1]
     assert not list(Path(run).glob(".*"))
     assert json.loads(run_cli("train", "--resume", run, "--json").out)["test"] == expected
+
+
+def _unfinished(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, epochs: int = 3) -> Path:
+    """A run that was stopped after its first epoch."""
+    from cifar100cli import trainer
+
+    train_epoch = trainer.train_epoch
+
+    def stopped(steps: Any, config: Any, epoch: int, observer: Any) -> Any:
+        if epoch == 2:
+            raise KeyboardInterrupt
+        return train_epoch(steps, config, epoch, observer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_epoch", stopped)
+        assert run_cli("train", *TINY, "--epochs", str(epochs)).code == 130
+    return max(Path("runs").glob("*/*"))
+
+
+def test_a_resume_that_cannot_end_well_is_not_begun(
+    run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    run = _unfinished(run_cli, monkeypatch)
+    assert json.loads((run / "environment.json").read_text())["device"] == "cpu"
+
+    def refused(file: str, content: bytes | None, code: int, words: str) -> None:
+        before = (run / file).read_bytes()
+        if content is None:
+            (run / file).unlink()
+        else:
+            (run / file).write_bytes(content)
+        outcome = run_cli("train", "--resume", run)
+        assert (outcome.code, len(outcome.err.splitlines())) == (code, 1), outcome.err
+        assert words in outcome.err
+        (run / file).write_bytes(before)
+
+    environment = (run / "environment.json").read_bytes()
+    elsewhere = environment.replace(b'"device": "cpu"', b'"device": "cuda:9"')
+    refused("environment.json", elsewhere, 2, f"{run}: was begun on cuda:9, and ")
+    refused("environment.json", elsewhere, 2, "; --device cpu goes on without it")
+    refused("environment.json", environment.replace(b'"precision"', b'"p"'), 3, "does not say in which precision")
+    for content in (b"", None):
+        refused("model.safetensors", content, 3, "held the epoch that was the best so far")
+    refused("metrics.jsonl", b"{", 3, "missing or broken before epoch 1; bring them back, or train anew")
+    assert run_cli("train", "--resume", run).code == 0
+    refused("result.json", b"{", 3, "without this file, --resume measures the run again and writes it")
+    figures = json.loads((run / "result.json").read_text())["test"]
+    (run / "result.json").unlink()
+    assert run_cli("train", "--resume", run).code == 0
+    assert json.loads((run / "result.json").read_text())["test"] == figures
+
+
+def test_the_last_run_is_the_one_begun_last(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever was copied or touched since."""
+    older, newer = (_unfinished(run_cli, monkeypatch) for _ in range(2))
+    for run, started in ((older, "2026-01-01T12:00:00+09:00"), (newer, "2026-01-01T04:00:00+00:00")):
+        about = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps({**about, "started": started}))
+    os.utime(older / "config.yaml")
+    assert runs.latest_unfinished(Path("runs")).path == newer
+    for run in (older, newer):  # two within one second
+        about = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps({**about, "started": "2026-01-01T12:00:00+00:00"}))
+    assert runs.latest_unfinished(Path("runs")).path == older, "whose file was written last"
+    (newer / "environment.json").write_text(json.dumps({**about, "started": "2026-01-01T12:00:01+00:00"}))
+    shutil.copytree(older, older.with_name("copy"))
+    assert runs.latest_unfinished(Path("runs")).path == newer
+
+
+def test_seeds_that_are_left_when_one_has_not_begun(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifar100cli import jobs, workflows
+
+    prepare = jobs.prepare
+
+    def stopped(preset: Any, *arguments: Any, **keys: Any) -> Any:
+        if preset.config.seed == 4:
+            raise KeyboardInterrupt
+        return prepare(preset, *arguments, **keys)
+
+    monkeypatch.setattr(workflows, "prepare", stopped)
+    outcome = run_cli("train", *TINY, "--epochs", "1", "--seed", "3", "--seeds", "3")
+    assert outcome.code == 130
+    assert "still to do: --seed 4 --seeds 2" in outcome.err
+    assert "the same command" not in outcome.err
+
+
+def test_a_command_goes_on_with_runs_of_its_own_job(run_cli: Cli) -> None:
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    for command, words in (("distill", "has no teacher"), ("finetune-cifar10", "does not fine-tune")):
+        outcome = run_cli(command, "--resume", run, "-q")
+        assert outcome.code == 2
+        assert f"{words}; go on with it by: cifar100 train --resume {run}" in outcome.err
+    assert f"{run} is complete already" in run_cli("train", "--resume", run).err
+
+
+def test_another_data_set_than_the_commands_is_told(run_cli: Cli, tmp_path: Path) -> None:
+    preset = tmp_path / "mine.yaml"
+    preset.write_text(run_cli("train", "--print-config", *TINY[:-2]).out, encoding="utf-8")
+    plan = ("finetune-cifar10", "--preset", preset, "--unfreeze", "fc", "--dry-run", "--device", "cpu")
+    told = "the preset mine is on Synthetic (drawn) data, and so is this run"
+    assert told in run_cli(*plan).err
+    assert told not in run_cli(*plan, "--dataset", "synthetic").err

@@ -1,0 +1,60 @@
+"""Where commands write: what an output must not cost, and what it may be."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cifar100cli.catalog import FOLDERS
+from tests.conftest import Cli, train
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_no_output_takes_the_place_of_what_was_work_to_make(run_cli: Cli, tmp_path: Path) -> None:
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    model = run / "model.safetensors"
+    data = tmp_path / FOLDERS["cifar100"] / "test"
+    data.parent.mkdir()
+    data.write_text("images")
+    copy, own = tmp_path / "copy.safetensors", tmp_path / "own.onnx"
+    for path in (copy, own):
+        path.write_bytes(model.read_bytes())
+    for link, target in {"run.csv": model, "copy.csv": copy, "data.csv": data, "run.onnx": model}.items():
+        (tmp_path / link).symlink_to(target)
+    (tmp_path / "hard.onnx").hardlink_to(own)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for arguments, words in (
+        (["evaluate", run, "--predictions", model], "what it is made from"),
+        (["evaluate", own, "--predictions", own], "what it is made from"),
+        (["evaluate", run, copy, "--predictions", "copy.csv"], "what it is made from"),
+        (["evaluate", copy, "--predictions", "run.csv"], "a file of a run"),
+        (["evaluate", run, "--predictions", "copy.csv"], "a model"),
+        (["evaluate", run, "--predictions", data], "a file of a data set"),
+        (["report", "--format", "csv", "--out", "run.csv"], "a file of a run"),
+        (["report", "--format", "csv", "--out", "data.csv"], "a file of a data set"),
+        (["report", "--format", "csv", "--out", copy], "a model"),
+        (["export", own, "--out", own], "what it is made from"),
+        (["export", own, "--out", "hard.onnx"], "what it is made from"),
+        (["export", copy, "--out", "run.onnx"], "a file of a run"),
+    ):
+        outcome = run_cli(*arguments)
+        assert outcome.code == 2, arguments
+        assert f"would overwrite {words}; choose another name" in outcome.err
+    assert {path: path.read_bytes() for path in before} == before
+    assert run_cli("report", "--out", "new.csv").code == run_cli("report", "--out", "new.csv").code == 0, (
+        "its own, again"
+    )
+
+
+def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> None:
+    run_dir = train(run_cli, epochs=1)["run_dir"]
+    (tmp_path / "round.csv").symlink_to(tmp_path / "round.csv")
+    outcome = run_cli("report", "--out", "round.csv")
+    assert (outcome.code, "cannot be written" in outcome.err) == (2, True)
+    full = run_cli("evaluate", run_dir, "--predictions", "/dev/full", "-q")
+    assert (full.code, full.err) == (1, "error: /dev/full: No space left on device\n")
+    command = [sys.executable, "-m", "cifar100cli", "report", "--format", "csv", "--out", "/dev/stdout"]
+    piped = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
+    assert [row["runs"] for row in csv.DictReader(piped.stdout.splitlines())] == [str(run_dir)]
