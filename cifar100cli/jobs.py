@@ -212,9 +212,9 @@ def _starting_point(config: Config, preprocessing: Preprocessing, classes: int) 
     told = f"starting from {config.model.weights}; the head is a new one of {classes} classes"
     network = our_network(Path(config.model.weights))
     if network is not None and (network.mean, network.std) != (preprocessing.mean, preprocessing.std):
-        told += f"; it saw pixels normalised otherwise than by data.normalize = {config.data.normalize}"
+        told += f"; the weights saw pixels normalised otherwise than by data.normalize = {config.data.normalize}"
     if network is not None and network.image_size != config.data.image_size:
-        told += f"; it saw images of {network.image_size} pixels, and sees {config.data.image_size} now (--image-size)"
+        told += f"; the weights saw images of {network.image_size} pixels, and see {config.data.image_size} now"
     return told
 
 

@@ -290,7 +290,7 @@ def test_pixels_are_normalised_as_in_the_run_that_is_begun_from(run_cli: Cli, no
     assert second.code == 0, second.err
     assert "normalised otherwise" not in second.err
     other = run_cli(*plan, "--init", first["run_dir"], "--set", "data.normalize=imagenet", "--dry-run")
-    assert "it saw pixels normalised otherwise than by data.normalize = imagenet" in other.err
+    assert "the weights saw pixels normalised otherwise than by data.normalize = imagenet" in other.err
     found = checkpoint.load_model(next(Path("runs").glob("finetune-layer4/*"))).card
     assert (found.mean, found.std, found.image_size) == (card.mean, card.std, 48)
 
@@ -306,7 +306,7 @@ def test_no_epoch_is_chosen_on_images_that_the_weights_know(run_cli: Cli) -> Non
     assert not Path("runs/finetune-layer4").exists()
     taken = run_cli(*plan, *choosing, "data.val_fraction=0.1")
     assert taken.code == 0, taken.err
-    assert "it saw images of 32 pixels, and sees 48 now (--image-size)" in taken.err
+    assert "the weights saw images of 32 pixels, and see 48 now" in taken.err
 
 
 @pytest.mark.parametrize(
