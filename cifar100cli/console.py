@@ -108,6 +108,14 @@ def error(text: str) -> None:
         _styled(f"error: {printable(' '.join(text.split()))}", "bold red", sys.stderr)
 
 
+def let_go_of_errors() -> None:
+    """Lines that stderr could not take are lost: Python would try once more at its end, and make an exit code of it."""
+    try:
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the process lives
+
+
 def last_word(text: str) -> None:
     """A line on stderr, written past Python's streams, before a process leaves in the middle of whatever it does."""
     if not _muted:

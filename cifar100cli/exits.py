@@ -71,6 +71,7 @@ def leave_with(app: typer.Typer) -> NoReturn:
                 ranks.leave()
         except KeyboardInterrupt as stop:
             code = _report_stop(stop)
+    console.let_go_of_errors()
     sys.exit(code)
 
 

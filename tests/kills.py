@@ -112,6 +112,7 @@ def started(
     `prepare` is called in it first. What it says is in the folder's `log`. No signal is lost on the way.
     """
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    sys.stdout.flush()  # or the child writes once more what waits here
     child = os.fork()
     if child:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
@@ -153,6 +154,7 @@ def _command(arguments: Sequence[str]) -> int:
 def started_ranks(arguments: Sequence[str], folder: Path, ranks: int, restarts: int, fatal: int | None) -> int:
     """Begin a command in so many processes under torchrun's agent; each leaves its process id in `folder`."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    sys.stdout.flush()  # or the child writes once more what waits here
     child = os.fork()
     if child:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
