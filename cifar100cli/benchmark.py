@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar100cli import __version__, devices, machine, metrics, synthetic, trainer
+from cifar100cli import __version__, devices, machine, metrics, trainer
 from cifar100cli.catalog import DATASETS
 from cifar100cli.checkpoint import load_model
 from cifar100cli.config import Preset
@@ -329,7 +329,8 @@ def _full_run(config: Config, training_rate: float, evaluation_rate: float) -> d
 
     Rates are those of images as large as they get; smaller ones, while they grow, are taken to cost as their area says.
     """
-    training, tested = _counts(config.data.dataset)
+    about = DATASETS[config.data.dataset]
+    training, tested = about.training_images, about.test_images
     held_out = round(training * config.data.val_fraction)
     images = round((training - held_out) * config.data.fraction)
     looks = held_out + (tested if config.train.select == "best_test" or config.train.watch_test else 0)
@@ -342,11 +343,3 @@ def _full_run(config: Config, training_rate: float, evaluation_rate: float) -> d
         "seconds_per_epoch": epoch,
         "seconds": epochs * epoch + tested / evaluation_rate,
     }
-
-
-def _counts(dataset: str) -> tuple[int, int]:
-    """The images to train on, and those to test on."""
-    if dataset == "synthetic":
-        classes = DATASETS["synthetic"].classes
-        return classes * synthetic.TRAIN_PER_CLASS, classes * synthetic.TEST_PER_CLASS
-    return 50_000, 10_000

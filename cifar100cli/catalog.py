@@ -13,13 +13,15 @@ class About:
 
     title: str
     classes: int
+    training_images: int
+    test_images: int
     folder: str | None
 
 
 DATASETS: Mapping[DatasetName, About] = {
-    "cifar100": About("CIFAR-100", 100, "cifar-100-python"),
-    "cifar10": About("CIFAR-10", 10, "cifar-10-batches-py"),
-    "synthetic": About("Synthetic (drawn) data", 100, None),
+    "cifar100": About("CIFAR-100", 100, 50_000, 10_000, "cifar-100-python"),
+    "cifar10": About("CIFAR-10", 10, 50_000, 10_000, "cifar-10-batches-py"),
+    "synthetic": About("Synthetic (drawn) data", 100, 10_000, 2_000, None),
 }
 TITLES: Mapping[str, str] = {name: about.title for name, about in DATASETS.items()}
 FOLDERS: Mapping[str, str] = {name: about.folder for name, about in DATASETS.items() if about.folder is not None}

@@ -79,7 +79,7 @@ def download(
     ] = None,
     from_file: Annotated[
         Path | None,
-        typer.Option("--from", metavar="FILE", help="An archive that is already on this machine."),
+        typer.Option("--from", metavar="FILE", help="An archive that is already on this machine.", readable=False),
     ] = None,
     sha256: Annotated[
         str,
@@ -301,6 +301,7 @@ def evaluate(
             metavar="RUN|CHECKPOINT...",
             help="Run folders or .safetensors files; several are an ensemble.",
             autocompletion=completion.trained,
+            readable=False,
         ),
     ],
     split: Annotated[Literal["test", "val", "train"], typer.Option(help="Which images to measure on.")] = "test",
@@ -308,7 +309,7 @@ def evaluate(
         bool, typer.Option("--tta", help="Average over six views of each image: mirrored, and shifted by a pixel.")
     ] = False,
     predictions: Annotated[
-        Path | None, typer.Option(metavar="FILE.csv", help="Write every image's prediction.")
+        Path | None, typer.Option(metavar="FILE.csv", help="Write every image's prediction.", readable=False)
     ] = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
@@ -341,7 +342,10 @@ def evaluate(
 def predict(
     checkpoint: options.Model,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="Pictures, folders of pictures, or - for standard input.")
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE...", help="Pictures, folders of pictures, or - for standard input.", readable=False
+        ),
     ],
     top: Annotated[int, typer.Option(min=1, metavar="K", help="How many classes to show for each picture.")] = 5,
     device: options.Device = "auto",
@@ -380,7 +384,7 @@ def predict(
 @app.command()
 def export(
     checkpoint: options.Model,
-    out: Annotated[Path, typer.Option(metavar="FILE.onnx", help="Where to write the graph.")],
+    out: Annotated[Path, typer.Option(metavar="FILE.onnx", help="Where to write the graph.", readable=False)],
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -480,25 +484,33 @@ def presets(
 def report(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN|DIR]...", help="Runs, or folders of runs; default: all."),
+        typer.Argument(metavar="[RUN|DIR]...", help="Runs, or folders of runs; default: all.", readable=False),
     ] = None,
     out_format: Annotated[
         Literal["table", "markdown", "csv", "json", "html"] | None,
         typer.Option("--format", help="Default: by the name of --out, else table."),
     ] = None,
     json: options.Json = False,
-    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write it to a file.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", metavar="FILE", help="Write it to a file.", readable=False)
+    ] = None,
     check: Annotated[
         float | None,
         typer.Option(min=0, metavar="POINTS", help="Exit 5 when a mean is further from its published figure."),
     ] = None,
     runs_dir: Annotated[
         Path,
-        typer.Option("--runs-dir", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders are."),
+        typer.Option(
+            "--runs-dir", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders are.", readable=False
+        ),
     ] = Path("runs"),
     data_dir: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Where example images for the page are; default: where a run found them."),
+        typer.Option(
+            metavar="DIR",
+            help="Where example images for the page are; default: where a run found them.",
+            readable=False,
+        ),
     ] = None,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,

@@ -186,9 +186,14 @@ def _leaves(keys: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, ob
 
 
 def _apply(keys: dict[str, Any], override: Override) -> None:
-    """Set one dotted key. Keys that do not exist are refused here, where their origin is known."""
-    field = _field(override.key)
-    if field is None:
+    """Set one dotted key. Keys that do not exist are refused here, where their origin is known.
+
+    A section that a preset need not have is dropped by null.
+    """
+    if override.value is None and override.key in _optional_sections():
+        keys[override.key] = None
+        return
+    if _field(override.key) is None:
         raise UsageError(f"unknown key {override.key!r} in {override.origin}{_nearest_key(override.key)}")
     *sections, last = override.key.split(".")
     for section in sections:
@@ -204,6 +209,14 @@ def _section_of(annotation: object) -> type[Section] | None:
     """The section that a field holds, `X | None` included."""
     candidates = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((c for c in candidates if isinstance(c, type) and issubclass(c, Section)), None)
+
+
+def _optional_sections() -> list[str]:
+    return [
+        name
+        for name, field in Config.model_fields.items()
+        if _section_of(field.annotation) and not field.is_required() and field.default is None
+    ]
 
 
 def _fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -238,7 +251,8 @@ def _nearest_key(key: str) -> str:
     sections = [name for name, field in Config.model_fields.items() if _section_of(field.annotation)]
     if key in sections:
         inside = [name for name in known if name.startswith(f"{key}.")]
-        return f": it is a section; its keys are {', '.join(inside)}"
+        drop = ", and null drops it" if key in _optional_sections() else ""
+        return f": it is a section; its keys are {', '.join(inside)}{drop}"
     leaves: dict[str, str] = {}
     for name in known:
         leaves.setdefault(name.split(".")[-1], name)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from cifar100cli import synthetic
 from cifar100cli.bounded import read_file
-from cifar100cli.catalog import FOLDERS, TITLES
+from cifar100cli.catalog import DATASETS, FOLDERS, TITLES
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.unpickle import PickleError, as_text, read_pickle
 
@@ -73,7 +73,11 @@ def load(name: str, data_dir: Path) -> Dataset:
 def find(name: str, data_dir: Path) -> Path:
     """The data set's folder. Raises `DataError`, which says what to do, when it is not there."""
     folder = data_dir / FOLDERS[name]
-    if not folder.is_dir():
+    try:
+        found = folder.is_dir()
+    except OSError as error:
+        _refuse(folder, error.strerror or str(error))
+    if not found:
         flag = "" if name == "cifar100" else f" --dataset {name}"
         raise DataError(
             f"{TITLES[name]} is not in {data_dir}: run `cifar100 download{flag}`, or point --data-dir at it "
@@ -87,12 +91,13 @@ def find(name: str, data_dir: Path) -> Path:
 
 def read_cifar100(folder: Path) -> Dataset:
     """Read the folder `cifar-100-python`: files `train`, `test`, `meta`."""
+    about = DATASETS["cifar100"]
     meta = _read_file(folder / "meta")
     classes = _names(folder / "meta", meta, "fine_label_names", 100)
     superclasses = _names(folder / "meta", meta, "coarse_label_names", 20)
     superclass_of = np.full(100, -1)
     splits = []
-    for name, count in (("train", 50_000), ("test", 10_000)):
+    for name, count in (("train", about.training_images), ("test", about.test_images)):
         path = folder / name
         content = _read_file(path)
         split = _split(path, content, "fine_labels", count, 100)

@@ -287,9 +287,13 @@ def _check(check: Callable[[Path], None], folder: Path, label: str) -> None:
 def _digest_of_file(source: Path, expected: str | None, progress: Progress) -> str:
     if not source.is_file():
         raise DataError(f"{source}: {'not a file' if source.exists() else 'no such file'}; --from takes a .tar.gz")
-    with source.open("rb") as file:
-        if file.read(2) != GZIP_MAGIC:
-            raise DataError(f"{source}: not a gzip archive; --from takes the .tar.gz as it was downloaded")
+    try:
+        with source.open("rb") as file:
+            magic = file.read(2)
+    except OSError as error:
+        raise DataError(f"{source}: {error.strerror or error}") from None
+    if magic != GZIP_MAGIC:
+        raise DataError(f"{source}: not a gzip archive; --from takes the .tar.gz as it was downloaded")
     copy = Part(source)
     copy.read(progress, source.stat().st_size)
     if expected is not None and copy.digest != expected:

@@ -1,6 +1,7 @@
 """The options that commands share: declared once, with the key of a preset that each of them sets.
 
 An option that sets a key is text here, and read and checked as a preset's YAML is: one message for one mistake.
+`readable=False`: a file that is shut is told of where it is opened, as one that is not there is, and not by Typer.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -26,7 +27,7 @@ def _verbosity(level: int) -> Callable[[bool], None]:
 
 
 def _text(metavar: str, description: str, complete: completion.Complete | None = None) -> Any:
-    return typer.Option(metavar=metavar, help=description, autocompletion=complete)
+    return typer.Option(metavar=metavar, help=description, autocompletion=complete, readable=False)
 
 
 def _either(words: Iterable[str]) -> str:
@@ -49,10 +50,16 @@ Verbose = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 DataDir = Annotated[
     Path | None,
-    typer.Option(envvar="CIFAR100_DATA_DIR", metavar="DIR", help="Where data sets are; default: the user's cache."),
+    typer.Option(
+        envvar="CIFAR100_DATA_DIR",
+        metavar="DIR",
+        help="Where data sets are; default: the user's cache.",
+        readable=False,
+    ),
 ]
 RunsDir = Annotated[
-    Path, typer.Option("--out", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders go.")
+    Path,
+    typer.Option("--out", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders go.", readable=False),
 ]
 Device = Annotated[
     str, _text("NAME", "auto, cpu, cuda, cuda:N or mps.", completion.words("auto", "cpu", "cuda", "mps"))
@@ -65,6 +72,7 @@ Model = Annotated[
         metavar="RUN|CHECKPOINT",
         help="A run folder, or a .safetensors file.",
         autocompletion=completion.trained,
+        readable=False,
     ),
 ]
 

@@ -216,7 +216,7 @@ def _csv(report: Report) -> str:
                 " ".join(f"{key}={setting(value)}" for key, value in row.changes.items()),
                 *(" ".join(map(str, values)) for values in (row.seeds, row.best_epochs)),
                 "; ".join(row.hardware),
-                " ".join(row.runs),
+                "; ".join(row.runs),
             ]
         )
     return buffer.getvalue()

@@ -178,14 +178,17 @@ class RunDir:
 
     @classmethod
     def open(cls, path: Path) -> Self:
-        """An existing run. Raises `DataError` when the folder is none, or of a newer format."""
-        if not path.is_dir():
-            raise DataError(f"{path}: there is no such run folder; `cifar100 report` lists the runs")
-        if not (path / CONFIG).is_file():
-            raise DataError(f"{path}: not a run folder: it has no {CONFIG}")
-        for name in FILES:
-            if (path / name).exists() and not (path / name).is_file():
-                raise DataError(f"{path}: {name} is not a plain file")
+        """An existing run. Raises `DataError` when the folder is none, shut, or of a newer format."""
+        try:
+            if not path.is_dir():
+                raise DataError(f"{path}: there is no such run folder; `cifar100 report` lists the runs")
+            if not (path / CONFIG).is_file():
+                raise DataError(f"{path}: not a run folder: it has no {CONFIG}")
+            for name in FILES:
+                if (path / name).exists() and not (path / name).is_file():
+                    raise DataError(f"{path}: {name} is not a plain file")
+        except OSError as error:
+            raise DataError(f"{error.filename or path}: {error.strerror}") from None
         run = cls(path)
         found = run.environment().get("format")
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
@@ -414,14 +417,17 @@ def begun_by(root: Path, preset: str, launch: str | None) -> RunDir | None:
 
 
 def find_model(path: Path) -> Path:
-    """The model's file of a run folder, or the file itself."""
-    if path.is_dir():
-        path = path / MODEL
-        if not path.is_file():
-            below = [run for run in find_runs(path.parent) if (run / MODEL).is_file()]
-            latest = max(below, key=lambda run: run.name, default=None)  # a name begins with the time
-            hint = f"; the latest run below it is {latest}" if latest is not None else ""
-            raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished{hint}")
-    elif not path.is_file():
-        raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report` lists the runs")
+    """The model's file of a run folder, or the file itself. Raises `DataError` where it cannot be had."""
+    try:
+        if path.is_dir():
+            path = path / MODEL
+            if not path.is_file():
+                below = [run for run in find_runs(path.parent) if (run / MODEL).is_file()]
+                latest = max(below, key=lambda run: run.name, default=None)  # a name begins with the time
+                hint = f"; the latest run below it is {latest}" if latest is not None else ""
+                raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished{hint}")
+        elif not path.is_file():
+            raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report` lists the runs")
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: {error.strerror}") from None
     return path

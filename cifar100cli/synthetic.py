@@ -11,8 +11,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from cifar100cli.catalog import DATASETS
+
 SIDE = 32
-TRAIN_PER_CLASS, TEST_PER_CLASS = 100, 20
+_ABOUT = DATASETS["synthetic"]
+TRAIN_PER_CLASS = _ABOUT.training_images // _ABOUT.classes
+TEST_PER_CLASS = _ABOUT.test_images // _ABOUT.classes
 SEED = 100
 
 # Name, and m, n1, n2, n3 of r(angle) = (|cos(m angle / 4)|^n2 + |sin(m angle / 4)|^n3)^(-1 / n1).

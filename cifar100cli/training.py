@@ -221,10 +221,23 @@ def _check_inputs(config: "Config", data_dir: Path | None) -> None:
 
     if config.distillation is not None:
         find_model(Path(config.distillation.required_teacher()))
-    if config.model.weights is not None and not Path(config.model.weights).is_file():
-        raise DataError(f"--weights {config.model.weights}: there is no such file")
+    if config.model.weights is not None:
+        _check_weights(Path(config.model.weights))
     if config.data.dataset != "synthetic":
         datasets.find(config.data.dataset, places.data_folder(data_dir))
+
+
+def _check_weights(path: Path) -> None:
+    from cifar100cli.runs import MODEL
+
+    try:
+        if path.is_dir():
+            example = path / MODEL if (path / MODEL).is_file() else path / "weights.safetensors"
+            raise DataError(f"--weights {path}: is a folder; name the file in it, as in {example}")
+        if not path.is_file():
+            raise DataError(f"--weights {path}: there is no such file")
+    except OSError as error:
+        raise DataError(f"--weights {path}: {error.strerror}") from None
 
 
 def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str) -> None:

@@ -48,6 +48,8 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         _refuse(path, f"refused: it holds more than tensors, or is no PyTorch file ({one_line(reason)})")
     except DataError:
         raise
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from None
     except Exception as error:  # PyTorch has its own error for everything that a file may claim
         words = one_line(error) or type(error).__name__
         _refuse(path, f"corrupt, or neither safetensors nor a PyTorch file ({words})")

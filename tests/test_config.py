@@ -164,6 +164,19 @@ def test_overrides_name_where_they_come_from(tmp_path: Path) -> None:
         load(tmp_path, "seed: 1", Override("train.epoch", 3, "--set train.epoch"))
     with pytest.raises(UsageError, match="it is a section"):
         load(tmp_path, "seed: 1", Override("optimizer", 3, "--set optimizer"))
+    with pytest.raises(UsageError, match="it is a section"):
+        load(tmp_path, "seed: 1", Override("optimizer", None, "--set optimizer"))
+    with pytest.raises(UsageError, match=r"it is a section.* null drops it"):
+        load(tmp_path, "seed: 1", Override("published", 3, "--set published"))
+
+
+def test_null_drops_what_a_preset_need_not_have(tmp_path: Path) -> None:
+    dropped = load(
+        tmp_path,
+        "published: {top1: 0.5}\ndistillation: {alpha: 0.5}",
+        *(Override(key, None, key) for key in ("published", "distillation")),
+    )
+    assert (dropped.published, dropped.distillation) == (None, None)
 
 
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:

@@ -4,8 +4,11 @@ import contextlib
 import json
 import os
 import pickle
+import shutil
 import socket
 import struct
+import subprocess
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -145,6 +148,49 @@ def test_a_run_without_permission(tmp_path: Path) -> None:
         (run.path / name).chmod(0)
     found = report.collect([tmp_path])
     assert len(found.rows) + len(found.unusable) == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (("evaluate", "SHUT"), "run/model.safetensors: Permission denied"),
+        (("predict", "SHUT", "picture.png"), "run/model.safetensors: Permission denied"),
+        (("export", "SHUT", "--out", "run.onnx"), "run/model.safetensors: Permission denied"),
+        (("train", "--resume", "SHUT"), "run/config.yaml: Permission denied"),
+        (
+            ("distill", "--preset", "resnet18-arcface-kd", "--teacher", "SHUT"),
+            "run/model.safetensors: Permission denied",
+        ),
+        (("finetune-cifar10", "--init", "SHUT"), "run/model.safetensors: Permission denied"),
+        (("evaluate", "FILE"), "shut.safetensors: Permission denied"),
+        (("train", "--dry-run", "--weights", "FILE"), "shut.safetensors: Permission denied"),
+        (("train", "--dry-run", "--weights", "FOLDER"), "is a folder; name the file in it"),
+        (("train", "--dry-run", "--dataset", "cifar100", "--data-dir", "SHUT"), "Permission denied"),
+        (("download", "--data-dir", "FOLDER", "--from", "FILE"), "shut.safetensors: Permission denied"),
+        (("report", "FILE"), "there is no such folder of runs"),
+        (("evaluate", "n" * 300), "File name too long"),
+    ],
+)
+def test_what_may_not_be_read(tmp_path: Path, words: tuple[str, ...], told: str) -> None:
+    """What may not be read is told as what is not there: in one line, with the exit code of the contract."""
+    drop: list[str] = []
+    if os.geteuid() == 0:
+        if shutil.which("setpriv") is None:
+            pytest.skip("root may read everything, and there is no setpriv to take that away")
+        drop = ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "picture.png").touch()
+    file = tmp_path / "shut.safetensors"
+    file.touch()
+    for path in (tmp_path / "run", file):
+        path.chmod(0)
+    names = {"SHUT": str(tmp_path / "run"), "FILE": str(file), "FOLDER": str(tmp_path)}
+    command = [sys.executable, "-m", "cifar100cli", *(names.get(word, word) for word in words)]
+    answer = subprocess.run([*drop, *command], capture_output=True, text=True, check=False, cwd=tmp_path)
+    (tmp_path / "run").chmod(0o700)
+    assert (answer.returncode, answer.stdout) == (3, "")
+    assert told in answer.stderr
+    assert answer.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize("ranks", ['"\\u001b[31m"', "[[]]", "1e9", "null", "0"])
