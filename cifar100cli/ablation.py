@@ -33,7 +33,14 @@ HOW = frozenset(
         "train.sync_batch_norm",
     }
 )
-SHORT: Mapping[str, str] = {"schedule.name": "schedule", "schedule.warmup_epochs": "warmup", "loss.name": "loss"}
+SHORT: Mapping[str, str] = {"schedule.warmup_epochs": "warmup", "loss.name": "loss"}
+# What goes with its first key alone, and could not stay without it.
+TOGETHER: Mapping[str, Mapping[str, object]] = {
+    "pretrained": {"model.pretrained": False, "model.weights": None},
+    "normalize": {"data.normalize": "none", "data.mean": None, "data.std": None},
+    "schedule": {"schedule.name": "constant", "schedule.final": 0.0, "schedule.milestones": ()},
+    "sam_rho": {"optimizer.sam_rho": 0.0, "optimizer.sam_adaptive": False},
+}
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,8 @@ def blocks() -> list[Block]:
         for name in ["augment", *optional_sections()]
     }
     several = {name: values for name, values in several.items() if not HOW & values.keys()}
-    several["pretrained"] = {"model.pretrained": False, "model.weights": None}
+    several |= TOGETHER
+    first = {next(iter(values)) for values in TOGETHER.values()}
     leaves = [key.rpartition(".")[2] for key in off]
 
     def short(key: str) -> str:
@@ -78,7 +86,7 @@ def blocks() -> list[Block]:
 
     return [
         *(Block(name, values) for name, values in several.items()),
-        *(Block(short(key), {key: value}) for key, value in off.items() if key != "model.pretrained"),
+        *(Block(short(key), {key: value}) for key, value in off.items() if key not in first),
     ]
 
 
@@ -88,7 +96,10 @@ def without(config: Config, names: Iterable[str]) -> dict[str, Config]:
     Raises `UsageError` for a name that is unknown or stands twice, and for a block that `config` does not have.
     """
     known = {block.name: block for block in blocks()}
-    known |= {key: block for block in known.values() if len(block.values) == 1 for key in block.values}
+    for block in sorted(
+        known.values(), key=lambda block: len(block.values)
+    ):  # the key alone is first
+        known.setdefault(next(iter(block.values)), block)
     found: dict[str, Config] = {}
     for name in names:
         if name not in known:

@@ -18,8 +18,12 @@ class Average:
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
-        self._weights = model.state_dict() if decay else {}  # shares its memory with the model
-        self.tensors = {name: tensor.clone() for name, tensor in self._weights.items()}
+        weights = model.state_dict() if decay else {}  # shares its memory with the model
+        firsts: dict[int, str] = {}  # layers may share weights, which then have several names and one average
+        first = {name: firsts.setdefault(id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items()}
+        self._weights = {name: tensor for name, tensor in weights.items() if first[name] == name}
+        averages = {name: tensor.clone() for name, tensor in self._weights.items()}
+        self.tensors = {name: averages[first[name]] for name in weights}
         floating = [name for name, tensor in self._weights.items() if tensor.is_floating_point()]
         self._floating = [self.tensors[n] for n in floating], [self._weights[n] for n in floating]
         whole = [name for name in self._weights if name not in set(floating)]

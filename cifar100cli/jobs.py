@@ -370,7 +370,7 @@ def _finetune(
     dtype = _features_type(finetune.cache_dtype, front(loaders.train.images[:1]).dtype)
     about = {
         "what": "features",
-        "backbone": name,
+        "model": config.model.model_dump(mode="json", exclude={"pretrained", "weights"}),  # what the weights do not say
         "start": kept[0].start,
         "preprocessing": asdict(loaders.train.preprocessing),
         "precision": precision,

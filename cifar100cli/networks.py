@@ -110,9 +110,14 @@ class SmallNetwork(nn.Module):
         """The classifier."""
         return self.fc
 
-    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
-        """timm's groups of layers, as patterns of names: the stem, then stages or their parts."""
-        return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else r"^layer(\d+)\.(\d+)"}
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """timm's groups of layers, as patterns of names: the stem, then stages, or the blocks of those in blocks."""
+        return {"stem": r"^stem", "blocks": r"^layer(\d+)" if coarse else [*map(self._layers_of, self.stages)]}
+
+    def _layers_of(self, stage: str) -> tuple[str, None]:
+        parts, number = self.get_submodule(stage), stage.removeprefix("layer")
+        in_blocks = isinstance(parts, nn.Sequential) and all(list(part.children()) for part in parts)
+        return rf"^layer({number})" + (r"\.(\d+)" if in_blocks else ""), None
 
 
 def convolution(before: int, width: int, kernel: int = 3, stride: int = 1) -> nn.Conv2d:

@@ -36,7 +36,7 @@ def of_one_more(values: Sequence[float]) -> float | None:
 class Difference:
     """One mean less another, in the unit of the values.
 
-    `paired` says that the same seeds were run on both sides. Then `deviation` is that of the differences within a
+    `paired` says that seeds are compared with themselves. Then `deviation` is that of the differences within a
     seed, and `error`, the standard error of `mean`, is that divided by the root of their number. Else `error` is the
     root of the summed variances of the two means, with the degrees of freedom of Welch and Satterthwaite, and there is
     no `deviation`. `interval` is the 95% interval (Student's t) around `mean`. A single seed on either side has none of
@@ -57,9 +57,15 @@ class Difference:
 
 
 def difference(minuend: Mapping[int, float], subtrahend: Mapping[int, float]) -> Difference:
-    """The mean of one side less the mean of the other, from each side's values by their seeds."""
+    """The mean of one side less the mean of the other, from each side's values by their seeds.
+
+    Where one side has some of the other's seeds and no more, as while they are still being run, these alone count.
+    """
+    paired = minuend.keys() <= subtrahend.keys() or subtrahend.keys() <= minuend.keys()
+    if paired:
+        minuend = {seed: top1 for seed, top1 in minuend.items() if seed in subtrahend}
+        subtrahend = {seed: subtrahend[seed] for seed in minuend}
     mean = fmean(minuend.values()) - fmean(subtrahend.values())
-    paired = minuend.keys() == subtrahend.keys()
     if min(len(minuend), len(subtrahend)) < 2:
         return Difference(mean, paired, None, None, None)
     if paired:

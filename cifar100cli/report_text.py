@@ -123,6 +123,8 @@ def ablation_notes(ablations: Sequence[Ablation]) -> list[str]:
         "gain: what a block adds to top-1, in points, ± its standard error"
         + (", from the differences within each seed." if all(e.paired for e in effects) else ".")
     ]
+    if any(effect.paired and effect.seeds != found.seeds for found in ablations for effect in found.effects):
+        notes.append("where two settings have not the same seeds, the gain is that of the seeds that both have.")
     if any(effect.within_noise for effect in effects):
         notes.append("within noise: the interval holds zero; more --seeds would tell.")
     if any(effect.interval is None and effect.gain_error is not None for effect in effects):

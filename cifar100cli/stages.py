@@ -110,13 +110,13 @@ def learning(stages: Sequence[Stage], unfreeze: str, backbone: str) -> list[Stag
     """The stages that `unfreeze` leaves learning, in the order in which they run.
 
     `fc`, `layer4` and `layer3` are the head, the last stage too, and the last two too, whatever their names;
-    `all` is everything; and a stage's own name is that stage and all behind it.
+    `all` is everything; and another name of a stage is that stage and all behind it.
     """
     depth = {HEAD: 1, "head": 1, LAST: 2, LAST_TWO: 3, ALL: len(stages)}
     names = [stage.name for stage in stages]
-    if unfreeze in names:
+    if unfreeze in names and unfreeze not in depth:
         return list(stages[names.index(unfreeze) :])
-    if unfreeze not in depth or depth[unfreeze] > len(stages):
+    if depth.get(unfreeze, len(stages) + 1) > len(stages):
         known = list(dict.fromkeys((HEAD, LAST, LAST_TWO, ALL, *reversed(names))))
         raise UsageError(
             f"finetune.unfreeze = {unfreeze}: {backbone} has no such stage{did_you_mean(unfreeze, known)} "

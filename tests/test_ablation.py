@@ -34,8 +34,22 @@ def test_a_gain_of_the_same_seeds_is_paired() -> None:
     assert found.within_noise is bool(interval.low <= 0 <= interval.high)
 
 
+def test_seeds_that_one_side_lacks_do_not_count() -> None:
+    """An ablation that is under way: what a seed brings by itself is no gain."""
+    ours, theirs = {0: 0.51, 1: 0.55, 2: 0.47}, {2: 0.46, 0: 0.50}
+    for less, more, sign in ((ours, theirs, 1), (theirs, ours, -1)):
+        found = noise.difference(less, more)
+        assert found == noise.difference(*({seed: side[seed] for seed in (0, 2)} for side in (less, more)))
+        assert found.paired
+        assert found.mean == pytest.approx(sign * 0.01)
+    (row,) = ablation.compare(
+        ablation.Setting("mine", Config(), ours), [("x", True, ablation.Setting("mine", Config(), {1: 0.55}))]
+    ).effects
+    assert (row.gain, row.interval) == (0, None)
+
+
 def test_a_gain_of_other_seeds_is_not() -> None:
-    ours, theirs = {0: 0.51, 1: 0.55, 2: 0.47}, {0: 0.50, 1: 0.44}
+    ours, theirs = {0: 0.51, 1: 0.55, 2: 0.47}, {0: 0.50, 3: 0.44}
     found = noise.difference(ours, theirs)
     a, b = np.array([*ours.values()]), np.array([*theirs.values()])
     assert (found.paired, found.deviation) == (False, None)
@@ -91,6 +105,28 @@ def test_what_a_block_takes_away() -> None:
     assert ablation.without(taught, ["distillation"])["distillation"].distillation is None
     alone = ablation.without(taught, ["pretrained"])["pretrained"].model
     assert (alone.pretrained, alone.weights) == (False, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("schedule", {"schedule": {"name": "cosine", "final": 0.1}}),
+        ("schedule", {"schedule": {"name": "multi_step", "milestones": (1,), "warmup_epochs": 0}}),
+        ("schedule.name", {"schedule": {"name": "linear", "final": 0.5}}),
+        ("sam_rho", {"optimizer": {"sam_rho": 1.0, "sam_adaptive": True}}),
+        ("normalize", {"data": {"normalize": "values", "mean": (0.5, 0.5, 0.5), "std": (0.2, 0.2, 0.2)}}),
+    ],
+)
+def test_a_block_takes_what_goes_with_it_alone(name: str, keys: dict[str, dict[str, object]]) -> None:
+    """What the schema refuses without the block leaves with it, and the report knows both as one block apart."""
+    base = load_preset("resnet18-baseline-fixed").config.model_dump()
+    config = Config.model_validate({**base, **{section: {**base[section], **more} for section, more in keys.items()}})
+    ((block, left),) = ablation.without(config, [name]).items()
+    assert differences(left, config).keys() <= {f"{section}.{key}" for section, more in keys.items() for key in more}
+    settings = [ablation.Setting("mine", one, {0: top1}) for one, top1 in ((config, 0.5), (left, 0.4))]
+    (found,) = ablation.find(settings)
+    assert [(effect.block, effect.without) for effect in found.effects] == [(block, True)]
+    assert found.effects[0].gain == pytest.approx(0.1)
 
 
 def test_whatever_the_schema_has_switched_off_is_a_block() -> None:
@@ -301,7 +337,7 @@ def test_the_report_finds_ablations(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert (rate.without, rate.within_noise) == (False, True)
     assert rate.gain == pytest.approx(np.mean(other) - np.mean(base)), "of what it has instead"
     assert (smooth.without, smooth.interval) == (False, None)
-    assert smooth.gain == pytest.approx(0.53 - np.mean(base))
+    assert smooth.gain == pytest.approx(0.53 - base[0]), "of the one seed that both have"
 
     (in_json,) = json.loads(report_text.render(found, "json"))["ablations"]
     assert [effect["gain"] for effect in in_json["effects"]] == [effect.gain for effect in ours.effects]

@@ -62,6 +62,23 @@ def test_with_and_without_the_cache_training_is_the_same(tmp_path: Path, weights
     assert results["on"]["trainable_parameters"] == results["off"]["trainable_parameters"]
 
 
+def test_features_are_those_of_the_network(tmp_path: Path) -> None:
+    """A stem changes strides, and with a stem of three convolutions no weight, no name and no shape behind it."""
+    keys: dict[str, Any] = {
+        "finetune": {"unfreeze": "fc", "cache_dtype": "float32"},
+        "data": {"image_size": 16},
+        "optimizer": {"lr": 0.1},
+        "train": {"epochs": 1},
+    }
+    losses = []
+    for stem, cache in (("imagenet", "on"), ("cifar", "on"), ("cifar", "off")):
+        model = {"backbone": "resnet10t", "stem": stem}
+        keys["finetune"]["cache"] = cache
+        losses.append(workflows.train(make_preset(model=model, **keys), where(tmp_path), Listening())["train"]["loss"])
+    assert losses[1] == pytest.approx(losses[2], rel=1e-4)
+    assert losses[0] != pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize(("dtype", "tolerance"), [("float16", 1e-3), ("bfloat16", 1e-2)])
 def test_what_a_shorter_type_costs(tmp_path: Path, weights: Path, dtype: str, tolerance: float) -> None:
     for kind in ("float32", dtype):

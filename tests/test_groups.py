@@ -61,6 +61,23 @@ def test_a_head_of_ours_is_a_layer_behind_timms(name: str) -> None:
         assert group.scale == pytest.approx(theirs[weight.removeprefix("backbone.")].scale if inside else 1), weight
 
 
+@pytest.mark.parametrize(
+    ("name", "layers"),
+    [
+        ("airbench94", ["stem", "layer1", "layer2", "layer3", "fc"]),
+        ("airbench96", ["stem", "layer1", "layer2", "layer3", "fc"]),
+        ("resnet9", ["stem", "layer1.0", "layer1.1", "layer2", "layer3.0", "layer3.1", "fc"]),
+        ("wrn16_4", ["stem", *(f"layer{stage}.{block}" for stage in (1, 2, 3) for block in (0, 1)), "fc"]),
+    ],
+)
+def test_the_rates_of_our_own_networks_fall_from_layer_to_layer(name: str, layers: list[str]) -> None:
+    """A convolution learns as fast as its norm, and each layer slower than the one behind it."""
+    model = network(name)
+    for weight, group in named(model, by_layer(model, name, 0.5)).items():
+        layer = next((number for number, start in enumerate(layers) if weight.startswith(f"{start}.")), len(layers) - 1)
+        assert group.scale == 0.5 ** (len(layers) - 1 - layer), weight
+
+
 def test_frozen_weights_are_in_no_layer() -> None:
     model = network("resnet18")
     model.get_submodule("layer1").requires_grad_(False)

@@ -105,6 +105,15 @@ def test_names_of_any_network() -> None:
         learning(stages, "layer9", "tf_efficientnet_lite0")
 
 
+@pytest.mark.parametrize("name", ["airbench94", "resnet9", "wrn16_4"])
+def test_depths_of_networks_with_three_stages(name: str) -> None:
+    """`layer3` is how deep to unfreeze, in every network, and not the last stage where it happens to be named so."""
+    _, stages = build(name)
+    assert [s.name for s in learning(stages, "layer4", name)] == ["layer3", "fc"]
+    assert [s.name for s in learning(stages, "layer3", name)] == ["layer2", "layer3", "fc"]
+    assert [s.name for s in learning(stages, "layer1", name)] == ["layer1", "layer2", "layer3", "fc"]
+
+
 @pytest.mark.parametrize("name", ["inception_v3", "inception_resnet_v2"])
 def test_groups_that_are_a_function_of_the_name(name: str) -> None:
     """All weights are in a stage, each in one."""

@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from cifar100cli import checkpoint, devices, evaluation, jobs, runs, steps, synthetic, trainer, workflows
+from cifar100cli.averaging import Average
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Preset
 from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
@@ -262,6 +263,29 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatc
     run = only_run(tmp_path)
     assert len(run.metrics()) == 1
     assert all(torch.isfinite(tensor).all() for tensor in load_file(run.path / runs.MODEL).values())
+
+
+def test_shared_weights_have_one_average() -> None:
+    """Layers of some networks share weights (timm's CoaT), which then have two names and are still one tensor."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    model[1].weight = model[0].weight
+    average = Average(model, 0.9)
+    expected = model[0].weight.detach().double().clone()
+    for step in range(3):
+        with torch.no_grad():
+            model[0].weight += 1
+        average.update(step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        expected = decay * expected + (1 - decay) * model[0].weight.detach().double()
+    assert average.tensors.keys() == model.state_dict().keys()
+    before = model[0].weight.detach().clone()
+    with average.in_use():
+        for name in ("0.weight", "1.weight"):
+            torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=1e-5, atol=1e-6)
+            assert torch.equal(average.tensors[name], before)
+    assert torch.equal(model[1].weight, before)
+    torch.testing.assert_close(average.tensors["1.weight"].double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_the_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
