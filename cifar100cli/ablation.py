@@ -76,7 +76,7 @@ def blocks() -> list[Block]:
         for name in ["augment", *optional_sections()]
     }
     several = {name: values for name, values in several.items() if not HOW & values.keys()}
-    several |= TOGETHER
+    several |= {name: dict(values) for name, values in TOGETHER.items()}
     first = {next(iter(values)) for values in TOGETHER.values()}
     leaves = [key.rpartition(".")[2] for key in off]
 
@@ -96,9 +96,7 @@ def without(config: Config, names: Iterable[str]) -> dict[str, Config]:
     Raises `UsageError` for a name that is unknown or stands twice, and for a block that `config` does not have.
     """
     known = {block.name: block for block in blocks()}
-    for block in sorted(
-        known.values(), key=lambda block: len(block.values)
-    ):  # the key alone is first
+    for block in sorted(known.values(), key=lambda block: len(block.values)):  # the key alone is first
         known.setdefault(next(iter(block.values)), block)
     found: dict[str, Config] = {}
     for name in names:

@@ -36,6 +36,9 @@ class Card(BaseModel):
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
     std: tuple[Deviation, Deviation, Deviation]
     epoch: int = 0
+    # The data.val_fraction whose held-out images these weights have never learned, nor those that they began from; of
+    # older models, that of `config`.
+    unseen: FiniteFloat | None = None
     config: dict[str, Any]
 
     @model_validator(mode="after")
@@ -98,7 +101,7 @@ def read_card(path: Path) -> Card:
 
 @dataclass(frozen=True)
 class Network:
-    """What a checkpoint of ours says of its network."""
+    """What a checkpoint of ours says of its network. `unseen` is the card's."""
 
     backbone: str
     stem: str
@@ -106,7 +109,7 @@ class Network:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     dataset: str
-    val_fraction: float
+    unseen: float
 
 
 @interrupts.held_back()
@@ -120,6 +123,7 @@ def our_network(path: Path) -> Network | None:
             card = parse_card(parse_metadata(file.metadata()), path)
         model, data = card.config["model"], card.config["data"]
         names = one_line(model["backbone"]), one_line(model["stem"])
-        return Network(*names, card.image_size, card.mean, card.std, card.dataset, float(data.get("val_fraction", 0.0)))
+        unseen = card.unseen if card.unseen is not None else float(data.get("val_fraction", 0.0))
+        return Network(*names, card.image_size, card.mean, card.std, card.dataset, unseen)
     except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, DataError):
         return None

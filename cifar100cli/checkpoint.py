@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cifar100cli import interrupts
+from cifar100cli import console, interrupts
 from cifar100cli.averaging import Average
 from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
 from cifar100cli.config import parse_config
@@ -26,6 +26,7 @@ from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model, outline
 from cifar100cli.runs import MODEL, find_model, replacing
 from cifar100cli.schema import Config
+from cifar100cli.weights import checksum
 
 FORMAT = 1  # of a model's file; a newer one is refused
 # Of a training state. Going on from one of another format would draw other batches than the run began with.
@@ -214,7 +215,7 @@ def restore(saved: Saved, trained: Trained) -> TrainState:
 def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     # One key only: safetensors writes several in an order that changes from process to process, and the same
     # training must end in the same bytes.
-    metadata = {KEY: json.dumps(about, ensure_ascii=False)}
+    metadata = {KEY: json.dumps({**about, "crc32": checksum(tensors)}, ensure_ascii=False)}
     with replacing(path) as temporary:
         try:
             save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
@@ -274,4 +275,8 @@ def read(path: Path) -> Saved:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: corrupt, or no safetensors file ({' '.join(str(error).split())[:120]})") from None
+    if about.get("crc32", written := checksum(tensors)) != written:
+        if _is_state(about):
+            raise DataError(f"{path}: corrupt: its numbers are not those that were written; train anew")
+        console.log(f"{path}: its weights are not those that training wrote: they were changed since, or damaged")
     return Saved(path, tensors, about)

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from PIL.Image import Image as Picture
 from torch import Tensor, nn
 
-from cifar100cli import devices, evaluation, images
+from cifar100cli import devices, evaluation, images, metrics
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.images import SIDE
@@ -91,6 +91,7 @@ class Classifier(ImagesToLogits):
     def guesses(self, images: Tensor, top: int) -> list[list[dict[str, Any]]]:
         """The `top` most likely classes of images as `forward` takes them, in `predict`'s form."""
         logits = torch.cat([self(some).cpu() for some in torch.split(images, PICTURES)])
+        metrics.refuse_no_answer(logits, self.path)
         probabilities, order = logits.double().softmax(1).topk(min(top, len(self.classes)), dim=1)
         return [
             [self._guess(label, share) for label, share in zip(labels, shares, strict=True)]

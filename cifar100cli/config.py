@@ -65,16 +65,22 @@ def preset_names() -> list[str]:
 def _read_preset(name: str) -> tuple[str, dict[str, object]]:
     """The preset's short name and its keys as they stand in the file."""
     shipped = presets_folder() / f"{name}.yaml"
-    if "/" not in name and "\\" not in name and shipped.is_file():
+    if name in preset_names():
         path = shipped
     elif name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
         path = Path(name)
         if path.stem.startswith(".") or not path.stem.isprintable():  # it becomes the name of a folder
             raise UsageError(f"--preset {name}: give the file another name: this one cannot name a run")
-        if not path.exists():
-            raise UsageError(f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name")
-        if not path.is_file():
-            raise UsageError(f"--preset {name}: is {'a folder' if path.is_dir() else 'not a plain file'}; name a file")
+        try:
+            if not path.exists():
+                raise UsageError(
+                    f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name"
+                )
+            if not path.is_file():
+                kind = "a folder" if path.is_dir() else "not a plain file"
+                raise UsageError(f"--preset {name}: is {kind}; name a file")
+        except OSError as error:
+            raise UsageError(f"--preset {name}: cannot be read: {error.strerror}") from None
     else:
         raise UsageError(
             f"unknown preset {name!r}{did_you_mean(name, preset_names())} "
@@ -114,14 +120,36 @@ def load_preset(name: str = DEFAULT_PRESET, overrides: Iterable[Override] = ()) 
     """
     stem, keys = _read_preset(name)
     origins: dict[str, str] = {}
-    keys = {key: dict(value) if isinstance(value, dict) else value for key, value in keys.items()}
+    original, keys = keys, {key: dict(value) if isinstance(value, dict) else value for key, value in keys.items()}
     for override in overrides:
         _apply(keys, override)
         origins[override.key] = override.origin
     config = _validate(keys, name, origins)
     if "model.backbone" in origins or name not in preset_names():
         backbones.check(config.model.backbone, origins.get("model.backbone", name))
+    if stem not in preset_names():
+        config = with_own_figures(config) if _flat(keys) == _flat(original) else without_figures(config)
     return Preset(stem, config)
+
+
+def without_figures(config: Config) -> Config:
+    """Settings of which no figure is published or expected."""
+    return config.model_copy(update={"published": None, "expected": None})
+
+
+def with_own_figures(config: Config) -> Config:
+    """A figure is that of the settings that it was reached with: a shipped preset's goes where others are beside it."""
+    if config.published is None and config.expected is None:
+        return config
+    theirs = [
+        ours
+        for _, ours in shipped_presets()
+        if (config.published and config.published == ours.published)
+        or (config.expected and config.expected == ours.expected)
+    ]
+    if not theirs or any(differences(config, ours).keys() <= {"seed"} for ours in theirs):
+        return config
+    return without_figures(config)
 
 
 def parse_config(keys: object, where: str) -> Config:
@@ -154,6 +182,11 @@ def flat(config: Config) -> dict[str, object]:
     return {
         key: value for key, value in _leaves(_with_sections(config.model_dump())) if key.split(".")[0] not in DESCRIBING
     }
+
+
+def _flat(keys: Mapping[str, object]) -> dict[str, object]:
+    """What a preset's keys set, by dotted names, but for the seed and what only describes."""
+    return {key: value for key, value in _leaves(keys) if key.split(".")[0] not in {*DESCRIBING, "seed"}}
 
 
 def optional_sections() -> list[str]:
@@ -283,11 +316,14 @@ def _allowed(annotation: object, metadata: Iterable[object]) -> str:
     if origin is tuple and arguments[-1] is Ellipsis:
         return f"a list, as in [60, 120, 160], each {_allowed(arguments[0], ())}"
     if origin is tuple:
-        return "two numbers, as in [0.9, 0.999]" if len(arguments) == 2 else "three numbers, as in [0.5, 0.5, 0.5]"
+        several = "two numbers, as in [0.9, 0.999]" if len(arguments) == 2 else "three numbers, as in [0.5, 0.5, 0.5]"
+        _, _, bounds = _allowed(arguments[0], ()).partition(", ")
+        return f"{several}, each {bounds}" if bounds else several
     if origin in (Union, UnionType):
         return _allowed(next(a for a in arguments if a is not type(None)), metadata)
     if origin is Annotated:
-        return _allowed(arguments[0], [*arguments[1:], *metadata])
+        bounds = [inner for bound in arguments[1:] for inner in getattr(bound, "metadata", [bound])]
+        return _allowed(arguments[0], [*bounds, *metadata])
     if annotation is bool:
         return "true or false"
     if annotation is str:
@@ -327,6 +363,9 @@ def _explain(error: ValidationError, where: str, origins: Mapping[str, str]) -> 
     key = ".".join([*parents, last])
     rest = f" ({more} more {'mistake' if more == 1 else 'mistakes'})" if more else ""
     if first["type"] in ("extra_forbidden", "invalid_key"):
+        if _field(key) is not None:  # as --set has it
+            section, _, leaf = key.rpartition(".")
+            return f"unknown key {_show(key)!r} in {where}: in a file, write {section}: {{{leaf}: ...}}{rest}"
         return f"unknown key {_show(key)!r} in {where}{_nearest_key(key)}{rest}"
     while (field := _section_or_field(key)) is None:  # inside a list: name the list
         key = key.rpartition(".")[0]
@@ -334,6 +373,9 @@ def _explain(error: ValidationError, where: str, origins: Mapping[str, str]) -> 
     if first["type"] == "missing" and key == ".".join([*parents, last]):
         return f"{key} is missing in {origin}: {_allowed(field.annotation, field.metadata)}{rest}"
     value = first["input"]
+    reason = first.get("ctx", {}).get("error")
+    if isinstance(reason, UsageError):  # which says it all
+        return f"{key} = {_show(value)} ({origin}): {reason}{rest}"
     near = ""
     if isinstance(value, str) and get_origin(field.annotation) is Literal:
         near = did_you_mean(value, map(str, get_args(field.annotation)))

@@ -4,6 +4,7 @@ Results go to stdout; progress, logs and errors go to stderr. Rich is imported w
 because `--help` and a usage error have no use for it.
 """
 
+import codecs
 import contextlib
 import json
 import os
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from cifar100cli.stages import StageRow
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
+NARROWEST = 6  # letters of a column of words in a table
 PROTOCOLS = {"best_test": "best on test", "best_val": "held-out", "last": "last"}  # how a figure was selected
 
 _verbosity = NORMAL
@@ -93,7 +95,13 @@ def result(text: str = "") -> None:
 
 def result_json(content: object) -> None:
     """The one JSON document of a command, on stdout."""
-    print(json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False), flush=True)
+    print(json_text(content), flush=True)
+
+
+def json_text(content: object) -> str:
+    """JSON as stdout takes it: letters that its encoding lacks are written as JSON escapes, and not as Python's."""
+    encoding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
+    return json.dumps(content, indent=2, ensure_ascii=encoding != "utf-8", allow_nan=False)
 
 
 def log(text: str) -> None:
@@ -147,6 +155,7 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
         result(_plain_table(title, columns, rows, right))
         return
     from rich import box
+    from rich.cells import cell_len
     from rich.table import Table
     from rich.text import Text
 
@@ -158,12 +167,19 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
         pad_edge=False,
         collapse_padding=True,
     )
-    for index, name in enumerate(columns):
+    least = 2 * (len(columns) - 1)
+    for index, (name, cells) in enumerate(zip(columns, zip(*rows, strict=True) if rows else columns, strict=True)):
         figures = index in right  # of which one that is broken in two is none
-        drawn.add_column(Text(name), justify="right" if figures else "left", overflow="fold", no_wrap=figures)
+        longest = max(map(cell_len, (name, *cells)))
+        narrowest = longest if figures else min(longest, NARROWEST)
+        drawn.add_column(
+            Text(name), justify="right" if figures else "left", overflow="fold", no_wrap=figures, min_width=narrowest
+        )
+        least += narrowest
     for row in rows:
         drawn.add_row(*(Text(cell) for cell in row))
     screen = _console(sys.stdout)
+    screen.width = max(screen.width, least)  # a terminal breaks lines that are too long, and cuts no figure
     with screen.capture() as capture:
         screen.print(drawn)
     lines = [line.rstrip() for line in capture.get().rstrip().splitlines()]
@@ -177,6 +193,11 @@ def _plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str
         for row in (columns, ["-" * width for width in widths], *rows)
     ]
     return "\n".join([*([title] if title else []), *(line.rstrip() for line in lines), ""])
+
+
+def loss(value: float) -> str:
+    """A loss with four digits behind the point, or with four in all where it has grown beyond reading."""
+    return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
 def percent(fraction: float | None, digits: int = 2) -> str:
@@ -394,7 +415,7 @@ class TrainingDisplay:
         known = glance(taken)
         parts = []
         if known is not None:
-            parts += [f"loss {known.loss:.4f}", f"train {percent(known.top1)}"]
+            parts += [f"loss {loss(known.loss)}", f"train {percent(known.top1)}"]
         parts += [self._measured] if self._measured else []
         if known is not None:
             parts.append(f"{known.images / (now - self._epoch_started):,.0f} images/s")
@@ -427,7 +448,7 @@ class TrainingDisplay:
         width = len(str(self._epochs))
         parts = [
             f"epoch {row['epoch']:{width}}/{self._epochs}",
-            f"loss {row['train_loss']:.4f} train {percent(row['train_top1'])}",
+            f"loss {loss(row['train_loss'])} train {percent(row['train_top1'])}",
         ]
         for split, name in _SPLITS.items():
             if row.get(f"{split}_top1") is not None:

@@ -3,6 +3,7 @@
 Source of format and figures: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
+from platformdirs import user_cache_path
 
 from cifar100cli import synthetic
 from cifar100cli.bounded import read_file
@@ -78,10 +80,12 @@ def find(name: str, data_dir: Path) -> Path:
     except OSError as error:
         _refuse(folder, error.strerror or str(error))
     if not found:
-        flag = "" if name == "cifar100" else f" --dataset {name}"
+        flags = "" if name == "cifar100" else f" --dataset {name}"
+        if data_dir != user_cache_path("cifar100", appauthor=False):  # which download takes without a word
+            flags += f" --data-dir {shlex.quote(str(data_dir))}"
         raise DataError(
-            f"{TITLES[name]} is not in {data_dir}: run `cifar100 download{flag}`, or point --data-dir at it "
-            "(`--dataset synthetic` needs no download)"
+            f"{TITLES[name]} is not in {data_dir}: run `cifar100 download{flags}`, or point --data-dir at it "
+            "(`cifar100 train --dataset synthetic` needs no download)"
         )
     return folder
 

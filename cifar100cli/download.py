@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 
 from cifar100cli.bounded import parse_json, read_file
 from cifar100cli.catalog import FOLDERS
-from cifar100cli.errors import DataError, FolderError, UsageError
+from cifar100cli.errors import DataError, DownloadInterrupted, FolderError, UsageError
 from cifar100cli.fetch import GZIP_MAGIC, Log, Part, Progress, fetch, refuse_unusable
 from cifar100cli.unpack import unpack
 
@@ -140,13 +140,13 @@ def install(
     if not force and (installed := find_installed(archive, data_dir)):
         return installed
     _make_folder(data_dir)
-    with _locked(data_dir / f".download-{archive.dataset}.lock", archive.dataset, log):
+    part = Part(data_dir / f"{archive.filename}.part")
+    with _in_words(data_dir, part.path), _locked(data_dir / f".download-{archive.dataset}.lock", archive.dataset, log):
         final = data_dir / archive.folder
         new, old = data_dir / f".{archive.dataset}-new", data_dir / f".{archive.dataset}-old"
         _repair(final, new, old)
         if not force and (installed := find_installed(archive, data_dir)):
             return installed
-        part = Part(data_dir / f"{archive.filename}.part")
         if source is None:
             size = archive.size if expected == archive.sha256 else None
             fetch(part, addresses, expected, size, progress, log, retries, timeout)
@@ -176,6 +176,31 @@ def install(
             part.path.unlink(missing_ok=True)
     official = md5s == dict(archive.files)
     return Installed(archive.dataset, final, official, digest, False, part.fetched, part.resumed)
+
+
+@contextlib.contextmanager
+def _in_words(data_dir: Path, part: Path) -> Iterator[None]:
+    """What ends an installation that is under way: where, what is kept of it, and what to do."""
+
+    def kept() -> int:
+        return part.stat().st_size if part.is_file() else 0
+
+    try:
+        yield
+    except OSError as error:
+        size = kept()
+        goes_on = (
+            f"{size:,} bytes are kept, and the same command goes on from there once that is mended; " if size else ""
+        )
+        raise FolderError(
+            f"{error.filename or data_dir}: {error.strerror or error}; {goes_on}"
+            "--data-dir or CIFAR100_DATA_DIR names another place"
+        ) from None
+    except KeyboardInterrupt as stop:
+        if size := kept():
+            text = f"{size:,} bytes are kept, and the same command goes on from there"
+            raise DownloadInterrupted(text, stop) from None
+        raise
 
 
 def _make_folder(data_dir: Path) -> None:

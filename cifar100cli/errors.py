@@ -55,6 +55,14 @@ class RunInterrupted(KeyboardInterrupt):
         self.exit_code = cause.exit_code if isinstance(cause, Terminated) else 130
 
 
+class DownloadInterrupted(KeyboardInterrupt):
+    """A download was stopped by a signal; says what is kept, and how to go on."""
+
+    def __init__(self, text: str, cause: KeyboardInterrupt) -> None:
+        super().__init__(text)
+        self.exit_code = cause.exit_code if isinstance(cause, Terminated) else 130
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, treated as Ctrl-C is."""
 

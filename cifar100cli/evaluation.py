@@ -48,6 +48,7 @@ def evaluate(
             model, device, cast = ready(member, where)
             loader = evaluation_loader(images, device, member.preprocessing)
             logits, labels = metrics.predict(model, loader, cast, tta=tta, advance=advance)
+            metrics.refuse_no_answer(logits, member.path)
             answers.append(logits)
             model.cpu()  # one at a time on the device
     together = answers[0] if len(answers) == 1 else metrics.ensemble(answers)

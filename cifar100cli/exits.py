@@ -11,7 +11,15 @@ import typer
 from typer.core import TyperGroup
 
 from cifar100cli import console, interrupts, ranks
-from cifar100cli.errors import CifarError, DataError, FolderError, RunInterrupted, Terminated, UsageError
+from cifar100cli.errors import (
+    CifarError,
+    DataError,
+    DownloadInterrupted,
+    FolderError,
+    RunInterrupted,
+    Terminated,
+    UsageError,
+)
 
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
 
@@ -135,13 +143,14 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
         return getattr(stop, "exit_code", 130)
     if isinstance(stop, RunInterrupted):
         if stop.run_dir is None:
-            console.error("interrupted before the run began: begin it again, with what was kept for it")
+            console.error("interrupted before the run began, and nothing of it is saved: give the same command again")
             return stop.exit_code
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
         console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {console.argument(stop.run_dir)}")
         return stop.exit_code
-    console.error("interrupted")
-    return stop.exit_code if isinstance(stop, Terminated) else 130
+    told = f": {stop}" if isinstance(stop, DownloadInterrupted) else ""
+    console.error(f"interrupted{told}")
+    return stop.exit_code if isinstance(stop, Terminated | DownloadInterrupted) else 130
 
 
 def _usage_message(error: Any) -> str:

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from email.message import Message
-from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
+from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection, IncompleteRead
 from pathlib import Path
 from ssl import SSLCertVerificationError
 from typing import IO, Any
@@ -438,6 +438,8 @@ def _network_error(error: Exception) -> Exception:
     cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, Exception) else error
     if isinstance(cause, TimeoutError):
         return _FailedError("nothing came for too long")
+    if isinstance(cause, IncompleteRead):
+        return _FailedError("the connection ended too early")
     text = (isinstance(cause, OSError) and cause.strerror) or str(cause) or type(cause).__name__
     text = "".join(character for character in text if character.isprintable())[:120]
     return _RefusedError(text) if isinstance(cause, SSLCertVerificationError) else _FailedError(text)

@@ -1,6 +1,7 @@
 """Pictures of the user's: any file that Pillow decodes by itself, as the small square images that models here know."""
 
 import io
+import math
 import sys
 import warnings
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 SIDE = 32  # of CIFAR's images
 STANDARD_INPUT = Path("-")
 MOST_PIXELS = 100_000_000
+MOST_JPEG_PIXELS = 400_000_000  # decoded at an eighth of their size
 MOST_BYTES = 500_000_000
 # Pillow also hands PostScript to an interpreter, and knows formats that nobody has looked at for years: not here.
 DECODERS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "ICO", "TIFF", "PPM", "TGA", "JPEG2000")
@@ -56,10 +58,14 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for source in sources:
+        if str(source).startswith(("http:/", "https:/")):
+            raise DataError(f"{source}: is an address, and nothing is fetched from the web: download the picture first")
         if source.is_dir():
             below = sorted(folder / name for folder, names in walk(source, hidden=True) for name in names)
             inside = [path for path in below if path.suffix.lower() in ENDINGS and path.is_file()]
             if not inside:
+                if (source / "config.yaml").is_file():
+                    raise DataError(f"{source}: is a run, and no folder of pictures; the model comes first, then these")
                 endings = " ".join(sorted(ENDINGS))
                 raise DataError(f"{source}: there is no image in this folder (known endings: {endings})")
             found += inside
@@ -86,19 +92,33 @@ def read_image(source: Path) -> NDArray[np.uint8]:
             warnings.simplefilter("ignore")  # of decoders, about what does not matter here
             Image.init()
             known = [name for name in DECODERS if name in Image.OPEN]  # a Pillow may be built without some
-            with Image.open(io.BytesIO(content), formats=known) as image:
+            with _opened(content, known) as image:
                 width, height = image.size
-                if width * height > MOST_PIXELS:  # read from its head; nothing is decoded yet
-                    raise DataError(f"is said to have {width:,} x {height:,} pixels, which is too much")
+                if MOST_PIXELS < width * height <= MOST_JPEG_PIXELS:
+                    image.draft("RGB", (width // 8, height // 8))
+                if math.prod(image.size) > MOST_PIXELS:  # read from its head; nothing is decoded yet
+                    raise DataError(
+                        f"is said to have {width:,} x {height:,} pixels, and at most {MOST_PIXELS // 10**6} million "
+                        f"are read ({MOST_JPEG_PIXELS // 10**6} of a JPEG): make it smaller first"
+                    )
                 return small_square(image)
     except UnidentifiedImageError:
         raise DataError("no image, or of a kind that is not read here") from None
-    except Image.DecompressionBombError:
-        raise DataError("is said to have too many pixels") from None
     except DataError:
         raise
     except Exception as error:  # decoders are many, and each has its own words for a file that lies
         raise DataError(f"broken ({' '.join(str(error).split())[:100] or type(error).__name__})") from None
+
+
+def _opened(content: bytes, known: list[str]) -> "Picture":
+    """A picture of which the head is read alone. How many pixels may be read is asked here, and not by Pillow."""
+    from PIL import Image
+
+    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+    try:
+        return Image.open(io.BytesIO(content), formats=known)
+    finally:
+        Image.MAX_IMAGE_PIXELS = limit
 
 
 def small_square(picture: "Picture") -> NDArray[np.uint8]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from cifar100cli import batch_norm, checkpoint, computed, datasets, devices, ranks, steps, teachers
+from cifar100cli import batch_norm, checkpoint, computed, datasets, devices, metrics, ranks, steps, teachers
 from cifar100cli.augment import Views
 from cifar100cli.card import Card, our_network
 from cifar100cli.checkpoint import Checkpoint, Saved, TrainState
@@ -24,6 +24,7 @@ from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weig
 from cifar100cli.loader import DeviceLoader, Features, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone, classifiers, create_model, initialize
 from cifar100cli.policies import create_policy
+from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config, Distillation, Finetune
 from cifar100cli.stages import Parted, Stage, StageRow, freeze, learning, stage_rows, stages_of
 from cifar100cli.steps import Glance, Manner
@@ -80,6 +81,8 @@ class Job:
     groups: list[Group]
     split: Parted | None
     manner: Manner
+    teacher: str | None
+    """The digest of the teacher's weights, where there is one."""
 
 
 def prepare(
@@ -118,7 +121,7 @@ def prepare(
     preprocessing = preprocessing_for(config.data, training, config.model.backbone)
     saved_teacher = None
     if config.distillation is not None:
-        saved_teacher = _load_teacher(config.distillation, dataset)
+        saved_teacher = _load_teacher(config.distillation, dataset, watcher)
     torch.manual_seed(config.seed)
     with ranks.one_ahead():  # the model hub is asked once
         model = create_model(config, len(dataset.classes), pretrained=None if state is None else False)
@@ -171,6 +174,7 @@ def prepare(
         image_size=preprocessing.image_size,
         mean=preprocessing.mean,
         std=preprocessing.std,
+        unseen=_unseen(config),
         config=config.model_dump(mode="json", exclude_none=True),
     )
     task = create_task(config.loss)
@@ -203,6 +207,7 @@ def prepare(
         groups,
         split,
         manner,
+        teachers.digest(saved_teacher) if saved_teacher is not None else None,
     )
 
 
@@ -223,12 +228,23 @@ def _refuse_known_images(config: Config) -> None:
     network = our_network(Path(config.model.weights)) if config.model.weights is not None else None
     if network is None or network.dataset != config.data.dataset or config.train.select != "best_val":
         return
-    if network.val_fraction != config.data.val_fraction:  # which images are held out depends on the share alone
+    if network.unseen != config.data.val_fraction:  # which images are held out depends on the share alone
         raise UsageError(
-            f"{config.model.weights}: was trained with data.val_fraction = {network.val_fraction:g}, and so on images "
-            f"that {config.data.val_fraction:g} holds out: an epoch chosen on these would flatter; hold out the same "
-            "share, or use --set train.select=last"
+            f"{config.model.weights}: was trained, or began from weights that were, with data.val_fraction = "
+            f"{network.unseen:g}, and so on images that {config.data.val_fraction:g} holds out: an epoch chosen on "
+            "these would flatter; hold out the same share, or use --set train.select=last"
         )
+
+
+def _unseen(config: Config) -> float:
+    """The `unseen` of the run's card. Of weights that are there no more it is not known what they had learned."""
+    held_out, weights = config.data.val_fraction, config.model.weights
+    if weights is None:
+        return held_out
+    network = our_network(Path(weights))
+    if network is not None:
+        return held_out if network.dataset != config.data.dataset or network.unseen == held_out else 0.0
+    return held_out if Path(weights).is_file() else 0.0
 
 
 def _sample(split: Split, preprocessing: Preprocessing) -> torch.Tensor:
@@ -259,9 +275,12 @@ def _grouped(groups: list[Group], model: nn.Module, config: Config, watcher: Wat
 # ------------------------------------------------------------------------------------------------ teachers
 
 
-def _load_teacher(config: Distillation, dataset: Dataset) -> Checkpoint:
+def _load_teacher(config: Distillation, dataset: Dataset, watcher: Watcher) -> Checkpoint:
     """Read the teacher and see that it knows the same classes."""
-    saved = checkpoint.load_model(Path(config.required_teacher()))
+    path = Path(config.required_teacher())
+    saved = checkpoint.load_model(path)
+    if path.is_dir() and not RunDir(path).complete:
+        watcher.say(f"the teacher's run is not complete: its weights are those of epoch {saved.card.epoch}")
     if saved.card.classes != dataset.classes:
         kind = "other" if len(saved.card.classes) == len(dataset.classes) else f"{len(saved.card.classes)}"
         raise DataError(
@@ -286,6 +305,7 @@ def _teacher(
     folder = where.cache_dir / teachers.key(saved, loader, precision)
     model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     online = teachers.OnlineTeacher(model, saved.preprocessing, devices.autocast(device, precision))
+    metrics.refuse_no_answer(online.logits(loader.images[:2]), saved.path)
     if dry:
         return online
     if isinstance(loader.policy, Views):

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch.nn import functional as F
 from cifar100cli import ranks
 from cifar100cli.augment import mirrored, unchanged
 from cifar100cli.devices import Cast
+from cifar100cli.errors import DataError
 from cifar100cli.loader import Batch, DeviceLoader
 
 CALIBRATION_BINS = 15
@@ -106,6 +108,12 @@ def predict(
         logits[share] = part
     ranks.sum_up(logits)  # each row was filled on one rank, and is zero on the others
     return logits.cpu(), loader.labels.cpu()
+
+
+def refuse_no_answer(logits: Tensor, path: Path) -> None:
+    """Raise `DataError` where what a model says of images is no number, as finite weights can be damaged to do."""
+    if not torch.isfinite(logits).all():
+        raise DataError(f"{path}: corrupt, or spoilt in training: what it says of images is no finite number")
 
 
 def ensemble(members: Sequence[Tensor]) -> Tensor:

@@ -187,8 +187,7 @@ def expand(path: Path) -> Path:
 def overrides(given: Mapping[str, Any]) -> list["Override"]:
     """What `--set` and the options say, as overrides of a preset, from a command's parameters.
 
-    Both for one key is a mistake. A file or run is named by its whole path, so that the run that remembers it can be
-    gone on with from any folder.
+    Both for one key is a mistake.
     """
     from cifar100cli.config import Override, parse_value
 
@@ -209,7 +208,7 @@ def overrides(given: Mapping[str, Any]) -> list["Override"]:
         if name == "cache":
             value = "on" if value else "off"
         elif isinstance(value, Path):
-            value = str(expand(value).absolute())
+            value = str(expand(value))
         elif isinstance(value, str):
             value = parse_value(value, key)
         found[key] = Override(key, value, flag)
@@ -250,11 +249,15 @@ def with_pretrained(found: dict[str, "Override"]) -> list["Override"]:
 
     if "model.weights" in found:
         weights = found["model.weights"]
-        network = our_network(Path(weights.value)) if isinstance(weights.value, str) else None
+        network = our_network(expand(Path(weights.value))) if isinstance(weights.value, str) else None
         if network is not None and "data.normalize" not in found:
             untouched = not any(network.mean) and set(network.std) == {1.0}
-            pixels = {"mean": list(network.mean), "std": list(network.std)} if not untouched else {}
-            for key, value in {"normalize": "values" if pixels else "none", **pixels}.items():
+            pixels = {
+                "normalize": "none" if untouched else "values",
+                "mean": None if untouched else list(network.mean),
+                "std": None if untouched else list(network.std),
+            }
+            for key, value in pixels.items():
                 found[f"data.{key}"] = Override(f"data.{key}", value, weights.origin)
         pretrained = found.setdefault("model.pretrained", Override("model.pretrained", True, "--weights"))
         if pretrained.value is False:

@@ -107,7 +107,7 @@ def _environment() -> "Environment":
         "effect_name": effect_name,
         "published_cell": published_cell,
         "spark": lambda row: charts.sparkline(row.curves.get(judged(row) or "", [])),
-        "last": lambda row, name: f"{row.curves[name][-1]:.4f}" if row.curves.get(name) else "-",
+        "last": lambda row, name: console.loss(row.curves[name][-1]) if row.curves.get(name) else "-",
         "mean": lambda row: (
             console.percent(row.top1_mean) + ("" if row.top1_std is None else f" ± {100 * row.top1_std:.2f}")
         ),
@@ -278,7 +278,7 @@ def _detail(row: Row, path: str, anchor: str, pictures: _Pictures) -> dict[str, 
     figures = [
         ("Test top-1", console.percent(test["top1"])),
         ("Test top-5", console.percent(test["top5"])),
-        ("Test loss", f"{test['loss']:.4f}"),
+        ("Test loss", console.loss(test["loss"])),
         ("Calibration error", f"{test['ece']:.4f}"),
         ("Epoch", f"{result['best']['epoch']} of {result['epochs']}"),
         ("Chosen by", PROTOCOLS[row.select]),
@@ -309,7 +309,7 @@ def _detail(row: Row, path: str, anchor: str, pictures: _Pictures) -> dict[str, 
 
 
 def _changes(row: Row) -> dict[str, tuple[object, object]]:
-    return {key: (value, row.shipped.get(key)) for key, value in row.changes.items()}
+    return {key: (row.changes[key], value) for key, value in row.shipped.items()}
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:

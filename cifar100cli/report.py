@@ -1,7 +1,7 @@
 """Runs beside the published figures: reads run folders only, and needs neither torch nor a GPU."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -9,7 +9,7 @@ from typing import Any
 
 from cifar100cli import ablation, noise
 from cifar100cli.ablation import Ablation, Effect, Setting
-from cifar100cli.config import differences, preset_names, shipped
+from cifar100cli.config import differences, flat, preset_names, shipped, with_own_figures
 from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import RunDir, find_runs
@@ -25,13 +25,13 @@ CELL = {"finetune.unfreeze", "train.epochs"}  # what a published cell of the stu
 class Row:
     """The complete runs that share a preset and all settings but the seed.
 
-    `changes` says where they depart from the shipped preset, which has `shipped` there; figures of different settings
-    are never averaged. `n` counts seeds: runs of one seed count as one, their mean, since no more than that is learned
-    from them; `seeds` and `best_epochs` are those of `runs`. `expected_top1` is what a preset of ours reached in
-    `expected_runs` runs, or with 0 of them is meant to reach. `delta` is ours minus published, as a fraction, and only
-    on the preset's own data set. `curves` has losses and accuracies by epoch, as means over the runs; what was not
-    measured in every epoch is not there. `noise` is how far a single run may lie from our mean by chance alone, as a
-    fraction, once there are several seeds.
+    `changes` says where they depart from the shipped preset, which has `shipped` there, or of a preset that is not
+    ours, what tells its rows apart; figures of different settings are never averaged. `n` counts seeds: runs of one
+    seed count as one, their mean, since no more than that is learned from them; `seeds` and `best_epochs` are those
+    of `runs`. `expected_top1` is what a preset of ours reached in `expected_runs` runs, or with 0 of them is meant to
+    reach. `delta` is ours minus published, as a fraction, and only on the preset's own data set. `curves` has losses
+    and accuracies by epoch, as means over the runs; what was not measured in every epoch is not there. `noise` is how
+    far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds.
     """
 
     preset: str
@@ -118,18 +118,20 @@ class _Complete:
 
 def collect(folders: Sequence[Path]) -> Report:
     """Read every run under the folders. A broken one is listed with its reason and stops nothing."""
-    paths: list[Path] = []
+    paths: dict[Path, Path] = {}
     unusable = []
     for folder in folders:
         if not folder.is_dir():
             raise DataError(
-                f"{folder}: there is no such folder of runs; `cifar100 train` makes them, --runs-dir says where"
+                f"{folder}: there is no such folder of runs; `cifar100 train` makes them, and "
+                "`cifar100 report --runs-dir DIR` says where they are"
             )
         shut: list[OSError] = []
-        paths += [path for path in find_runs(folder, shut.append) if path not in paths]
+        for path in find_runs(folder, shut.append):
+            paths.setdefault(path.resolve(), path)  # links lead to runs that are known by another name
         unusable += [Unusable(str(error.filename), f"cannot be read: {error.strerror}") for error in shut]
     groups: dict[str, list[_Complete]] = {}
-    for path in paths:
+    for path in paths.values():
         try:
             run = _read(path)
         except (CifarError, OSError) as error:
@@ -154,7 +156,8 @@ def collect(folders: Sequence[Path]) -> Report:
         )
         for group in groups.values()
     ]
-    rows = [_row(group, setting) for group, setting in zip(groups.values(), measured, strict=True)]
+    apart = _apart(groups.values())
+    rows = [_row(group, setting, apart) for group, setting in zip(groups.values(), measured, strict=True)]
     return Report(sorted(rows, key=place), unusable, ablation.find(measured))
 
 
@@ -175,11 +178,25 @@ def _read(path: Path) -> _Complete | Unusable:
     return _Complete(path, run.preset, config, result, hardware, run.metrics())
 
 
-def _row(group: list[_Complete], measured: Setting) -> Row:
+def _apart(groups: Collection[list[_Complete]]) -> dict[str, list[str]]:
+    """For each preset, the keys in which its rows differ: what is to be told of those that no preset of ours has."""
+    settings: dict[str, list[dict[str, object]]] = {}
+    for group in groups:
+        settings.setdefault(group[0].preset, []).append(flat(group[0].config))
+    return {
+        preset: [key for key in found[0] if key != "seed" and any(one[key] != found[0][key] for one in found)]
+        for preset, found in settings.items()
+    }
+
+
+def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence[str]]) -> Row:
     first = group[0]
-    config, ours = first.config, shipped(first.preset)
-    changed = {} if ours is None else differences(config, ours)
+    ours = shipped(first.preset)
+    config = first.config if ours is not None else with_own_figures(first.config)
+    changed = differences(config, ours) if ours is not None else {}
     changed.pop("seed", None)
+    own = flat(config)
+    changes = {key: here for key, (here, _) in changed.items()} if ours else {k: own[k] for k in apart[first.preset]}
     published = config.published
     own_dataset = (ours or config).data.dataset
     top1 = list(measured.top1.values())
@@ -189,7 +206,7 @@ def _row(group: list[_Complete], measured: Setting) -> Row:
     spread = noise.of_one_more(top1)
     return Row(
         preset=first.preset,
-        changes={key: here for key, (here, _) in changed.items()},
+        changes=changes,
         shipped={key: there for key, (_, there) in changed.items()},
         dataset=config.data.dataset,
         published_top1=published.top1 if published else None,

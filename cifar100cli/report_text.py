@@ -3,7 +3,6 @@
 import contextlib
 import csv
 import io
-import json
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -70,7 +69,7 @@ def _pair_cells(pair: Pair, changed: str) -> tuple[str, ...]:
 
 def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
     deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
-    last = {name: f"{values[-1]:.4f}" for name, values in row.curves.items() if values}
+    last = {name: console.loss(values[-1]) for name, values in row.curves.items() if values}
     return (
         f"{row.unfreeze}{mark}",
         str(row.epochs),
@@ -159,7 +158,10 @@ def _notes(report: Report) -> list[str]:
     if any(len(row.runs) > row.n for row in report.rows):
         notes.append("n counts seeds: several runs of one seed, or copies of one run, count as one, their mean.")
     if any(row.changes for row in report.rows):
-        notes.append("in brackets: settings that are not the preset's; the published figure is for the preset's.")
+        notes.append(
+            "in brackets: settings that are not the preset's, or of your own presets tell rows apart; "
+            "a published figure is for the preset's."
+        )
     return notes + ablation_notes(report.ablations)
 
 
@@ -176,7 +178,7 @@ def render(report: Report, form: str) -> str:
             "ablations": [asdict(found) for found in report.ablations],
             "unusable": [asdict(u) for u in report.unusable],
         }
-        return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        return console.json_text(content) + "\n"
     if form == "csv":
         return _csv(report)
     return _markdown(report)

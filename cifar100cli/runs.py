@@ -39,6 +39,7 @@ LARGEST_LINE = 1 << 16  # characters; ours have a few hundred
 LARGEST_METRICS = 64 << 20  # bytes; 100,000 epochs, the most there can be, take half of it
 
 _NUMBER = (int, float)
+LARGEST = 1e15  # of any figure; a loss above is no more than an infinite one
 RESULT_SHAPE: Mapping[str, Any] = {
     **dict.fromkeys(("preset", "dataset", "select", "device", "precision", "run_dir"), str),
     **dict.fromkeys(("seed", "epochs", "seconds", "images_per_second"), _NUMBER),
@@ -107,7 +108,7 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, content: object) -> None:
     """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -137,7 +138,7 @@ def _misshapen(content: object, shape: Mapping[str, Any], place: str = "") -> st
         elif isinstance(value, str):
             if not value.isprintable():
                 return f"{place}{key}"
-        elif not abs(value) < 1e15:  # which NaN is not either
+        elif not abs(value) < LARGEST:  # which NaN is not either
             return f"{place}{key}"
     return None
 
@@ -374,7 +375,7 @@ def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
     begun = [path for path in find_runs(root) if (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()]
     folders = [path for path in begun if not (path / RESULT).is_file() and not RunDir(path).in_use]
     if preset is not None:
-        folders = [path for path in folders if path.parent.name == preset]
+        folders = [path for path in folders if RunDir(path).preset == preset]
     if not folders:
         of_preset = f" of {preset}" if preset else ""
         raise DataError(f"{root}: there is no unfinished run{of_preset} to resume")
@@ -428,6 +429,8 @@ def find_model(path: Path) -> Path:
                 raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished{hint}")
         elif not path.is_file():
             raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report` lists the runs")
+        elif path.name in FILES and path.suffix != ".safetensors" and (path.parent / CONFIG).is_file():
+            raise DataError(f"{path}: is a file of a run, and no model; name the run's folder: {path.parent}")
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror}") from None
     return path

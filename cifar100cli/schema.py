@@ -1,10 +1,11 @@
 """The schema of a preset: every key, what it may be, and which go together. No torch here."""
 
 import itertools
+from pathlib import Path
 from typing import Annotated, Literal, Self
 
 import annotated_types
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from cifar100cli import safe_yaml
 from cifar100cli.catalog import DatasetName
@@ -21,10 +22,19 @@ def _refuse_bool(value: object) -> object:
     return value
 
 
+def _whole(path: str) -> str:
+    """A path from the root on: a run can be gone on with from any folder, and finds what it was begun with."""
+    try:
+        return str(Path(path).expanduser().absolute())
+    except RuntimeError:
+        raise UsageError("there is no such user's home") from None
+
+
 Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 
 
+FilePath = Annotated[str, Field(min_length=1), AfterValidator(_whole)]
 _Level = Annotated[Number, Field(ge=0, le=1)]
 _Spread = Annotated[Number, Field(gt=0, le=1)]
 Colours = tuple[_Level, _Level, _Level]
@@ -117,7 +127,7 @@ class Model(Section):
 
     backbone: str = Field("resnet18", min_length=1, description="any image model that timm knows, or one of ours")
     pretrained: bool = Field(False, description="start from ImageNet weights: timm's, or those of `weights`")
-    weights: str | None = Field(None, min_length=1, description="a file of weights for the backbone")
+    weights: FilePath | None = Field(None, description="a file of weights for the backbone")
     stem: Literal["imagenet", "cifar"] = Field("imagenet", description="cifar: 3x3, stride 1, no pooling")
     head: Literal["linear", "cosine"] = Field("linear", description="cosine: an embedding against class vectors")
     embedding_dim: Integer = Field(512, ge=2, le=8192, description="of the cosine head")
@@ -138,7 +148,7 @@ class Loss(Section):
 class Distillation(Section):
     """How a teacher's logits are learned from, beside the labels."""
 
-    teacher: str | None = Field(None, min_length=1, description="a run or checkpoint of the same classes")
+    teacher: FilePath | None = Field(None, description="a run or checkpoint of the same classes")
     alpha: Number = Field(0.7, ge=0, le=1, description="weight of the teacher's term; the labels' is 1 - alpha")
     temperature: Number = Field(4.0, gt=0, le=100, description="both softmaxes are taken at logits / temperature")
     form: Literal["plain", "decoupled"] = "plain"

@@ -24,7 +24,7 @@ def dry_run(result: Mapping[str, Any], json: bool) -> None:
         f"{result['training_images']:,} images of {result['dataset']} in {result['steps_per_epoch']:,} steps, "
         f"{console.several(result['epochs'], 'epoch')}, {result['precision']} on {result['device']}"
     )
-    console.result(f"one step on a batch of {tuple(result['batch'])} gave the loss {result['loss']:.4f}")
+    console.result(f"one step on a batch of {tuple(result['batch'])} gave the loss {console.loss(result['loss'])}")
     console.result("nothing was written (dry run)")
 
 
@@ -42,7 +42,7 @@ def training(result: Mapping[str, Any], preset: "Config", json: bool) -> None:
     synthetic = " of the synthetic (drawn) data" if result["dataset"] == "synthetic" else ""
     console.result(
         f"{result['preset']}, seed {result['seed']}: test{synthetic} {percent(test['top1'])}, "
-        f"top-5 {percent(test['top5'])}, loss {test['loss']:.4f}"
+        f"top-5 {percent(test['top5'])}, loss {console.loss(test['loss'])}"
     )
     console.result(f"selected: {how}")
     _beside(test["top1"], result["preset"], preset)
@@ -69,7 +69,7 @@ def _beside(top1: float, name: str, config: "Config") -> None:
         console.result(f"not the preset's own settings: {told}")
     if expected is not None:
         console.result(f"expected of the preset: {console.expected(expected.top1, expected.runs, expected.deviation)}")
-    if published is None:
+    if published is None or config.data.dataset == "synthetic":
         return
     at = f" at epoch {published.epoch}" if published.epoch else ""
     console.result(
@@ -108,7 +108,7 @@ def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) ->
             (
                 str(result["seed"]),
                 *(percent(result["test"][name]) for name in ("top1", "top5")),
-                f"{result['test']['loss']:.4f}",
+                console.loss(result["test"]["loss"]),
                 str(result["best"]["epoch"]),
                 result["run_dir"],
             )
@@ -156,7 +156,10 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
         console.table(
             f"An ensemble of {len(members)}: alone, and below together",
             ("top-1", "loss", "epoch", "preset", "member"),
-            [(percent(m["top1"]), f"{m['loss']:.4f}", str(m["epoch"]), m["preset"], m["checkpoint"]) for m in members],
+            [
+                (percent(m["top1"]), console.loss(m["loss"]), str(m["epoch"]), m["preset"], m["checkpoint"])
+                for m in members
+            ],
             right=(0, 1, 2),
         )
         together = "together (the mean of their probabilities) "
@@ -167,7 +170,7 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
     rows = [
         ("top-1", percent(result["top1"])),
         ("top-5", percent(result["top5"])),
-        ("loss", f"{result['loss']:.4f}"),
+        ("loss", console.loss(result["loss"])),
         ("calibration error (ECE)", f"{result['ece']:.4f}"),
     ]
     if result["superclass_top1"] is not None:

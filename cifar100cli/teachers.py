@@ -4,6 +4,7 @@ A teacher sees the very pixels that the student sees, at its own image size and 
 evaluation mode.
 """
 
+import hashlib
 import time
 from dataclasses import asdict
 
@@ -57,6 +58,14 @@ class CachedTeacher:
         """Logits (N, classes) float32."""
         assert batch.views is not None
         return self.table[batch.views, batch.positions]
+
+
+def digest(saved: Checkpoint) -> str:
+    """What tells a teacher's weights from all others: the sha256 of their names, shapes and bytes."""
+    found = hashlib.sha256()
+    for name, tensor in saved.model.state_dict().items():
+        found.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()
 
 
 def key(saved: Checkpoint, loader: DeviceLoader, precision: str) -> str:

@@ -5,6 +5,7 @@ Neither torch nor a tracker is imported before a run begins.
 
 import importlib.util
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     from cifar100cli.jobs import Watcher
     from cifar100cli.schema import Config
 
+_WANDB_FOLDER = re.compile(r"^(?:offline-)?run-(\d{8}_\d{6})-")  # wandb's own, and then the run's id
 NOT_A_FIGURE = ("epoch",)
 
 
@@ -70,6 +72,12 @@ class TensorBoard:
             self._writer.close()
 
 
+def drawn_id(run: Path) -> str | None:
+    """The id of wandb's run whose files are in a run's folder: the latest one, if there are any."""
+    names = [path.name for path in (run / "wandb").glob("*run-*") if _WANDB_FOLDER.match(path.name)]
+    return _WANDB_FOLDER.sub("", max(names, key=_WANDB_FOLDER.findall)) if names else None
+
+
 class WeightsAndBiases:
     """A run of wandb, whose files are in the run's folder. wandb's own variables hold, as WANDB_MODE=offline does."""
 
@@ -78,13 +86,13 @@ class WeightsAndBiases:
         self._complete = False
 
     def begin(self, config: "Config", run: Path, first_epoch: int) -> None:
-        """Begin wandb's run, or go on with the one that has this folder's name."""
+        """Begin wandb's run under an id that it draws, or go on with the one whose files are in the folder."""
         import wandb
 
         self._run = wandb.init(
             project=os.environ.get("WANDB_PROJECT", "cifar100"),
             name=f"{run.parent.name}/{run.name}",
-            id=f"{run.parent.name}-{run.name}"[-128:],
+            id=drawn_id(run),
             dir=run,
             config=config.model_dump(mode="json"),
             resume="allow",

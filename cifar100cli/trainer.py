@@ -1,6 +1,5 @@
 """The one training loop. It knows neither data sets nor terminals; whoever watches is an `Observer`."""
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -19,7 +18,7 @@ from cifar100cli.errors import DataError, DivergedError
 from cifar100cli.groups import Group
 from cifar100cli.loader import DeviceLoader, derived_seed
 from cifar100cli.optim import create_optimizer, set_learning_rate
-from cifar100cli.runs import STATE, RunDir
+from cifar100cli.runs import LARGEST, STATE, RunDir
 from cifar100cli.saving import Saver
 from cifar100cli.schedule import learning_rate
 from cifar100cli.schema import SPLIT_OF, Config
@@ -221,9 +220,9 @@ def _agree_on_statistics(training: Training) -> None:
 
 
 def _refuse_infinite(row: Mapping[str, Any], model: nn.Module) -> None:
-    """An epoch's last step can spoil the weights after its loss was taken."""
+    """An epoch's last step can spoil the weights after its loss was taken. A loss beyond measure is an infinite one."""
     for name, value in row.items():
-        if name.endswith("_loss") and value is not None and not math.isfinite(value):
+        if name.endswith("_loss") and value is not None and not abs(value) < LARGEST:
             raise DivergedError(f"{name} was {value} after epoch {row['epoch']}, at learning rate {row['lr']:g}")
     if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
         raise DivergedError(f"weights stopped being finite in epoch {row['epoch']}, at learning rate {row['lr']:g}")

@@ -18,7 +18,7 @@ from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError
 from cifar100cli.jobs import Job, Watcher, Where, prepare
 from cifar100cli.models import count_parameters
 from cifar100cli.optim import create_optimizer
-from cifar100cli.runs import CONFIG, ENVIRONMENT, MODEL, PREDICTIONS, STATE, RunDir, begun_by
+from cifar100cli.runs import CONFIG, ENVIRONMENT, LARGEST, MODEL, PREDICTIONS, STATE, RunDir, begun_by
 from cifar100cli.schema import SPLIT_OF, Config
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -40,6 +40,8 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
         with devices.deterministic(preset.config.train.deterministic):
             job = prepare(preset, where, watcher)
             environment = machine.environment(job.device, job.precision, where.data_dir)
+            if job.teacher is not None:
+                environment["teacher_sha256"] = job.teacher
             run = ranks.on_first(lambda: RunDir.create(where.runs_dir, job.preset, job.config, environment))
             return _fit(job, run, watcher)
     except KeyboardInterrupt as stop:
@@ -50,7 +52,7 @@ def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Go on with a run that was stopped; a complete one is only read."""
     done, config, name, began_in, saved = ranks.on_first(lambda: _where_it_is(run))
     if done is not None:
-        return done
+        return {**done, "run_dir": str(run.path)}  # which may have been moved since
     try:
         with devices.deterministic(config.train.deterministic):
             job = prepare(Preset(name, config), where, watcher, state=saved)
@@ -61,9 +63,21 @@ def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
                     f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
                     "resume it on the kind of machine that it was begun on"
                 )
+            _refuse_other_teacher(job, run)
             return _fit(job, run, watcher)
     except KeyboardInterrupt as stop:
         raise _interrupted(run, config, stop) from None
+
+
+def _refuse_other_teacher(job: Job, run: RunDir) -> None:
+    """Raise `DataError` where what is at the teacher's place now is not what the run was begun with."""
+    began_with = run.recorded("teacher_sha256")
+    if job.teacher is not None and began_with not in (None, job.teacher):
+        assert job.config.distillation is not None
+        raise DataError(
+            f"{job.config.distillation.teacher}: is not the teacher that {run.path} was begun with: other weights are "
+            "there now; bring those back, or distil anew"
+        )
 
 
 def _interrupted(run: RunDir | None, config: Config, stop: KeyboardInterrupt) -> RunInterrupted:
@@ -127,6 +141,10 @@ def _alone(run: RunDir) -> Iterator[None]:
         yield
 
 
+class _NoAnswer(DivergedError):  # noqa: N818
+    """The selected weights are finite, and what they say of images is not."""
+
+
 @contextlib.contextmanager
 def _in_words(job: Job, run: RunDir) -> Iterator[None]:
     """What ends a run, with what is left of it and what to do."""
@@ -134,7 +152,9 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
-        raise DivergedError(f"{error}; {_last_good(run)}; try a lower --lr, or a smaller optimizer.grad_clip") from None
+        kept = f"the run is {run.path}" if isinstance(error, _NoAnswer) else _last_good(run)
+        clip = "a smaller optimizer.grad_clip" if job.config.optimizer.grad_clip else "--set optimizer.grad_clip=5"
+        raise DivergedError(f"{error}; {kept}; try a lower --lr, or {clip}") from None
     except (RuntimeError, MemoryError) as error:
         if devices.is_out_of_memory(error):
             data = job.config.data
@@ -177,6 +197,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     cast = devices.autocast(job.device, job.precision)
     logits, labels = metrics.predict(job.model, job.test, cast)
     test = metrics.evaluate(logits, labels, job.card.superclass_of)
+    _refuse_no_answer("test", test.loss, state)
     ranks.on_first(lambda: evaluation.write_predictions(run.path / PREDICTIONS, job.card.classes, logits, labels))
     rows = ranks.on_first(run.metrics)
     split = SPLIT_OF[job.config.train.select]
@@ -209,8 +230,14 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     }
     if held_out is not None:
         val = metrics.score(*metrics.predict(job.model, held_out, cast))
+        _refuse_no_answer("held-out", val.loss, state)
         result["val"] = {"top1": val.top1, "top5": val.top5, "loss": val.loss}
     return result
+
+
+def _refuse_no_answer(images: str, loss: float, state: TrainState) -> None:
+    if not abs(loss) < LARGEST:
+        raise _NoAnswer(f"the loss on the {images} images was {loss:g} with the weights of epoch {state.best_epoch}")
 
 
 def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
@@ -222,6 +249,8 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     job.model.train()
     plan = replace(loader.plan(1), image_size=None)  # the images as large as they get
     loss, _ = training.step(plan, loader.shares[0], loader.weights[0])
+    if not abs(loss.item()) < LARGEST:
+        raise DivergedError(f"the loss of the first step was {loss.item():g}: look at the weights to start from")
     return {
         "dry_run": True,
         "preset": job.preset,

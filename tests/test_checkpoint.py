@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,32 @@ def edit(path: Path, *, about: dict[str, object] | None = None, tensors: dict[st
     old_tensors, old_about = saved.tensors, saved.about
     metadata = {KEY: json.dumps({**old_about, **(about or {})})}
     save_file({**old_tensors, **(tensors or {})}, path, metadata)
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) - 1000] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_bit_that_fell_over(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights that were changed since are told, and may be meant so; a run does not go on from them."""
+    written = checkpoint.read(saved)
+    assert written.about["crc32"] == zlib.crc32(
+        b"".join(name.encode() + written.tensors[name].numpy().tobytes() for name in sorted(written.tensors))
+    )
+    assert capsys.readouterr().err == ""
+    flip_a_bit(saved)
+    checkpoint.load_model(saved)
+    assert capsys.readouterr().err == (
+        f"{saved}: its weights are not those that training wrote: they were changed since, or damaged\n"
+    )
+    state = tmp_path / "state.safetensors"
+    checkpoint.save_state(state, checkpoint.snapshot(TrainState(1, 1, 0.5), trained(make_model())))
+    checkpoint.read_state(state)
+    flip_a_bit(state)
+    with pytest.raises(DataError, match="its numbers are not those that were written"):
+        checkpoint.read_state(state)
 
 
 @pytest.mark.parametrize(

@@ -265,7 +265,7 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["train", "--dry-run", "--resume", "last"], 2, "--dry-run"),
         (["train", "--resume", "last"], 3, "no unfinished run"),
         (["train", "--resume", "nowhere"], 3, "no such run folder"),
-        (["train", "--preset", "resnet18-baseline", "--data-dir", "nowhere"], 3, "run `cifar100 download`"),
+        (["train", "--preset", "resnet18-baseline", "--data-dir", "nowhere"], 3, "download --data-dir nowhere`"),
         (["train", "--dataset", "cifar10", "--data-dir", "nowhere"], 3, "download --dataset cifar10"),
         (["distill", "--data-dir", "nowhere"], 2, "distillation needs a teacher"),
         (["evaluate"], 2, "RUN|CHECKPOINT"),

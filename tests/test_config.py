@@ -170,6 +170,34 @@ def test_overrides_name_where_they_come_from(tmp_path: Path) -> None:
         load(tmp_path, "seed: 1", Override("published", 3, "--set published"))
 
 
+def test_what_is_said_of_keys_and_lists(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"'train.epochs' in .*: in a file, write train: \{epochs: ...\}"):
+        load(tmp_path, "train.epochs: 3")
+    with pytest.raises(UsageError, match=r"must be three numbers, .*, each at least 0 and at most 1 "):
+        load(tmp_path, "data: {normalize: values, mean: [127, 127, 127], std: [0.5, 0.5, 0.5]}")
+    with pytest.raises(UsageError, match=r"must be two numbers, as in \[0.9, 0.999\], each at least 0 and below 1$"):
+        load(tmp_path, "optimizer: {betas: [0.9, 1.5]}")
+    with pytest.raises(UsageError, match="unknown preset 'n"):
+        load_preset("n" * 300)
+    with pytest.raises(UsageError, match="cannot be read: File name too long"):
+        load_preset(f"./{'n' * 300}.yaml")
+
+
+def test_paths_are_whole_wherever_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run remembers them, and is gone on with from any folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/me")
+    text = "distillation: {teacher: runs/teacher}\nmodel: {pretrained: true, weights: ~/w.safetensors}"
+    config = load(tmp_path, text)
+    assert config.distillation is not None
+    assert config.distillation.teacher == str(tmp_path / "runs" / "teacher")
+    assert config.model.weights == "/home/me/w.safetensors"
+    named = load(tmp_path, text, Override("model.weights", "w.safetensors", "--set model.weights"))
+    assert named.model.weights == str(tmp_path / "w.safetensors")
+    with pytest.raises(UsageError, match="there is no such user's home"):
+        load(tmp_path, "model: {pretrained: true, weights: ~nobody-here/w.safetensors}")
+
+
 def test_null_drops_what_a_preset_need_not_have(tmp_path: Path) -> None:
     dropped = load(
         tmp_path,
@@ -258,9 +286,9 @@ def test_differences_ignore_what_only_describes() -> None:
 
 def test_differences_in_sections_that_only_one_has() -> None:
     plain = Config()
-    distilled = Config.model_validate({"distillation": {"teacher": "run", "temperature": 2}})
+    distilled = Config.model_validate({"distillation": {"teacher": "/runs/one", "temperature": 2}})
     assert differences(distilled, plain) == {
-        "distillation.teacher": ("run", None),
+        "distillation.teacher": ("/runs/one", None),
         "distillation.temperature": (2.0, 4.0),
     }
     assert differences(Config.model_validate({"finetune": {}}), plain) == {"finetune.unfreeze": ("layer4", None)}

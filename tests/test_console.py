@@ -112,6 +112,10 @@ def test_figures_stay_whole_in_a_narrow_terminal(
     monkeypatch.setenv("COLUMNS", "20")
     console.table("", ("preset", "top-1"), [("resnet18-baseline-fixed", "44.26 ±0.12")], right=(1,))
     assert "44.26 ±0.12" in capsys.readouterr().out
+    console.table("", ("setting", "top-1", "by epoch"), [("layer3", "44.26 ±0.12", "▁▂▃▄▅▆▇█")], right=(1,))
+    written = capsys.readouterr().out
+    assert "layer3" in written, "nor does a row lose its name"
+    assert "44.26 ±0.12" in written
 
 
 def test_tables_in_a_pipe_that_is_to_be_coloured(

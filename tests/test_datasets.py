@@ -3,6 +3,7 @@
 import os
 import pickle
 import pickletools
+import re
 import shutil
 import warnings
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torchvision
 
-from cifar100cli import datasets
+from cifar100cli import datasets, places
 from cifar100cli.catalog import DATASETS, FOLDERS, DatasetName
 from cifar100cli.datasets import Split
 from cifar100cli.download import ARCHIVES
@@ -225,11 +226,14 @@ def test_wrong_content_is_named(
         datasets.load("cifar10", tmp_path)
 
 
-def test_missing_data_say_what_to_do(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="run `cifar100 download`"):
-        datasets.load("cifar100", tmp_path)
-    with pytest.raises(DataError, match="run `cifar100 download --dataset cifar10`"):
-        datasets.load("cifar10", tmp_path)
+def test_missing_data_say_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The folder is named, unless it is the one that `download` takes by itself."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    for folder, more in ((tmp_path / "my data", f" --data-dir '{tmp_path}/my data'"), (places.data_folder(None), "")):
+        with pytest.raises(DataError, match=f"run `cifar100 download{re.escape(more)}`"):
+            datasets.load("cifar100", folder)
+        with pytest.raises(DataError, match=f"run `cifar100 download --dataset cifar10{re.escape(more)}`"):
+            datasets.load("cifar10", folder)
 
 
 def test_a_missing_file_is_named(pretend_cifar: Path, tmp_path: Path) -> None:

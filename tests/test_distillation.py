@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from cifar100cli import checkpoint, computed, jobs, losses, runs, teachers, workflows
-from cifar100cli.config import Preset
+from cifar100cli.config import Override, Preset, load_preset
 from cifar100cli.errors import DataError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch
 from cifar100cli.schema import Distillation
@@ -298,6 +298,45 @@ def test_stopped_and_resumed_ends_with_the_same_bits(
     workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Listening())
     models = [only_run(tmp_path / kind).path / runs.MODEL for kind in ("unbroken", "broken")]
     assert models[0].read_bytes() == models[1].read_bytes()
+
+
+def test_a_run_goes_on_with_the_teacher_that_it_began_with(
+    tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name that says where from here is remembered whole, and other weights at that place are refused."""
+    monkeypatch.chdir(teacher_run.parent)
+    file = tmp_path / "student.yaml"
+    file.write_text(make_preset(distillation={}).config.to_yaml())
+    config = load_preset(str(file), [Override("distillation.teacher", teacher_run.name, "--set")]).config
+    assert config.distillation is not None
+    assert config.distillation.teacher == str(teacher_run)
+    with pytest.raises(RunInterrupted):
+        workflows.train(Preset("student", config), where(tmp_path / "broken"), StopAfter(9))
+    monkeypatch.chdir(tmp_path)
+    run, model = only_run(tmp_path / "broken"), teacher_run / runs.MODEL
+    before, saved = model.read_bytes(), checkpoint.load_model(teacher_run)
+    weights = {name: tensor * 1.5 for name, tensor in saved.model.state_dict().items() if tensor.is_floating_point()}
+    checkpoint.save_model(model, {**saved.model.state_dict(), **weights}, saved.card)
+    with pytest.raises(DataError, match=r"is not the teacher that .* was begun with"):
+        workflows.resume(run, where(tmp_path / "broken"), Listening())
+    model.write_bytes(before)
+    assert workflows.resume(run, where(tmp_path / "broken"), Listening())["complete"]
+
+
+def test_a_teacher_whose_run_is_not_complete_is_told(tmp_path: Path, teacher_run: Path) -> None:
+    (teacher_run / runs.RESULT).unlink()
+    watcher = Listening()
+    jobs.prepare(student(teacher_run), where(tmp_path), watcher)
+    assert any("the teacher's run is not complete: its weights are those of epoch 1" in line for line in watcher.said)
+
+
+def test_a_teacher_that_answers_nothing(tmp_path: Path, teacher_run: Path) -> None:
+    """Finite weights, and answers that are not: no learning rate is to blame."""
+    saved = checkpoint.load_model(teacher_run)
+    weights = {name: torch.full_like(t, 1e38) for name, t in saved.model.state_dict().items() if t.ndim == 4}
+    checkpoint.save_model(tmp_path / "spoilt.safetensors", {**saved.model.state_dict(), **weights}, saved.card)
+    with pytest.raises(DataError, match=r"spoilt\.safetensors: corrupt, .* no finite number"):
+        jobs.prepare(student(tmp_path / "spoilt.safetensors"), where(tmp_path), Listening(), dry=True)
 
 
 def test_without_a_teachers_weight_it_is_plain_training(tmp_path: Path, teacher_run: Path) -> None:

@@ -22,7 +22,7 @@ import pytest
 
 from cifar100cli import download, fetch
 from cifar100cli.download import ARCHIVES, OFFICIAL, Installed, find_installed
-from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
+from cifar100cli.errors import CifarError, DataError, DownloadInterrupted, FolderError, UsageError
 from tests.weather import (
     ARCHIVE,
     BODY,
@@ -561,8 +561,9 @@ def test_interrupt_keeps_the_part(server: Server, tmp_path: Path) -> None:
 
     arguments: dict[str, Any] = {"check": lambda folder: None, "log": lambda line: None}
     url = server.url("/a", good)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(DownloadInterrupted, match=r"^[\d,]+ bytes are kept, and the same command goes on") as stopped:
         download.install(ARCHIVE, tmp_path, urls=[url], progress=interrupt, **arguments)
+    assert stopped.value.exit_code == 130
     kept = (tmp_path / PART).stat().st_size
     assert 0 < kept < len(BODY)
     assert install(tmp_path, url).resumed_bytes == kept
@@ -591,11 +592,14 @@ def test_full_disk_while_fetching(server: Server, tmp_path: Path, monkeypatch: p
             full_disk()
         append(part, file, chunk)
 
+    told = (
+        rf"{tmp_path}: No space left on device; 1\d\d,\d{{3}} bytes are kept, .* --data-dir or CIFAR100_DATA_DIR names"
+    )
     put_old(tmp_path)
     url = server.url("/a", good)
     with monkeypatch.context() as patch:
         patch.setattr(fetch.Part, "append", append_until_full)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(FolderError, match=told):
             install(tmp_path, url)
     assert len(server.exchanges) == 1
     assert_old(tmp_path)
@@ -604,11 +608,12 @@ def test_full_disk_while_fetching(server: Server, tmp_path: Path, monkeypatch: p
 
 
 def test_full_disk_while_unpacking(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = rf"{tmp_path}.*: No space left on device; {len(BODY):,} bytes are kept"
     put_old(tmp_path)
     url = server.url("/a", good)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full_disk)
-        with pytest.raises(OSError, match="No space"):
+        with pytest.raises(FolderError, match=told):
             install(tmp_path, url)
     assert_old(tmp_path)
     installed = install(tmp_path, url)
@@ -639,7 +644,7 @@ def test_failed_rename_is_undone(server: Server, tmp_path: Path, monkeypatch: py
 
     put_old(tmp_path)
     monkeypatch.setattr(Path, "rename", rename_all_but_new)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(FolderError, match="No space"):
         install(tmp_path, server.url("/a", good))
     assert_old(tmp_path)
 

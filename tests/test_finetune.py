@@ -302,6 +302,12 @@ def test_pixels_are_normalised_as_in_the_run_that_is_begun_from(run_cli: Cli, no
             assert (tuple(data["mean"]), tuple(data["std"])) == (card.mean, card.std)
         chosen = yaml.safe_load(run_cli(*arguments, "--set", "data.normalize=imagenet", "--print-config").out)
         assert chosen["data"]["normalize"] == "imagenet", "unless the user says how"
+    Path("mine.yaml").write_text("data: {normalize: values, mean: [0.1, 0.1, 0.1], std: [0.5, 0.5, 0.5]}\n")
+    taken = run_cli(
+        "train", "--preset", "./mine.yaml", "--weights", f"{first['run_dir']}/model.safetensors", "--print-config"
+    )
+    assert taken.code == 0, taken.err
+    assert yaml.safe_load(taken.out)["data"]["normalize"] == own, "whatever values the preset has"
     plan = ("finetune-cifar10", "--dataset", "synthetic", "--image-size", "48", *FAST)
     second = run_cli(*plan, "--init", first["run_dir"])
     assert second.code == 0, second.err
@@ -319,11 +325,24 @@ def test_no_epoch_is_chosen_on_images_that_the_weights_know(run_cli: Cli) -> Non
     choosing = ("--set", "train.select=best_val", "--set")
     refused = run_cli(*plan, *choosing, "data.val_fraction=0.3")
     assert refused.code == 2
-    assert "trained with data.val_fraction = 0.1, and so on images that 0.3 holds out" in refused.err
+    assert "with data.val_fraction = 0.1, and so on images that 0.3 holds out" in refused.err
     assert not Path("runs/finetune-layer4").exists()
     taken = run_cli(*plan, *choosing, "data.val_fraction=0.1")
     assert taken.code == 0, taken.err
     assert "the weights saw images of 32 pixels, and see 48 now" in taken.err
+    # What weights know, those that begin from them know too, whatever these hold out themselves.
+    started = ("train", *TINY, "--epochs", "1", "--set", "train.select=last", "--weights")
+    second = json.loads(
+        run_cli(*started, f"{first}/model.safetensors", "--set", "data.val_fraction=0.3", "--json").out
+    )["run_dir"]
+    for share in ("0.1", "0.3"):
+        refused = run_cli(
+            "train", *TINY, "--weights", f"{second}/model.safetensors", *choosing, f"data.val_fraction={share}"
+        )
+        assert (refused.code, "or began from weights that were, with data.val_fraction = 0," in refused.err) == (
+            2,
+            True,
+        )
 
 
 @pytest.mark.parametrize(
@@ -331,7 +350,7 @@ def test_no_epoch_is_chosen_on_images_that_the_weights_know(run_cli: Cli) -> Non
     [
         (["--unfreeze", "layer9", *SMALL, "--init", "none"], 2, "it has fc, layer4, layer3, all"),
         (["--unfreeze", "layer5", "--data-dir", "nowhere"], 2, "resnet18 has no such stage; did you mean layer4?"),
-        (["--data-dir", "nowhere"], 3, "CIFAR-10 is not in nowhere: run `cifar100 download --dataset cifar10`"),
+        (["--data-dir", "nowhere"], 3, "nowhere: run `cifar100 download --dataset cifar10 --data-dir nowhere`"),
         (["--data-dir", "nowhere", "--init", "none", "--unfreeze", "al"], 2, "finetune.unfreeze = al"),
         (["--preset", "quickstart"], 2, "quickstart does not fine-tune: say what goes on learning with --unfreeze"),
         (["--init", "nowhere"], 3, "no such run or checkpoint"),

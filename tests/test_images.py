@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
 
 from cifar100cli import images, synthetic
 from cifar100cli.errors import DataError
@@ -154,8 +154,8 @@ def png_that_claims(width: int, height: int) -> bytes:
         (b"", "no image"),
         (b"just text\n", "no image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "no image"),
-        (png_that_claims(60_000, 60_000), "too many pixels|too much"),
-        (png_that_claims(12_000, 9_000), "108|12,000 x 9,000"),
+        (png_that_claims(60_000, 60_000), "60,000 x 60,000 pixels, and at most 100 million are read"),
+        (png_that_claims(12_000, 9_000), "12,000 x 9,000 pixels.* make it smaller first"),
         (png_that_claims(320, 320), "broken"),
     ],
 )
@@ -164,6 +164,15 @@ def test_what_is_no_picture_is_refused(tmp_path: Path, content: bytes, words: st
     path.write_bytes(content)
     with pytest.raises(DataError, match=words):
         read_image(path)
+
+
+def test_a_photograph_of_a_telephone(tmp_path: Path) -> None:
+    """More pixels than are decoded: a JPEG is read at an eighth of its size."""
+    small = Image.effect_noise((1504, 1128), 60).convert("RGB").filter(ImageFilter.GaussianBlur(40))
+    large = small.resize((12_032, 9_024))
+    found = read_image(saved(tmp_path, large, "large.jpg", quality=30))
+    expected = read_image(saved(tmp_path, small, "small.png"))
+    assert np.abs(found.astype(int) - expected.astype(int)).max() <= 6
 
 
 def test_half_a_photograph_is_refused(tmp_path: Path) -> None:
@@ -277,6 +286,19 @@ def test_predict_wants_pictures(run: str, run_cli: Cli, tmp_path: Path) -> None:
         assert words in outcome.err
     assert run_cli("predict", "nowhere", "x.png").code == 3
     assert run_cli("predict", run).code == 2
+
+
+def test_what_is_no_folder_of_pictures(run: str, run_cli: Cli, tmp_path: Path) -> None:
+    """A run in the place of pictures, a file of a run in the place of the run, and an address of the web."""
+    picture = saved(tmp_path, Image.new("RGB", (40, 40)))
+    for words, told in (
+        ((picture, run), f"{run}: is a run, and no folder of pictures; the model comes first, then these"),
+        ((f"{run}/result.json", picture), f"is a file of a run, and no model; name the run's folder: {run}"),
+        ((run, "https://example.com/cat.jpg"), "is an address, and nothing is fetched from the web"),
+    ):
+        outcome = run_cli("predict", *words)
+        assert (outcome.code, outcome.out, len(outcome.err.splitlines())) == (3, "", 1)
+        assert told in outcome.err
 
 
 def test_find_images_knows_every_decoders_ending() -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from cifar100cli import page, report, report_text, runs
+from cifar100cli import console, page, report, report_text, runs
 from cifar100cli.config import Override, load_preset
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Expected
@@ -117,6 +117,51 @@ def test_other_settings_are_other_rows(tmp_path: Path) -> None:
     assert rows[0].top1_std is None
 
 
+def own_run(tmp_path: Path, text: str, top1: float, seed: int = 0, name: str = "mine") -> RunDir:
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(text, encoding="utf-8")
+    run = make_run(tmp_path / "runs", str(file), top1, seed)
+    environment = json.loads((run.path / runs.ENVIRONMENT).read_text())
+    (run.path / runs.ENVIRONMENT).write_text(json.dumps({**environment, "preset": name}))
+    return run
+
+
+def test_rows_of_ones_own_preset_are_told_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """By the settings in which they differ, as there is no preset of ours to compare with."""
+    for lr, top1, seed in ((0.01, 0.3, 0), (0.001, 0.2, 0), (0.001, 0.25, 1)):
+        own_run(tmp_path, f"optimizer: {{lr: {lr}}}", top1, seed)
+    found = report.collect([tmp_path / "runs"])
+    assert sorted((row.n, row.changes["optimizer.lr"]) for row in found.rows) == [(1, 0.01), (2, 0.001)]
+    assert all(row.changes.keys() == {"optimizer.lr"} for row in found.rows)
+    rows = csv.DictReader(io.StringIO(report_text.render(found, "csv")))
+    assert sorted(row["changes"] for row in rows) == ["optimizer.lr=0.001", "optimizer.lr=0.01"]
+    report_text.show_table(found)
+    assert "[a] optimizer.lr=0.01" in capsys.readouterr().out
+
+
+def test_a_figure_stays_with_the_settings_that_it_is_of(tmp_path: Path) -> None:
+    """A copy of a preset of ours keeps its published figure for as long as it is one."""
+    baseline = load_preset("resnet18-baseline").config.to_yaml()
+    changed = baseline.replace("lr: 0.001", "lr: 0.002")
+    assert changed != baseline
+    mine = "published: {top1: 0.5, source: my paper}\n"
+    for name, text in (("copy", baseline), ("changed", changed), ("paper", mine)):
+        own_run(tmp_path, text, 0.44, name=name)
+    figures = {row.preset: row.published_top1 for row in report.collect([tmp_path / "runs"]).rows}
+    assert figures == {"copy": 0.4426, "changed": None, "paper": 0.5}
+    other = load_preset(str(tmp_path / "paper.yaml"), [Override("optimizer.lr", 0.5, "--lr")]).config
+    assert other.published is None
+    seeded = load_preset(str(tmp_path / "paper.yaml"), [Override("seed", 3, "--seed")]).config
+    assert seeded.published is not None
+
+
+def test_a_run_that_has_two_names_is_one(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs", "resnet18-baseline", 0.44)
+    (tmp_path / "link").symlink_to(tmp_path / "runs")
+    (row,) = report.collect([tmp_path / "link", tmp_path / "runs"]).rows
+    assert len(row.runs) == 1
+
+
 def test_a_repaired_preset_stands_beside_its_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path, "resnet18-arcface", 0.57)
     make_run(tmp_path, "resnet18-arcface-224", 0.79)
@@ -213,6 +258,24 @@ def test_formats_agree(tmp_path: Path) -> None:
     assert [line.count("|") for line in markdown[:3]] == [10, 10, 10]
     for cell in ("resnet18-baseline (optimizer.lr=0.01)", "44.26%", "44.00%", "-0.26", "best on test"):
         assert f" {cell} |" in markdown[2]
+
+
+def test_json_in_an_encoding_that_lacks_letters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stdout cannot take is escaped as JSON has it."""
+    make_run(tmp_path / "é 😀", "resnet18-baseline", 0.44)
+    found = report.collect([tmp_path])
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace")
+        monkeypatch.setattr("sys.stdout", stream)
+        stream.write(report_text.render(found, "json"))
+        console.result_json({"run": "é 😀"})
+        stream.flush()
+        text = stream.buffer.getvalue().decode(encoding)
+        decoder = json.JSONDecoder()
+        first, end = decoder.raw_decode(text)
+        assert "é 😀" in first["rows"][0]["runs"][0]
+        assert decoder.raw_decode(text[end:].lstrip())[0] == {"run": "é 😀"}
+    monkeypatch.undo()
 
 
 def test_names_are_text(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cifar100cli import trackers
+from cifar100cli import runs, trackers
 from tests.conftest import TINY, Cli, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
@@ -113,11 +113,15 @@ def test_a_stopped_run_is_not_complete_and_keeps_its_id(tmp_path: Path, wandb_ru
         trackers.Tracked(StopAfter(15), ["wandb"]) as tracked,
     ):
         workflows.train(make_preset(), where(tmp_path), tracked)
+    run = only_run(tmp_path)
+    for name in ("run-20260102_000000-qrst5678", "offline-run-20260101_000000-abcd-1234"):  # wandb names them so
+        (run.path / "wandb" / name).mkdir(parents=True)
+    moved = runs.RunDir(run.path.rename(tmp_path / "moved"))
     with trackers.Tracked(StopAfter(1000), ["wandb"]) as tracked:
-        workflows.resume(only_run(tmp_path), where(tmp_path), tracked)
+        workflows.resume(moved, where(tmp_path), tracked)
     first, second = wandb_runs
     assert (first.ended, second.ended) == (1, 0)
-    assert first.how["id"] == second.how["id"]
+    assert (first.how["id"], second.how["id"]) == (None, "qrst5678"), "one that wandb draws, and then the latest"
     assert [step for step, _ in first.rows + second.rows] == [1, 2, 3]
 
 
@@ -140,7 +144,10 @@ def test_wandb_itself_offline(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp
     outcome = run_cli("train", *TINY, "--epochs", "1", "--log", "wandb", "--json")
     assert outcome.code == 0, outcome.err
     run = Path(json.loads(outcome.out)["run_dir"])
-    assert list(run.glob("wandb/offline-run-*/*.wandb"))
+    (folder,) = run.glob("wandb/offline-run-*")
+    drawn = trackers.drawn_id(run)
+    assert drawn is not None
+    assert (folder / f"run-{drawn}.wandb").is_file()
     assert "goes on without" not in outcome.err
 
 

@@ -268,23 +268,24 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatc
 def test_shared_weights_have_one_average() -> None:
     """Layers of some networks share weights (timm's CoaT), which then have two names and are still one tensor."""
     torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
-    model[1].weight = model[0].weight
+    first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
+    second.weight = first.weight
+    model = torch.nn.Sequential(first, second)
     average = Average(model, 0.9)
-    expected = model[0].weight.detach().double().clone()
+    expected = first.weight.detach().double().clone()
     for step in range(3):
         with torch.no_grad():
-            model[0].weight += 1
+            first.weight.add_(1)
         average.update(step)
         decay = min(0.9, (1 + step) / (10 + step))
-        expected = decay * expected + (1 - decay) * model[0].weight.detach().double()
+        expected = decay * expected + (1 - decay) * first.weight.detach().double()
     assert average.tensors.keys() == model.state_dict().keys()
-    before = model[0].weight.detach().clone()
+    before = first.weight.detach().clone()
     with average.in_use():
         for name in ("0.weight", "1.weight"):
             torch.testing.assert_close(model.state_dict()[name].double(), expected, rtol=1e-5, atol=1e-6)
             assert torch.equal(average.tensors[name], before)
-    assert torch.equal(model[1].weight, before)
+    assert torch.equal(second.weight, before)
     torch.testing.assert_close(average.tensors["1.weight"].double(), expected, rtol=1e-5, atol=1e-6)
 
 

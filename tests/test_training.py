@@ -114,6 +114,64 @@ def test_resume_of_a_preset(run_cli: Cli) -> None:
     assert json.loads(outcome.out)["test"] == result["test"]
 
 
+def test_a_run_that_was_moved(run_cli: Cli) -> None:
+    """Its name and its preset are what it says and where it is, and not where it was."""
+    run = Path(train(run_cli)["run_dir"]).rename("moved here")
+    outcome = run_cli("train", "--resume", run)
+    assert outcome.out.count("moved here") == 2, outcome.out
+    assert "quickstart/" not in outcome.out
+    assert json.loads(run_cli("train", "--resume", run, "--json").out)["run_dir"] == "moved here"
+    (run / "result.json").unlink()
+    outcome = run_cli("train", "--resume", "last", "--preset", "quickstart", "--out", ".", "--json")
+    assert (outcome.code, json.loads(outcome.out)["run_dir"]) == (0, "moved here")
+
+
+def test_answers_that_are_no_numbers_are_a_divergence(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last step can spoil weights that stay finite: no run is complete with figures that are none."""
+    from cifar100cli import metrics
+
+    predict = metrics.predict
+
+    def spoilt(*arguments: Any, **more: Any) -> Any:
+        logits, labels = predict(*arguments, **more)
+        return logits * float("nan"), labels
+
+    monkeypatch.setattr(metrics, "predict", spoilt)
+    last = ("--set", "train.select=last", "--set", "data.val_fraction=0")
+    for more, advice in (
+        ((), "a smaller optimizer.grad_clip"),
+        (("--set", "optimizer.grad_clip=0"), "--set optimizer.grad_clip=5"),
+    ):
+        outcome = run_cli("train", *TINY, "--epochs", "1", *last, *more, "--json")
+        assert (outcome.code, outcome.out) == (4, "")
+        line = outcome.err.splitlines()[-1]
+        assert "error: the loss on the test images was nan with the weights of epoch 1; the run is" in line
+        assert line.endswith(f"; try a lower --lr, or {advice}")
+    assert not list(Path("runs").glob("*/*/result.json"))
+
+
+@pytest.mark.parametrize(("loss", "code"), [(9e14, 0), (1.1e15, 4)])
+def test_a_loss_beyond_measure(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, loss: float, code: int) -> None:
+    """What is written can be read again: a loss is as good as infinite before the reader refuses it."""
+    from cifar100cli import trainer
+
+    train_epoch = trainer.train_epoch
+
+    def exploded(*arguments: Any) -> dict[str, float]:
+        return {**train_epoch(*arguments), "train_loss": loss}
+
+    monkeypatch.setattr(trainer, "train_epoch", exploded)
+    outcome = run_cli("train", *TINY, "--epochs", "2")
+    assert outcome.code == code, outcome.err
+    if code:
+        assert "error: train_loss was 1100000000000000.0 after epoch 1" in outcome.err
+        return
+    assert "loss 9.000e+14" in outcome.err
+    (run,) = Path("runs").glob("*/*")
+    assert len(RunDir.open(run).metrics()) == 2
+    assert run_cli("report").out.count("quickstart") >= 1
+
+
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
