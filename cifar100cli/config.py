@@ -322,8 +322,8 @@ def _allowed(annotation: object, metadata: Iterable[object]) -> str:
     if origin in (Union, UnionType):
         return _allowed(next(a for a in arguments if a is not type(None)), metadata)
     if origin is Annotated:
-        bounds = [inner for bound in arguments[1:] for inner in getattr(bound, "metadata", [bound])]
-        return _allowed(arguments[0], [*bounds, *metadata])
+        inner = [one for bound in arguments[1:] for one in getattr(bound, "metadata", [bound])]
+        return _allowed(arguments[0], [*inner, *metadata])
     if annotation is bool:
         return "true or false"
     if annotation is str:

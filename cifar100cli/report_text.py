@@ -159,8 +159,7 @@ def _notes(report: Report) -> list[str]:
         notes.append("n counts seeds: several runs of one seed, or copies of one run, count as one, their mean.")
     if any(row.changes for row in report.rows):
         notes.append(
-            "in brackets: settings that are not the preset's, or of your own presets tell rows apart; "
-            "a published figure is for the preset's."
+            "in brackets: what is not the preset's, or tells rows of your own apart; published figures are a preset's."
         )
     return notes + ablation_notes(report.ablations)
 
