@@ -143,7 +143,7 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
         return getattr(stop, "exit_code", 130)
     if isinstance(stop, RunInterrupted):
         if stop.run_dir is None:
-            console.error("interrupted before the run began, and nothing of it is saved: give the same command again")
+            console.error("interrupted before the run began, and nothing of it is saved: begin it anew")
             return stop.exit_code
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
         console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {console.argument(stop.run_dir)}")
