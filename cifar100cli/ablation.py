@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from cifar100cli import noise
-from cifar100cli.config import differences, flat, optional_sections, parse_config, shipped
+from cifar100cli.config import departures, differences, flat, optional_sections, parse_config, shipped
 from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.schema import Config
 
@@ -200,14 +200,14 @@ class Ablation:
 def compare(base: Setting, others: Sequence[tuple[str, bool, Setting]]) -> Ablation:
     """The base beside other settings, each with its block's name and whether it does without it."""
     ours = shipped(base.preset)
-    changes = differences(base.config, ours) if ours is not None else {}
+    changes = departures(base.config, ours) if ours is not None else {}
     values = list(base.top1.values())
     return Ablation(
         base.preset,
         base.config.data.dataset,
         base.config.train.select,
         base.config.train.epochs,
-        {key: value for key, (value, _) in changes.items() if key != "seed"},
+        {key: value for key, (value, _) in changes.items()},
         len(values),
         list(base.top1),
         fmean(values),

@@ -22,6 +22,7 @@ from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.schema import DESCRIBING, Config, Section
 
 DEFAULT_PRESET = "quickstart"
+TEACHER = "distillation.teacher"
 LARGEST_PRESET = 64 * 1024  # bytes; ours are under two thousand
 
 
@@ -128,7 +129,10 @@ def load_preset(name: str = DEFAULT_PRESET, overrides: Iterable[Override] = ()) 
     if "model.backbone" in origins or name not in preset_names():
         backbones.check(config.model.backbone, origins.get("model.backbone", name))
     if stem not in preset_names():
-        config = with_own_figures(config) if _flat(keys) == _flat(original) else without_figures(config)
+        own = with_own_figures(config)
+        before, now = _set_in(original), _set_in(keys)
+        changed = before != now and before != {key: value for key, value in now.items() if key != TEACHER}
+        config = without_figures(config) if changed else own
     return Preset(stem, config)
 
 
@@ -147,7 +151,7 @@ def with_own_figures(config: Config) -> Config:
         if (config.published and config.published == ours.published)
         or (config.expected and config.expected == ours.expected)
     ]
-    if not theirs or any(differences(config, ours).keys() <= {"seed"} for ours in theirs):
+    if not theirs or not all(departures(config, ours) for ours in theirs):
         return config
     return without_figures(config)
 
@@ -174,6 +178,15 @@ def differences(config: Config, other: Config) -> dict[str, tuple[object, object
     return {key: (ours[key], theirs[key]) for key in ours if ours[key] != theirs[key]}
 
 
+def departures(config: Config, preset: Config) -> dict[str, tuple[object, object]]:
+    """The settings that are not a preset's, with both values. A preset leaves the seed and the teacher to be named."""
+    found = differences(config, preset)
+    found.pop("seed", None)
+    if config.distillation is not None and preset.distillation is not None and preset.distillation.teacher is None:
+        found.pop(TEACHER, None)
+    return found
+
+
 def flat(config: Config) -> dict[str, object]:
     """Every setting by its dotted key; what only describes is left out.
 
@@ -184,18 +197,14 @@ def flat(config: Config) -> dict[str, object]:
     }
 
 
-def _flat(keys: Mapping[str, object]) -> dict[str, object]:
+def _set_in(keys: Mapping[str, object]) -> dict[str, object]:
     """What a preset's keys set, by dotted names, but for the seed and what only describes."""
     return {key: value for key, value in _leaves(keys) if key.split(".")[0] not in {*DESCRIBING, "seed"}}
 
 
 def optional_sections() -> list[str]:
-    """The sections that a configuration may leave out."""
-    return [
-        name
-        for name, field in Config.model_fields.items()
-        if field.default is None and _section_of(field.annotation) is not None and name not in DESCRIBING
-    ]
+    """The sections that a configuration may leave out, but for those that only describe."""
+    return [name for name in _optional_sections() if name not in DESCRIBING]
 
 
 def _with_sections(keys: dict[str, Any]) -> dict[str, Any]:
@@ -245,11 +254,8 @@ def _section_of(annotation: object) -> type[Section] | None:
 
 
 def _optional_sections() -> list[str]:
-    return [
-        name
-        for name, field in Config.model_fields.items()
-        if _section_of(field.annotation) and not field.is_required() and field.default is None
-    ]
+    fields = Config.model_fields.items()
+    return [name for name, field in fields if field.default is None and _section_of(field.annotation) is not None]
 
 
 def _fields(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

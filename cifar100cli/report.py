@@ -9,7 +9,7 @@ from typing import Any
 
 from cifar100cli import ablation, noise
 from cifar100cli.ablation import Ablation, Effect, Setting
-from cifar100cli.config import differences, flat, preset_names, shipped, with_own_figures
+from cifar100cli.config import TEACHER, departures, flat, preset_names, shipped, with_own_figures
 from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import RunDir, find_runs
@@ -193,10 +193,9 @@ def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence
     first = group[0]
     ours = shipped(first.preset)
     config = first.config if ours is not None else with_own_figures(first.config)
-    changed = differences(config, ours) if ours is not None else {}
-    changed.pop("seed", None)
+    changed = departures(config, ours) if ours is not None else {}
     own = flat(config)
-    changes = {key: here for key, (here, _) in changed.items()} if ours else {k: own[k] for k in apart[first.preset]}
+    told = [*changed, *(key for key in apart[first.preset] if ours is None or (key == TEACHER and key not in changed))]
     published = config.published
     own_dataset = (ours or config).data.dataset
     top1 = list(measured.top1.values())
@@ -206,7 +205,7 @@ def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence
     spread = noise.of_one_more(top1)
     return Row(
         preset=first.preset,
-        changes=changes,
+        changes={key: own[key] for key in told},
         shipped={key: there for key, (_, there) in changed.items()},
         dataset=config.data.dataset,
         published_top1=published.top1 if published else None,

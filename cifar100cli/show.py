@@ -57,13 +57,13 @@ def training(result: Mapping[str, Any], preset: "Config", json: bool) -> None:
 def _beside(top1: float, name: str, config: "Config") -> None:
     """The figure that is published or expected of a preset, how far from a published one this one is, and what of that
     is not the preset's doing: settings that are not its own."""
-    from cifar100cli.config import differences, shipped
+    from cifar100cli.config import departures, shipped
 
     published, expected = config.published, config.expected
     ours = shipped(name) or config
     if config.data.dataset != ours.data.dataset or (published is None and expected is None):
         return
-    changes = {key: both for key, both in differences(config, ours).items() if key != "seed"}
+    changes = departures(config, ours)
     if changes:
         told = ", ".join(f"{key} = {here} (not {there})" for key, (here, there) in changes.items())
         console.result(f"not the preset's own settings: {told}")

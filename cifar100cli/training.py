@@ -84,10 +84,9 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
 
 def _as_a_preset(chosen: "Preset", original: "Preset") -> "Config":
     """A configuration to be kept in a file; a figure of the preset that it comes from is not that of other settings."""
-    from cifar100cli.config import differences, without_figures
+    from cifar100cli.config import departures, without_figures
 
-    same = differences(chosen.config, original.config).keys() <= {"seed"}
-    return chosen.config if same else without_figures(chosen.config)
+    return without_figures(chosen.config) if departures(chosen.config, original.config) else chosen.config
 
 
 def _check_command(command: str, chosen: "Preset", overrides: Sequence["Override"]) -> None:

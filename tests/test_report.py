@@ -155,6 +155,23 @@ def test_a_figure_stays_with_the_settings_that_it_is_of(tmp_path: Path) -> None:
     assert seeded.published is not None
 
 
+def test_a_teacher_is_for_the_user_to_name(tmp_path: Path) -> None:
+    """It is told where it tells two rows apart, and takes no published figure away."""
+    first = "resnet18-arcface-kd"
+    make_run(tmp_path, first, 0.5, distillation__teacher="/runs/a")
+    (row,) = report.collect([tmp_path]).rows
+    assert (row.changes, row.published_top1) == ({}, 0.5737)
+    make_run(tmp_path, first, 0.6, distillation__teacher="/runs/b")
+    rows = report.collect([tmp_path]).rows
+    assert [row.changes for row in rows] == [{"distillation.teacher": name} for name in ("/runs/a", "/runs/b")]
+    file = tmp_path / "mine.yaml"
+    file.write_text(load_preset(first).config.to_yaml())
+    taught = load_preset(str(file), [Override("distillation.teacher", "/runs/a", "--teacher")]).config
+    assert taught.published is not None
+    cooler = load_preset(str(file), [Override("distillation.temperature", 2, "--temperature")]).config
+    assert cooler.published is None
+
+
 def test_a_run_that_has_two_names_is_one(tmp_path: Path) -> None:
     make_run(tmp_path / "runs", "resnet18-baseline", 0.44)
     (tmp_path / "link").symlink_to(tmp_path / "runs")
