@@ -48,11 +48,16 @@ class Speaker(Protocol):
 def key(about: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]], loader: DeviceLoader) -> str:
     """A name for what a network with these weights and settings computes from the images of a loader."""
     digest = hashlib.sha256(json.dumps({**about, "format": FORMAT}, sort_keys=True).encode())
-    for name, tensor in tensors:
-        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.cpu().contiguous().numpy().tobytes())
+    take_in(digest, tensors)
     digest.update(f"{loader.device.type} {tuple(loader.images.shape)} ".encode())
     digest.update(loader.images.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
+
+
+def take_in(digest: "hashlib._Hash", tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Let a digest tell tensors from all others, by their names, shapes and bytes."""
+    for name, tensor in tensors:
+        digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.cpu().contiguous().numpy().tobytes())
 
 
 def table(
