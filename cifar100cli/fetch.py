@@ -268,11 +268,13 @@ def fetch(
         url = waiting[0]
         before = part.size
         try:
-            _attempt(url, part, expected, size, timeout, progress)
+            whole = _attempt(url, part, expected, size, timeout, progress)
             if _is_archive(part, expected):
                 return
             reason = f"sha256 is {part.digest}, expected {expected}"
-            if restarted or part.last_start == 0:
+            if not whole:
+                reason += f" (the server named no length: these {part.size} bytes may be a part of it)"
+            elif restarted or part.last_start == 0:
                 reason += f"; if you trust this source: --sha256 {part.digest}"
             raise _SpoiltError(reason, restart=part.last_start > 0)
         except _FailedError as error:
@@ -319,8 +321,11 @@ def _is_archive(part: Part, expected: str | None) -> bool:
     return (part.unwrap() and part.digest == expected) or expected is None
 
 
-def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeout: float, progress: Progress) -> None:
-    """Append what one request yields; returns only when the server has no more to give."""
+def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeout: float, progress: Progress) -> bool:
+    """Append what one request yields; returns only when the server has no more to give.
+
+    True when it is known that this was all, False when the server named no length and the connection ended.
+    """
     part.last_start = part.size
     headers = {"User-Agent": f"cifar100/{__version__}", "Accept-Encoding": "identity"}
     if part.size:
@@ -330,7 +335,7 @@ def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeo
     except HTTPError as error:
         with error:
             _interpret_error(error, part, size)
-        return
+        return True
     except (OSError, HTTPException) as error:
         raise _network_error(error) from None
     except (ValueError, OverflowError):  # of urllib, about a redirect to a host or port that cannot be
@@ -379,6 +384,7 @@ def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeo
                 chunk = next(chunks, b"")
         if excess or not part.size or (total is not None and part.size < total):
             raise _FailedError(f"the connection ended after {part.size} of {total or 'an unknown number of'} bytes")
+        return total is not None or bool(response.chunked)
 
 
 def _extent(response: HTTPResponse) -> tuple[int, int | None]:

@@ -379,6 +379,19 @@ def test_wrong_digest(server: Server, tmp_path: Path) -> None:
     assert_old(tmp_path)
 
 
+@pytest.mark.parametrize("behaviour", [in_chunks, without_length, short_without_length])
+def test_another_digest_is_offered_only_where_all_has_come(
+    server: Server, tmp_path: Path, behaviour: Behaviour
+) -> None:
+    """Chunks have an end of their own; a connection that closes, of an archive of unknown size, may have broken."""
+    with pytest.raises(DataError) as raised:
+        install(tmp_path, server.url("/a", behaviour), sha256="0" * 64)
+    text = assert_one_line(raised.value)
+    came = HALF if behaviour is short_without_length else len(BODY)
+    told = f"named no length: these {came} bytes may be a part of it"
+    assert ("--sha256" in text, told in text) == ((True, False) if behaviour is in_chunks else (False, True))
+
+
 @pytest.mark.parametrize("sha256", [sha256_of(OTHER).upper(), None])
 def test_another_archive_on_request(server: Server, tmp_path: Path, sha256: str | None) -> None:
     archive = dataclasses.replace(ARCHIVE, files={**MD5S, "meta": "0" * 32})
