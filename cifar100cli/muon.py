@@ -45,7 +45,9 @@ class Muon(torch.optim.Optimizer):
     """Muon over weights of two and more dimensions; of filters, all dimensions but the first are the columns.
 
     `lr` may be a number, or a scalar tensor on the weights' device. `dtype` is what is orthogonalised in. Weight decay
-    is decoupled, as AdamW's.
+    is decoupled, as AdamW's. With `fixed_norm`, the entries of every weight are first given the norm that those of an
+    orthogonal matrix have, the root of its rows, as in airbench: the rate alone then says how far a step turns it. That
+    is for weights whose size means nothing, as of convolutions that a norm follows.
     """
 
     def __init__(
@@ -58,10 +60,11 @@ class Muon(torch.optim.Optimizer):
         weight_decay: float,
         ns_steps: int,
         adjust_lr: Literal["original", "match_rms_adamw"],
+        fixed_norm: bool,
         dtype: torch.dtype,
     ) -> None:
         self.momentum, self.nesterov, self.ns_steps = momentum, nesterov, ns_steps
-        self.adjust_lr, self.dtype = adjust_lr, dtype
+        self.adjust_lr, self.fixed_norm, self.dtype = adjust_lr, fixed_norm, dtype
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
 
     @torch.no_grad()
@@ -80,6 +83,8 @@ class Muon(torch.optim.Optimizer):
         average = state["momentum_buffer"].lerp_(gradient, 1 - self.momentum)
         matrix = (gradient.lerp(average, self.momentum) if self.nesterov else average).flatten(1)
         update = orthogonalised(matrix.to(self.dtype), self.ns_steps).to(weight.dtype)
+        if self.fixed_norm:
+            weight.mul_(math.sqrt(matrix.shape[0]) / weight.norm().clamp(min=SMALLEST_NORM))
         if weight_decay:
             weight.mul_(1 - rate * weight_decay)
         weight.sub_(

@@ -28,6 +28,7 @@ def create_optimizer(config: Optimizer, groups: Sequence[Group], precision: str 
         weight_decay=config.weight_decay,
         ns_steps=config.ns_steps,
         adjust_lr=config.adjust_lr,
+        fixed_norm=config.fixed_norm,
         dtype=torch.bfloat16 if precision == "bf16" else torch.float32,
     )
     if not others:

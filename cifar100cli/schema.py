@@ -200,6 +200,9 @@ class Optimizer(Section):
         "match_rms_adamw", description="muon: updates as large as adamw's, or as Jordan's, with lr around 0.02"
     )
     ns_steps: Integer = Field(5, ge=1, le=20, description="muon: Newton-Schulz iterations")
+    fixed_norm: bool = Field(
+        False, description="muon: hold each matrix's norm at the root of its rows; for convolutions that a norm follows"
+    )
     grad_clip: Number = Field(5.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
     sam_rho: Number = Field(0.0, ge=0, le=100, description="sharpness-aware: how far up gradients are taken; 0 is off")
     sam_adaptive: bool = Field(False, description="measure sam_rho in the weights' sizes (then it is around 1)")
@@ -316,11 +319,13 @@ class Config(Section):
                 f"optimizer.layer_decay = {optimizer.layer_decay:g} does not go together with finetune, which has "
                 "finetune.stage_decay: use that"
             )
-        if optimizer.auxiliary_lr is not None and optimizer.name != "muon":
-            raise ValueError(
-                f"optimizer.auxiliary_lr = {optimizer.auxiliary_lr:g} is for optimizer.name = muon, "
-                f"not {optimizer.name}"
-            )
+        if optimizer.name != "muon":
+            muons = [] if optimizer.auxiliary_lr is None else [("auxiliary_lr", f"{optimizer.auxiliary_lr:g}", "null")]
+            muons += [("fixed_norm", "true", "false")] if optimizer.fixed_norm else []
+            if muons:
+                named = " and ".join(f"optimizer.{key} = {value}" for key, value, _ in muons)
+                without = " ".join(f"--set optimizer.{key}={off}" for key, _, off in muons)
+                raise ValueError(f"{named}: for optimizer.name = muon, not {optimizer.name} ({without})")
         if optimizer.sam_adaptive and optimizer.sam_rho == 0:
             raise ValueError("optimizer.sam_adaptive = true needs optimizer.sam_rho above 0 (for example 1)")
         if schedule.name == "one_cycle" and schedule.warmup_epochs > 0:

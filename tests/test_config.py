@@ -68,7 +68,18 @@ def test_scalars_mean_what_a_user_means(tmp_path: Path, text: str, key: str, val
         ("optimizer: {betas: [0.9, 1.5]}", ["optimizer.betas", "1.5"]),
         ("optimizer: {layer_decay: 0}", ["optimizer.layer_decay", "above 0 and at most 1"]),
         ("optimizer: {layer_decay: 0.7}\nfinetune: {}", ["optimizer.layer_decay = 0.7", "finetune.stage_decay"]),
-        ("optimizer: {auxiliary_lr: 0.7}", ["optimizer.auxiliary_lr = 0.7", "optimizer.name = muon, not adamw"]),
+        (
+            "optimizer: {auxiliary_lr: 0.7}",
+            ["optimizer.auxiliary_lr = 0.7:", "optimizer.name = muon, not adamw", "=null"],
+        ),
+        ("optimizer: {name: sgd, fixed_norm: true}", ["optimizer.fixed_norm = true:", "muon, not sgd", "=false"]),
+        (
+            "optimizer: {auxiliary_lr: 0.7, fixed_norm: true}",
+            [
+                "optimizer.auxiliary_lr = 0.7 and optimizer.fixed_norm = true:",
+                "(--set optimizer.auxiliary_lr=null --set optimizer.fixed_norm=false)",
+            ],
+        ),
         ("optimizer: {sam_adaptive: true}", ["optimizer.sam_adaptive = true", "optimizer.sam_rho above 0"]),
         ("optimizer: {sam_rho: -1}", ["optimizer.sam_rho", "-1", "at least 0"]),
         ("schedule: {name: multistep}", ["did you mean multi_step?"]),

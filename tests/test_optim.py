@@ -145,7 +145,7 @@ def test_muon_on_matrices_is_torchs(nesterov: bool, adjust: Literal["original", 
     ours, theirs = matrices(), matrices()
     keys: dict[str, Any] = {"momentum": 0.8, "nesterov": nesterov, "weight_decay": 0.1, "ns_steps": 5}
     reference = torch.optim.Muon(theirs.parameters(), 0.02, adjust_lr_fn=adjust, **keys)
-    optimizer = Muon(ours.parameters(), 0.02, adjust_lr=adjust, dtype=torch.bfloat16, **keys)
+    optimizer = Muon(ours.parameters(), 0.02, adjust_lr=adjust, fixed_norm=False, dtype=torch.bfloat16, **keys)
     for _ in range(5):
         for mine, other in zip(ours.parameters(), theirs.parameters(), strict=True):
             mine.grad = torch.randn(mine.shape)
@@ -157,8 +157,14 @@ def test_muon_on_matrices_is_torchs(nesterov: bool, adjust: Literal["original", 
 
 @pytest.mark.parametrize("nesterov", [True, False])
 @pytest.mark.parametrize("adjust", ["original", "match_rms_adamw"])
-def test_muon_is_the_papers_in_float64(nesterov: bool, adjust: Literal["original", "match_rms_adamw"]) -> None:
-    """Filters included; with the momentum as Jordan writes it, of which the iteration sees the direction."""
+@pytest.mark.parametrize("fixed_norm", [True, False])
+def test_muon_is_the_papers_in_float64(
+    nesterov: bool, adjust: Literal["original", "match_rms_adamw"], fixed_norm: bool
+) -> None:
+    """Filters included; with the momentum as Jordan writes it, of which the iteration sees the direction.
+
+    A fixed norm is airbench's: the root of the rows, before the step.
+    """
     random, shapes = np.random.default_rng(0), [(5, 3, 3, 3), (40, 2, 3, 3), (6, 9), (12, 4)]
     weights = [random.normal(size=shape) for shape in shapes]
     parameters = [nn.Parameter(torch.from_numpy(weight.copy())) for weight in weights]
@@ -170,6 +176,7 @@ def test_muon_is_the_papers_in_float64(nesterov: bool, adjust: Literal["original
         weight_decay=0.1,
         ns_steps=5,
         adjust_lr=adjust,
+        fixed_norm=fixed_norm,
         dtype=torch.float64,
     )
     sums = [np.zeros(shape) for shape in shapes]
@@ -186,6 +193,8 @@ def test_muon_is_the_papers_in_float64(nesterov: bool, adjust: Literal["original
             rows, columns = shape[0], math.prod(shape[1:])
             update = of_singular_values(momentum.reshape(rows, columns), 5).reshape(shape)
             size = max(1, rows / columns) ** 0.5 if adjust == "original" else 0.2 * max(rows, columns) ** 0.5
+            if fixed_norm:
+                weights[index] *= (rows / np.sum(weights[index] ** 2)) ** 0.5
             weights[index] = weights[index] * (1 - rate * 0.1) - rate * size * update
         optimizer.step()
     for found, expected in zip(parameters, weights, strict=True):
@@ -212,9 +221,10 @@ def of_muon(model: nn.Module, **keys: Any) -> torch.optim.Optimizer:
 
 @pytest.mark.parametrize("auxiliary", ["adamw", "sgd"])
 @pytest.mark.parametrize("auxiliary_lr", [None, 0.004])
-def test_the_auxiliary_optimizer_moves_the_rest(auxiliary: str, auxiliary_lr: float | None) -> None:
+@pytest.mark.parametrize("fixed_norm", [True, False])
+def test_the_auxiliary_optimizer_moves_the_rest(auxiliary: str, auxiliary_lr: float | None, fixed_norm: bool) -> None:
     model = deep_model()
-    optimizer = of_muon(model, auxiliary=auxiliary, auxiliary_lr=auxiliary_lr)
+    optimizer = of_muon(model, auxiliary=auxiliary, auxiliary_lr=auxiliary_lr, fixed_norm=fixed_norm)
     reference = copy.deepcopy(model)
     named = dict(reference.named_parameters())
     hidden = {name: named.pop(name) for name in ("2.weight", "4.weight")}
@@ -233,6 +243,7 @@ def test_the_auxiliary_optimizer_moves_the_rest(auxiliary: str, auxiliary_lr: fl
         weight_decay=0.1,
         ns_steps=5,
         adjust_lr="match_rms_adamw",
+        fixed_norm=fixed_norm,
         dtype=torch.float32,
     )
     for step in range(4):

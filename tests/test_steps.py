@@ -95,7 +95,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "muon, one cycle": {"optimizer": {"name": "muon", "decay_norms": False}, "schedule": {"name": "one_cycle"}},
     "sam, sgd by layers": {"optimizer": {"name": "sgd", "lr": 0.01, "layer_decay": 0.7, "sam_rho": 0.05}},
     "adaptive sam, muon in bf16": {
-        "optimizer": {"name": "muon", "auxiliary": "sgd", "sam_rho": 0.5, "sam_adaptive": True},
+        "optimizer": {"name": "muon", "auxiliary": "sgd", "fixed_norm": True, "sam_rho": 0.5, "sam_adaptive": True},
         "train": {"precision": "bf16"},
     },
     "drop-out, stochastic depth": {"model": {"drop_rate": 0.2, "drop_path_rate": 0.5}},
