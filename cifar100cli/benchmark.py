@@ -327,7 +327,7 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
 def _full_run(config: Config, training_rate: float, evaluation_rate: float) -> dict[str, float]:
     """What the preset's whole run comes to, on all of its images.
 
-    Rates are those of images as large as they get; smaller ones, while they grow, are taken to cost as their area says.
+    Rates are those of images as large as they get.
     """
     about = DATASETS[config.data.dataset]
     training, tested = about.training_images, about.test_images
@@ -335,8 +335,8 @@ def _full_run(config: Config, training_rate: float, evaluation_rate: float) -> d
     images = round((training - held_out) * config.data.fraction)
     looks = held_out + (tested if config.train.select == "best_test" or config.train.watch_test else 0)
     epochs = config.train.epochs
-    areas = fmean((config.image_size_in(epoch) / config.data.image_size) ** 2 for epoch in range(1, epochs + 1))
-    epoch = areas * images / training_rate + looks / evaluation_rate
+    work = fmean(config.work_in(epoch) for epoch in range(1, epochs + 1))
+    epoch = work * images / training_rate + looks / evaluation_rate
     return {
         "epochs": epochs,
         "training_images": images,

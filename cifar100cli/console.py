@@ -322,6 +322,7 @@ class TrainingDisplay:
         self._bar: Progress | None = None
         self._select = "last"
         self._epochs = self._first = self._epoch = self._steps = 0
+        self._work: list[float] = []  # what each epoch of this process costs
         self._started = self._epoch_started = self._looked = 0.0
         self._measured = ""  # what the last epoch's measurement and the best one were
 
@@ -359,6 +360,7 @@ class TrainingDisplay:
     def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:
         """Training starts in the run's folder, or goes on, with `first_epoch`."""
         self._select, self._epochs = config.train.select, config.train.epochs
+        self._work = [config.work_in(epoch) for epoch in range(first_epoch, self._epochs + 1)]
         self._first = self._epoch = first_epoch
         self._steps = steps_per_epoch
         self._started = self._epoch_started = time.monotonic()
@@ -419,9 +421,13 @@ class TrainingDisplay:
         parts += [self._measured] if self._measured else []
         if known is not None:
             parts.append(f"{known.images / (now - self._epoch_started):,.0f} images/s")
-        done = self._epoch - self._first + taken / self._steps
-        left = (now - self._started) / done * (self._epochs - self._first + 1 - done)
-        self._show(taken, "  ".join(parts), f"  {duration(left)} left")
+        self._show(taken, "  ".join(parts), f"  {self._left(self._epoch, taken / self._steps)} left")
+
+    def _left(self, epoch: int, part: float) -> str:
+        """How long the epochs still take, after this part of one, if they go on as they went."""
+        before = epoch - self._first
+        done = sum(self._work[:before]) + self._work[before] * part
+        return duration((time.monotonic() - self._started) / done * (sum(self._work) - done))
 
     def epoch(self, row: Mapping[str, Any], state: Any) -> None:
         """An epoch is finished and measured."""
@@ -459,8 +465,6 @@ class TrainingDisplay:
         if self._live is not None:  # what moves below says the rest, and this has to fit 80 columns
             return "  ".join(parts)
         parts.append(f"{row['images_per_second']:,.0f} images/s")
-        done = row["epoch"] - self._first + 1
         if row["epoch"] < self._epochs:
-            left = (time.monotonic() - self._started) / done * (self._epochs - row["epoch"])
-            parts.append(f"{duration(left)} left")
+            parts.append(f"{self._left(row['epoch'], 1)} left")
         return "  ".join(parts)

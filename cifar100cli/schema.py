@@ -364,6 +364,10 @@ class Config(Section):
             return whole
         return first + 16 * int(done * (whole - first) / 16)
 
+    def work_in(self, epoch: int) -> float:
+        """What an epoch costs, of one with whole images: smaller ones are taken to cost as their area says."""
+        return (self.image_size_in(epoch) / self.data.image_size) ** 2
+
     def to_yaml(self) -> str:
         """The preset as YAML that `load_preset` reads back to an equal `Config`."""
         keys = self.model_dump(mode="json", exclude_none=True)

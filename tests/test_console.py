@@ -9,6 +9,7 @@ import struct
 import sys
 import termios
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -82,6 +83,25 @@ def test_training_in_a_pipe(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
     assert "\x1b" not in captured.err
     assert "\r" not in captured.err
     assert [line[:11] for line in captured.err.splitlines()[-3:]] == [f"epoch {number}/3  " for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(("first", "expected"), [(1, ["1:30 left", "1:20 left", "40 s left"]), (3, ["40 s left"])])
+def test_time_left_while_images_grow(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, first: int, expected: list[str]
+) -> None:
+    """A quarter of the area is a quarter of the time, so that the first epochs do not promise too much."""
+    growing = make_preset(data={"image_size": 32, "first_image_size": 16}, train={"epochs": 4}).config
+    assert [growing.image_size_in(epoch) for epoch in range(1, 5)] == [16, 16, 32, 32]
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    display = console.TrainingDisplay("mine")
+    display.begin(growing, Path(), first, 5)
+    for epoch, seconds in ((1, 10), (2, 10), (3, 40), (4, 40)):
+        if epoch >= first:
+            now += seconds
+            display.epoch({"epoch": epoch, "train_loss": 1, "train_top1": 0.5, "images_per_second": 1}, None)
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.rsplit("  ")[-1] for line in lines if "left" in line] == expected
 
 
 def test_the_report_fits_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
