@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import torch
 
@@ -58,10 +59,15 @@ def _keep_memory() -> None:
     As it comes, it gives what is large back to the system, and every step begins by getting the same pages anew, one
     by one: a tenth of the time of a ResNet-18 at 32 pixels. Other C libraries have no such call.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    mallopt = _of_libc("mallopt")
     if mallopt is not None:
         for parameter, value in ((M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20), (M_MMAP_THRESHOLD, 32 << 20)):
             mallopt(parameter, value)
+
+
+def _of_libc(name: str) -> Callable[..., int] | None:
+    """A function of the C library's own, on a Linux whose library has it."""
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform == "linux" else None
 
 
 def _device_of_rank(name: str) -> torch.device:
@@ -126,10 +132,28 @@ def is_out_of_memory(error: BaseException) -> bool:
     return known or re.search("out of memory|can't allocate memory", str(error)) is not None
 
 
+def forget_peak_memory(device: torch.device) -> None:
+    """Begin anew with what `peak_memory` says, where that can be done: on CUDA devices, and on Linux."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    if (trim := _of_libc("malloc_trim")) is not None:
+        trim(0)  # what is free counts until it is given back
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")  # proc(5): from here on, the peak is what is in use now
+
+
 def peak_memory(device: torch.device) -> int:
-    """Bytes held at most so far: by PyTorch on a CUDA device, else by the whole process in the machine's memory."""
+    """Bytes held at most: by PyTorch on a CUDA device, else by the whole process in the machine's memory.
+
+    Since `forget_peak_memory`, where that works.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    with contextlib.suppress(OSError):  # Linux's own; what it tells of rusage may be the peak of who began the process
+        if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(found[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows

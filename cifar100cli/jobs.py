@@ -102,6 +102,7 @@ def prepare(
     config = preset.config
     check_backbone(config.model.backbone)
     device = devices.select_device(where.device)
+    devices.forget_peak_memory(device)  # of the runs before, in this process
     precision = ranks.on_first(lambda: devices.resolve_precision(config.train.precision, device))
     if config.data.batch_size < ranks.count():
         raise UsageError(

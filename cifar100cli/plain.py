@@ -64,8 +64,7 @@ def changes(augment: Augment, color: Color) -> list[Callable[[Picture], Picture]
     if augment.policy == "one_of":
         from cifar100cli.albumentations_backend import AlbumentationsOneOf
 
-        choice = AlbumentationsOneOf().choice
-        found.append(lambda picture: choice(image=np.ascontiguousarray(picture))["image"])
+        found.append(partial(_by_albumentations, AlbumentationsOneOf().choice))
     if augment.policy == "crop_flip":
         found.append(partial(_cropped, padding=augment.crop_padding, mode=BORDERS[augment.padding_mode]))
     if augment.policy in ("flip", "crop_flip") and augment.flip != "none":
@@ -102,6 +101,10 @@ def _cut_out(picture: Picture, side: int, color: Color) -> Picture:
     picture = picture.copy()
     picture[max(top, 0) : max(top + side, 0), max(left, 0) : max(left + side, 0)] = color
     return picture
+
+
+def _by_albumentations(transform: Callable[..., dict[str, Picture]], picture: Picture) -> Picture:
+    return transform(image=np.ascontiguousarray(picture))["image"]
 
 
 def _by_torchvision(transform: Callable[[Tensor], Tensor], picture: Picture) -> Picture:

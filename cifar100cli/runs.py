@@ -410,10 +410,17 @@ def same_run(root: Path, preset: str, config: Config) -> RunDir | None:
     return max(found, key=lambda run: (run.complete, (run.path / CONFIG).stat().st_mtime_ns), default=None)
 
 
-def begun_by(root: Path, preset: str, launch: str | None) -> RunDir | None:
-    """The run of this preset that this torchrun command began last, if it has begun one."""
-    found = [RunDir(path) for path in find_runs(root / preset) if (path / CONFIG).is_file()]
-    ours = [run for run in found if launch is not None and run.recorded("launch") == launch]
+def begun_by(root: Path, preset: str, config: Config, launch: str | None) -> RunDir | None:
+    """The run of this preset and of these settings that this torchrun command began last, if it has begun one.
+
+    The settings count, too: a name of a launch may be used again, and in containers those of processes and hosts are.
+    """
+    ours = []
+    for path in find_runs(root / preset) if launch is not None else []:
+        with contextlib.suppress(CifarError, OSError):  # what is broken is not gone on with
+            run = RunDir.open(path)
+            if run.recorded("launch") == launch and not differences(run.config(), config):
+                ours.append(run)
     return max(ours, key=lambda run: (run.path / CONFIG).stat().st_mtime_ns, default=None)
 
 

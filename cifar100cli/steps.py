@@ -17,6 +17,7 @@ from cifar100cli.sam import uphill
 from cifar100cli.tasks import StepOutput, Task
 
 WARM_UP = 3  # steps that are taken one operation at a time before one is captured: libraries set themselves up in them
+MOST_SHAPES = 256  # of batches, for which a network is compiled
 
 
 @dataclass(frozen=True)
@@ -292,6 +293,8 @@ def create_steps(training: Training, manner: Manner) -> Steps:
         # The kernels of one size of images do not depend on what was compiled before: a run that is gone on with would
         # have others, and other bits.
         torch.compiler.reset()
+        # Each size of images, and of batches, is compiled: past its limit of 8, PyTorch would run the rest uncompiled.
+        torch._dynamo.config.recompile_limit = MOST_SHAPES
         compiled: Any = torch.compile(training.network, dynamic=False)
         training = Training(**{**vars(training), "network": compiled})
     captured = manner.name == "graph" or (manner.name == "inductor" and training.loader.device.type == "cuda")

@@ -15,7 +15,8 @@ from pathlib import Path, PurePosixPath
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.fetch import Progress
 
-TAR_CHUNK = 1 << 14
+CHUNK = 1 << 14
+MAX_READ = 1 << 20  # tarfile reads a file in pieces of Python's own buffer: 8 KiB, and 128 from Python 3.14 on
 MAX_FILE = 256 << 20
 MAX_UNPACKED = 1 << 30
 MAX_MEMBERS = 1000
@@ -26,7 +27,7 @@ class _PlainTar(gzip.GzipFile):
     """The tar in the archive; tarfile reads whatever length a crafted header names at once, this does not."""
 
     def read(self, size: int | None = -1) -> bytes:
-        if size is None or not 0 <= size <= TAR_CHUNK:
+        if size is None or not 0 <= size <= MAX_READ:
             raise tarfile.ReadError("a header of an impossible size")
         return super().read(size)
 
@@ -62,7 +63,7 @@ def unpack(
                     continue
                 md5 = hashlib.md5(usedforsecurity=False)
                 with stream, (folder / name.name).open("xb") as file:
-                    while chunk := stream.read(TAR_CHUNK):
+                    while chunk := stream.read(CHUNK):
                         file.write(chunk)
                         md5.update(chunk)
                         progress(raw.tell(), total)
@@ -71,7 +72,7 @@ def unpack(
                 md5s[name.name] = md5.hexdigest()
             # The checksum of the whole comes last, and is compared only by whoever reads up to it.
             end = plain.tell() + MAX_TAIL
-            while plain.read(TAR_CHUNK):
+            while plain.read(CHUNK):
                 if plain.tell() > end:
                     raise DataError(f"{label}: damaged, as it goes on after its end; nothing of it is kept")
             progress(total, total)

@@ -1,6 +1,7 @@
 """`bench`: what it compares is the same training, what it counts is right, and what it prints adds up."""
 
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def test_only_mixing_has_no_plain_way() -> None:
         if field.default in (0, "none"):
             changes = plain.changes(Augment.model_validate({name: EVERYTHING[name]}), (0, 0, 0))
             assert bool(changes) == (name not in ("mixup", "cutmix")), name
+            pickle.dumps(changes)  # as workers get them where they are not forked
 
 
 def test_mixing_has_no_plain_way(tmp_path: Path) -> None:

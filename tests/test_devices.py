@@ -36,6 +36,26 @@ def test_freed_memory_stays_with_the_process() -> None:
     assert given_back["plain"] > 80e6
 
 
+FORGOTTEN = """
+import torch
+from cifar100cli import devices
+
+cpu = devices.select_device("cpu")
+block = torch.ones(64 << 20)
+del block
+before = devices.peak_memory(cpu)
+devices.forget_peak_memory(cpu)
+print(before - devices.peak_memory(cpu))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak is the process's own")
+def test_the_peak_of_a_run_is_not_that_of_the_one_before() -> None:
+    """Of 268 MB in use before, most are forgotten."""
+    run = subprocess.run([sys.executable, "-c", FORGOTTEN], capture_output=True, check=True, text=True)
+    assert int(run.stdout) > 200e6
+
+
 def test_the_chosen_gpu_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose streams, events and waits PyTorch takes where none is named."""
     current: list[torch.device] = []

@@ -101,6 +101,18 @@ def test_last_is_the_unfinished_run_begun_last(tmp_path: Path) -> None:
         runs.latest_unfinished(tmp_path, "nothing")
 
 
+def test_a_launch_goes_on_with_its_own_run(tmp_path: Path) -> None:
+    """Not with one of other settings, whose launch happened to have the same name."""
+    other = RunDir.create(tmp_path, "mine", Config(seed=3), {"launch": "none of process 1 on host"})
+    other.write_result({})
+    make_run(tmp_path)
+    for seed, launch, expected in ((3, "none of process 1 on host", other), (3, "mine", None), (3, None, None)):
+        assert runs.begun_by(tmp_path, "mine", Config(seed=seed), launch) == expected
+    assert runs.begun_by(tmp_path, "mine", Config(seed=4), "none of process 1 on host") is None
+    (other.path / runs.CONFIG).write_text("no settings")
+    assert runs.begun_by(tmp_path, "mine", Config(seed=3), "none of process 1 on host") is None
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     runs.write_text(path, "old")

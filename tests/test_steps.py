@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar100cli import augment, jobs, steps, teachers, trainer
@@ -194,6 +195,20 @@ def test_a_compiled_network_trains_as_an_eager_one(tmp_path: Path) -> None:
     network: Any = torch.compile(compiled.network, backend="aot_eager")
     other = epochs(Steps(Training(**{**vars(compiled), "network": network})), preset, 1)
     assert other[0]["train_loss"] == pytest.approx(one[0]["train_loss"], rel=1e-4)
+
+
+def test_every_size_of_images_is_compiled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five of them, each in whole batches and in the last of an epoch, are more than PyTorch compiles by itself."""
+    growing = {"image_size": 80, "first_image_size": 16, "grow_until": 0.8}
+    preset = make_preset(data=growing, train={"epochs": 5, "compile": "inductor"})
+    assert len({preset.config.image_size_in(epoch) for epoch in range(1, 6)}) == 5
+    job = training_of(preset, tmp_path)
+    counter = CompileCounter()
+    compile_as_ever = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **more: compile_as_ever(network, backend=counter, **more))
+    taken = steps.create_steps(job, Manner("inductor", ""))
+    epochs(taken, preset, 5)
+    assert counter.frame_count == 10
 
 
 def loader_on(device: str, policy: Any = None) -> DeviceLoader:

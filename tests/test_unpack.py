@@ -83,6 +83,20 @@ def test_from_something_else(tmp_path: Path, content: bytes | str | None, reason
     assert_old(tmp_path / "data")
 
 
+def test_python_reads_in_larger_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its buffers are of 8 KiB up to Python 3.13, and of 128 KiB from 3.14 on."""
+
+    class Buffered(io.BufferedReader):
+        def __init__(self, tar: tarfile.TarFile, member: tarfile.TarInfo) -> None:
+            super().__init__(tarfile.ExFileObject(tar, member).detach(), 1 << 17)
+
+    monkeypatch.setattr(tarfile.TarFile, "fileobject", Buffered)
+    source = tmp_path / "mine.tar.gz"
+    source.write_bytes(BODY)
+    install(tmp_path / "data", source=source)
+    assert_complete(tmp_path / "data")
+
+
 # Hostile archives
 
 
