@@ -88,7 +88,16 @@ def test_only_mixing_has_no_plain_way() -> None:
         if field.default in (0, "none"):
             changes = plain.changes(Augment.model_validate({name: EVERYTHING[name]}), (0, 0, 0))
             assert bool(changes) == (name not in ("mixup", "cutmix")), name
-            pickle.dumps(changes)  # as workers get them where they are not forked
+
+
+@pytest.mark.parametrize("augment", [EVERYTHING, {"policy": "one_of"}, {"auto": "randaugment"}], ids=str)
+def test_the_plain_way_goes_to_workers_that_are_not_forked(augment: dict[str, Any]) -> None:
+    changes = plain.changes(Augment.model_validate(augment), (0, 0, 0))
+    picture = np.zeros((32, 32, 3), np.uint8)
+    for change in pickle.loads(pickle.dumps(changes)):  # noqa: S301 - our own
+        picture = change(picture)
+    assert picture.shape == (32, 32, 3)
+    assert picture.dtype == np.uint8
 
 
 def test_mixing_has_no_plain_way(tmp_path: Path) -> None:
