@@ -102,7 +102,10 @@ def evaluate(
     table = places.check_output("predictions", Path(predictions), files) if predictions is not None else None
     where = _where(device, data_dir, run=paths[0])
     with _watcher("evaluate", progress) as watcher:
-        return evaluation.evaluate(paths, where, watcher, split, table, tta=tta)
+        measured = evaluation.measure(paths, where, watcher, split, tta=tta)
+    if table is not None:
+        measured.write(table)
+    return measured.result
 
 
 def load_model(run: AnyPath, *, device: str = "auto") -> Classifier:

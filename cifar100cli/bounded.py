@@ -64,16 +64,23 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def walk(
-    root: Path, *, hidden: bool, refused: Callable[[OSError], None] | None = None
+    root: Path, *, hidden: bool, links: bool = False, refused: Callable[[OSError], None] | None = None
 ) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder at and below `root` with the names of its files, in order; links are not entered.
+    """Each folder at and below `root` with the names of its files, in order; links are entered if `links`.
 
-    A folder that may not be read is told to `refused`, and left out.
+    No folder is entered twice. One that may not be read is told to `refused`, and left out.
 
     What lies deeper than DEEPEST_FOLDER is not looked at: `os.walk` calls itself for each level.
     """
-    for name, subfolders, files in os.walk(root, onerror=refused):
+    known = set()
+    for name, subfolders, files in os.walk(root, onerror=refused, followlinks=links):
         folder = Path(name)
+        if links:
+            identity = os.path.realpath(folder)
+            if identity in known:
+                subfolders.clear()
+                continue
+            known.add(identity)
         deep = len(folder.parts) - len(root.parts) >= DEEPEST_FOLDER
         subfolders[:] = [] if deep else sorted(name for name in subfolders if hidden or not name.startswith("."))
         yield folder, sorted(files)

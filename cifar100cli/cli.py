@@ -6,6 +6,7 @@ Everything slow (torch, Rich, the data) is imported by the command that needs it
 
 import re
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -281,14 +282,15 @@ def finetune_cifar10(
 
     Example: cifar100 finetune-cifar10 --unfreeze layer3 --epochs 50
     """
-    training.train(context.params, _study_preset(unfreeze, epochs), "finetune-cifar10")
+    training.train(context.params, _study_preset(context.params), "finetune-cifar10")
 
 
-def _study_preset(unfreeze: str | None, epochs: str | None) -> str:
-    """The preset of the study's cell, if it has one for this depth and these epochs."""
+def _study_preset(given: Mapping[str, Any]) -> str:
+    """The preset of the study's cell, if it has one for the depth and the epochs that are asked for."""
     from cifar100cli.config import preset_names
 
-    depth = f"finetune-{unfreeze or 'layer4'}"
+    asked = {override.key: override.value for override in options.overrides(given)}
+    depth, epochs = f"finetune-{asked.get('finetune.unfreeze', 'layer4')}", asked.get("train.epochs")
     names = preset_names()
     return next((name for name in (f"{depth}-{epochs}", depth) if name in names), "finetune-layer4")
 
@@ -332,9 +334,10 @@ def evaluate(
     from cifar100cli import evaluation
 
     with console.TrainingDisplay("evaluate") as display:
-        result = evaluation.evaluate(models, where, display, split, csv_file, tta=tta)
-    show.evaluation(result, json)
+        measured = evaluation.measure(models, where, display, split, tta=tta)
+    show.evaluation(measured.result, json)
     if csv_file is not None:
+        measured.write(csv_file)  # last, so that a full disk costs no figures
         console.log(f"predictions are in {csv_file}")
 
 
@@ -398,7 +401,7 @@ def export(
     Example: cifar100 export runs/resnet18-baseline/20260101-120000-seed0 --out model.onnx
     """
     _one_process()
-    if out.suffix != ".onnx":
+    if out.suffix.lower() != ".onnx":
         raise UsageError(f"--out {out}: must end in .onnx")
     from cifar100cli.runs import find_model
 
@@ -507,6 +510,7 @@ def report(
     data_dir: Annotated[
         Path | None,
         typer.Option(
+            envvar="CIFAR100_DATA_DIR",
             metavar="DIR",
             help="Where example images for the page are; default: where a run found them.",
             readable=False,
@@ -562,3 +566,6 @@ def _check_tolerance(found: Any, tolerance: float) -> None:
     if not any(row.delta is not None for row in found.rows):
         raise DataError("--check: there is no complete run with a published figure to compare with")
     console.log(f"every mean is within {tolerance:g} points of its published figure")
+    others = [f"{row.preset}{reports.changed(row)}" for row in found.rows if row.delta is not None and row.changes]
+    if others:
+        console.log(f"of these, not with the settings that the figure was published for: {'; '.join(others)}")

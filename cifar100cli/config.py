@@ -68,8 +68,11 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
     shipped = presets_folder() / f"{name}.yaml"
     if name in preset_names():
         path = shipped
-    elif name.endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
-        path = Path(name)
+    elif name.lower().endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
+        try:
+            path = Path(name).expanduser()
+        except RuntimeError:
+            raise UsageError(f"--preset {name}: there is no such user's home") from None
         if path.stem.startswith(".") or not path.stem.isprintable():  # it becomes the name of a folder
             raise UsageError(f"--preset {name}: give the file another name: this one cannot name a run")
         try:
@@ -285,6 +288,15 @@ def choices(key: str) -> tuple[str, ...]:
     return get_args(field.annotation)
 
 
+OTHER_NAMES = {  # of keys, in other tools
+    "arch": "model.backbone",
+    "dropout": "model.drop_rate",
+    "learning_rate": "optimizer.lr",
+    "smoothing": "loss.label_smoothing",
+    "wd": "optimizer.weight_decay",
+}
+
+
 def _nearest_key(key: str) -> str:
     known = [name for name, _ in _fields()]
     sections = [name for name, field in Config.model_fields.items() if _section_of(field.annotation)]
@@ -297,6 +309,8 @@ def _nearest_key(key: str) -> str:
         leaves.setdefault(name.split(".")[-1], name)
     key = key.lower()
     leaf = key.split(".")[-1]
+    if leaf in OTHER_NAMES:
+        return f"; did you mean {OTHER_NAMES[leaf]}?"
     # A slip of the finger in the whole name, then the right name without its section, then a far guess.
     guesses = (
         difflib.get_close_matches(key, sections + known, n=1, cutoff=0.8)

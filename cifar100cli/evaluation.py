@@ -3,7 +3,7 @@
 import csv
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,21 +19,31 @@ from cifar100cli.runs import replacing
 PARTING = {"test": (), "val": ("val_fraction",), "train": ("val_fraction", "fraction")}
 
 
-def evaluate(
-    paths: Sequence[Path],
-    where: Where,
-    watcher: Watcher,
-    split: str = "test",
-    predictions: Path | None = None,
-    *,
-    tta: bool = False,
-) -> dict[str, Any]:
-    """Measure a run or checkpoint, or the mean of several models' probabilities; returns what `evaluate --json` prints.
+class Measured(NamedTuple):
+    """What was found: what `evaluate --json` prints, and what it comes from, logits (N, classes) and labels (N,)."""
 
-    Each model sees the images at its own size and normalisation; `tta` shows it six views of each. `predictions` names
-    a CSV file for one line an image: index in the split, true class, predicted class, confidence, and whether it is
-    right. Raises `DataError` for models of different data sets or classes, and `UsageError` where these were not
-    trained and held out on the same images and `split` is not the test set.
+    result: dict[str, Any]
+    classes: tuple[str, ...]
+    logits: Tensor
+    labels: Tensor
+
+    def write(self, path: Path) -> None:
+        """A CSV file with one line an image: index, true class, predicted class, confidence, and whether it is right.
+
+        Of several ranks, the first writes it.
+        """
+        if ranks.rank() == 0:
+            write_predictions(path, self.classes, self.logits, self.labels)
+
+
+def measure(
+    paths: Sequence[Path], where: Where, watcher: Watcher, split: str = "test", *, tta: bool = False
+) -> Measured:
+    """Measure a run or checkpoint, or the mean of several models' probabilities.
+
+    Each model sees the images at its own size and normalisation; `tta` shows it six views of each. Raises `DataError`
+    for models of different data sets or classes, and `UsageError` where these were not trained and held out on the
+    same images and `split` is not the test set.
     """
     members = [checkpoint.load_model(path) for path in paths]
     _check_alike(members, split)
@@ -54,9 +64,7 @@ def evaluate(
     together = answers[0] if len(answers) == 1 else metrics.ensemble(answers)
     result = metrics.evaluate(together, labels, first.card.superclass_of)
     classes = first.card.classes
-    if predictions is not None and ranks.rank() == 0:
-        write_predictions(predictions, classes, together, labels)
-    return {
+    figures = {
         **_names(members, answers, labels),
         "dataset": dataset.name,
         "split": split,
@@ -69,6 +77,7 @@ def evaluate(
             for true, predicted, count in result.confusions
         ],
     }
+    return Measured(figures, classes, together, labels)
 
 
 def _names(members: Sequence[Checkpoint], answers: Sequence[Tensor], labels: Tensor) -> dict[str, Any]:

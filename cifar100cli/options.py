@@ -228,6 +228,8 @@ def _start_from(init: str, found: dict[str, "Override"]) -> None:
         raise UsageError(f"--init and {found['model.pretrained'].origin} both say what to start from; leave one out")
     if init in ("imagenet", "none"):
         found["model.pretrained"] = Override("model.pretrained", init == "imagenet", flag)
+        if init == "imagenet":
+            found.setdefault("model.weights", Override("model.weights", None, flag))  # and not those of the preset
         return
     if "model.weights" in found:
         raise UsageError(f"--init and {found['model.weights'].origin} both name weights; leave one out")
@@ -247,7 +249,10 @@ def with_pretrained(found: dict[str, "Override"]) -> list["Override"]:
     from cifar100cli.card import our_network
     from cifar100cli.config import Override
 
-    if "model.weights" in found:
+    pretrained = found.get("model.pretrained")
+    if pretrained is not None and pretrained.value is False:
+        found.setdefault("model.weights", Override("model.weights", None, pretrained.origin))
+    if "model.weights" in found and found["model.weights"].value is not None:
         weights = found["model.weights"]
         network = our_network(expand(Path(weights.value))) if isinstance(weights.value, str) else None
         if network is not None and "data.normalize" not in found:

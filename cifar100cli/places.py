@@ -31,6 +31,8 @@ def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
         target = path.resolve()
         if not target.parent.is_dir():
             raise UsageError(f"{flag} {path}: there is no such folder to write it in")
+        if not os.access(target if target.exists() else target.parent, os.W_OK):
+            raise UsageError(f"{flag} {path}: may not be written; choose another place")
         lost = _would_be_lost(path, target, inputs) if target.exists() else None
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot be written: {error.strerror}; choose another name") from None

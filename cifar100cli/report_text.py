@@ -35,13 +35,13 @@ STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train los
 
 def format_of(out: Path | None, *, json: bool) -> str:
     """The format that a file's name asks for; with `json`, a name that asks for none is for JSON."""
-    if json and (out is None or out.suffix not in FORMATS):
+    if json and (out is None or out.suffix.lower() not in FORMATS):
         return "json"
     if out is None:
         return "table"
-    if out.suffix not in FORMATS:
+    if out.suffix.lower() not in FORMATS:
         raise UsageError(f"--out {out}: say the --format, or end the name in one of {', '.join(FORMATS)}")
-    return FORMATS[out.suffix]
+    return FORMATS[out.suffix.lower()]
 
 
 def _cells(row: Row) -> tuple[str, ...]:

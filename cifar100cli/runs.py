@@ -364,10 +364,12 @@ def _unwritable(root: Path, reason: str | None) -> FolderError:
 def find_runs(root: Path, refused: Callable[[OSError], None] | None = None) -> list[Path]:
     """Every folder under `root` that looks like a run, whole or broken, in order of path.
 
-    A folder that may not be read is told to `refused`.
+    Links to folders are followed, for runs take room and are moved to other disks; each run is found once. A folder
+    that may not be read is told to `refused`.
     """
     marks = {CONFIG, METRICS, RESULT, MODEL}
-    return sorted(folder for folder, files in walk(root, hidden=False, refused=refused) if marks & set(files))
+    folders = walk(root, hidden=False, links=True, refused=refused)
+    return sorted(folder for folder, files in folders if marks & set(files))
 
 
 def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:

@@ -1,5 +1,6 @@
 """Results in words and tables, for people; with `--json`, as they are."""
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -80,7 +81,8 @@ def _beside(top1: float, name: str, config: "Config") -> None:
 def _next(run: str) -> None:
     console.result(f"next: cifar100 evaluate {console.argument(run)}")
     root = str(Path(run).parent.parent)
-    console.result("      cifar100 report" + ("" if root == "runs" else f" {console.argument(root)}"))
+    found_by_itself = root == os.environ.get("CIFAR100_RUNS_DIR", "runs")
+    console.result("      cifar100 report" + ("" if found_by_itself else f" {console.argument(root)}"))
 
 
 def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) -> None:

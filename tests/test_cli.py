@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from cifar100cli import __version__, checkpoint, synthetic
+from cifar100cli import __version__, checkpoint, page, synthetic
 from cifar100cli.card import KEY
 from cifar100cli.catalog import FOLDERS
 from tests.conftest import TINY, Cli, train
@@ -157,7 +158,45 @@ def test_report_check(run_cli: Cli) -> None:
     outcome = run_cli("report", "--check", "0.5")
     assert outcome.code == 5
     assert "outside 0.5" in outcome.err
-    assert run_cli("report", "--check", "100").code == 0
+    passed = run_cli("report", "--check", "100")
+    assert passed.code == 0
+    others = "not with the settings that the figure was published for: resnet18-baseline ("
+    assert others in passed.err
+    assert "train.epochs=1" in passed.err.partition(others)[2]
+
+
+def test_figures_come_before_what_cannot_be_written(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = train(run_cli, epochs=1)
+    outcome = run_cli("evaluate", result["run_dir"], "--json", "--predictions", "/dev/full")
+    assert (outcome.code, json.loads(outcome.out)["top1"]) == (1, result["test"]["top1"])
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    for flags in (("evaluate", result["run_dir"], "--predictions", "p.csv"), ("report", "--out", "report.html")):
+        outcome = run_cli(*flags)
+        assert (outcome.code, outcome.out) == (2, "")
+        assert "may not be written; choose another place" in outcome.err
+
+
+def test_what_comes_next_is_what_would_be_found(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_cli("train", *TINY, "--epochs", "1").out.splitlines()[-1].strip() == "cifar100 report"
+    monkeypatch.setenv("CIFAR100_RUNS_DIR", "mine")
+    assert run_cli("train", *TINY, "--epochs", "1").out.splitlines()[-1].strip() == "cifar100 report"
+    elsewhere = run_cli("train", *TINY, "--epochs", "1", "--out", "runs")
+    assert elsewhere.out.splitlines()[-1].strip() == "cifar100 report runs"
+
+
+def test_the_page_takes_its_images_from_the_data_folder(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def render(_: object, data_dir: Path | None) -> str:
+        asked.append(data_dir)
+        return ""
+
+    monkeypatch.setattr(page, "render", render)
+    Path("runs").mkdir()
+    monkeypatch.setenv("CIFAR100_DATA_DIR", "there")
+    run_cli("report", "--out", "report.html")
+    run_cli("report", "--out", "report.html", "--data-dir", "here")
+    assert asked == [Path("there"), Path("here")]
 
 
 def test_dry_run_writes_nothing(run_cli: Cli, tmp_path: Path) -> None:

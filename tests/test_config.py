@@ -56,6 +56,8 @@ def test_scalars_mean_what_a_user_means(tmp_path: Path, text: str, key: str, val
         ("optimzer: {lr: 1}", ["'optimzer'", "did you mean optimizer?"]),
         ("optimizer: {ls: 1}", ["'optimizer.ls'", "did you mean optimizer.lr?"]),
         ("lr: 1", ["'lr'", "did you mean optimizer.lr?"]),
+        ("optimizer: {learning_rate: 1}", ["'optimizer.learning_rate'", "did you mean optimizer.lr?"]),
+        ("model: {arch: resnet18}", ["'model.arch'", "did you mean model.backbone?"]),
         ("zzz: 1", ["'zzz'", "--print-config"]),
         ("optimizer: {name: adanw}", ["optimizer.name", "adanw", "adamw, adam, sgd", "did you mean adamw?"]),
         ("optimizer: {lr: -1}", ["optimizer.lr", "-1", "above 0"]),
@@ -165,6 +167,16 @@ def test_images_grow_evenly_and_end_whole(
     keys = {"image_size": whole, "first_image_size": first, "grow_until": until}
     config = Config.model_validate({"data": keys, "train": {"epochs": epochs}})
     assert [config.image_size_in(epoch) for epoch in range(1, epochs + 1)] == expected
+
+
+def test_a_file_is_known_by_its_ending_and_found_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.YAML").write_text("seed: 7")
+    for name in ("mine.YAML", "~/mine.YAML"):
+        assert load_preset(name).config.seed == 7
+    with pytest.raises(UsageError, match=r"--preset ~nobody-here/x.yaml: there is no such user's home"):
+        load_preset("~nobody-here/x.yaml")
 
 
 def test_overrides_name_where_they_come_from(tmp_path: Path) -> None:

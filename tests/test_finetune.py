@@ -109,7 +109,7 @@ def test_the_frozen_part_is_the_files_to_the_bit(tmp_path: Path, weights: Path, 
 def test_the_result_is_what_evaluate_measures(tmp_path: Path, weights: Path) -> None:
     job = preset(weights, {"cache_dtype": "bfloat16"}, data={"val_fraction": 0.25}, train={"select": "best_val"})
     result = workflows.train(job, where(tmp_path), Listening())
-    measured = evaluation.evaluate([Path(result["run_dir"])], where(tmp_path), Listening())
+    measured = evaluation.measure([Path(result["run_dir"])], where(tmp_path), Listening()).result
     assert {key: measured[key] for key in result["test"]} == result["test"]
 
 
@@ -239,6 +239,8 @@ def test_the_studys_presets() -> None:
         (["--unfreeze", "fc"], "fc", 10, None),
         (["--unfreeze", "layer4", "--epochs", "7"], "layer4", 7, None),
         (["--unfreeze", "layer2"], "layer2", 10, None),
+        (["--set", "finetune.unfreeze=layer3"], "layer3", 10, 0.923),
+        (["--unfreeze", "layer3", "--set", "train.epochs=50"], "layer3", 50, 0.9335),
     ],
 )
 def test_the_preset_follows_the_cell(
@@ -255,6 +257,16 @@ def test_flags_reach_their_keys(run_cli: Cli) -> None:
     assert (found["finetune"]["bn"], found["finetune"]["cache"]) == ("adapt", "off")
     assert (found["data"]["fraction"], found["data"]["dataset"]) == (0.1, "cifar100")
     assert found["model"]["pretrained"] is False
+
+
+@pytest.mark.parametrize("flags", [("--init", "imagenet"), ("--init", "none"), ("--no-pretrained",)], ids=" ".join)
+def test_what_to_start_from_is_above_the_presets_weights(run_cli: Cli, flags: tuple[str, ...]) -> None:
+    first = json.loads(run_cli("train", *TINY, "--epochs", "1", "--loss", "cross_entropy", "--json").out)
+    Path("mine.yaml").write_text(run_cli("finetune-cifar10", "--init", first["run_dir"], "--print-config").out)
+    assert "model.safetensors" in Path("mine.yaml").read_text()
+    found = yaml.safe_load(run_cli("finetune-cifar10", "--preset", "mine.yaml", *flags, "--print-config").out)
+    assert "weights" not in found["model"]
+    assert found["model"]["pretrained"] == ("imagenet" in flags)
 
 
 def test_from_a_run_of_ours(run_cli: Cli, tmp_path: Path) -> None:

@@ -179,6 +179,16 @@ def test_a_run_that_has_two_names_is_one(tmp_path: Path) -> None:
     assert len(row.runs) == 1
 
 
+def test_a_run_on_another_disk(tmp_path: Path) -> None:
+    """Where there is more room, with a link in its place: of the run, or of all of a preset."""
+    run = make_run(tmp_path / "large", "resnet18-baseline", 0.44)
+    other = make_run(tmp_path / "large", "resnet18-wd01", 0.40)
+    (tmp_path / "runs" / "resnet18-baseline").mkdir(parents=True)
+    (tmp_path / "runs" / "resnet18-baseline" / run.path.name).symlink_to(run.path)
+    (tmp_path / "runs" / "resnet18-wd01").symlink_to(other.path.parent)
+    assert [len(row.runs) for row in report.collect([tmp_path / "runs"]).rows] == [1, 1]
+
+
 def test_a_repaired_preset_stands_beside_its_family(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path, "resnet18-arcface", 0.57)
     make_run(tmp_path, "resnet18-arcface-224", 0.79)

@@ -327,7 +327,7 @@ def test_the_figures_are_the_averages(tmp_path: Path) -> None:
     """What `evaluate` measures of the kept weights is what the epoch said."""
     preset = make_preset(train={"ema": 0.9, "select": "best_test", "epochs": 2})
     result = workflows.train(preset, where(tmp_path), Listening())
-    measured = evaluation.evaluate([only_run(tmp_path).path], where(tmp_path), Listening())
+    measured = evaluation.measure([only_run(tmp_path).path], where(tmp_path), Listening()).result
     row = only_run(tmp_path).metrics()[result["best"]["epoch"] - 1]
     assert (measured["top1"], measured["loss"]) == (row["test_top1"], pytest.approx(row["test_loss"], rel=1e-6))
 
