@@ -259,14 +259,17 @@ def test_flags_reach_their_keys(run_cli: Cli) -> None:
     assert found["model"]["pretrained"] is False
 
 
-@pytest.mark.parametrize("flags", [("--init", "imagenet"), ("--init", "none"), ("--no-pretrained",)], ids=" ".join)
-def test_what_to_start_from_is_above_the_presets_weights(run_cli: Cli, flags: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "asked",
+    ["finetune-cifar10 --init imagenet", "finetune-cifar10 --init none", "train --no-pretrained"],
+)
+def test_what_to_start_from_is_above_the_presets_weights(run_cli: Cli, asked: str) -> None:
     first = json.loads(run_cli("train", *TINY, "--epochs", "1", "--loss", "cross_entropy", "--json").out)
     Path("mine.yaml").write_text(run_cli("finetune-cifar10", "--init", first["run_dir"], "--print-config").out)
     assert "model.safetensors" in Path("mine.yaml").read_text()
-    found = yaml.safe_load(run_cli("finetune-cifar10", "--preset", "mine.yaml", *flags, "--print-config").out)
+    found = yaml.safe_load(run_cli(*asked.split(), "--preset", "mine.yaml", "--print-config").out)
     assert "weights" not in found["model"]
-    assert found["model"]["pretrained"] == ("imagenet" in flags)
+    assert found["model"]["pretrained"] == ("imagenet" in asked)
 
 
 def test_from_a_run_of_ours(run_cli: Cli, tmp_path: Path) -> None:
