@@ -166,7 +166,8 @@ def _read(path: Path) -> _Complete | Unusable:
     config = run.config()
     if not run.complete:
         finished = len(run.metrics())
-        return Unusable(str(path), f"unfinished: {finished} of {config.train.epochs} epochs", finished)
+        what = "its loss stopped being finite" if run.diverged else "unfinished"
+        return Unusable(str(path), f"{what}: {finished} of {config.train.epochs} epochs", finished)
     result = run.result()
     if not 0 <= result["test"]["top1"] <= 1:
         raise DataError(f"{path}: its accuracy is no fraction")

@@ -30,8 +30,9 @@ MODEL = "model.safetensors"
 STATE = "state.safetensors"
 PREDICTIONS = "predictions.csv"  # of the test images, by the selected weights
 RESULT = "result.json"
+DIVERGED = "diverged.json"  # why the run was given up, where its loss stopped being finite
 LOCK = ".lock"
-FILES = (CONFIG, ENVIRONMENT, METRICS, TABLE, MODEL, STATE, PREDICTIONS, RESULT)
+FILES = (CONFIG, ENVIRONMENT, METRICS, TABLE, MODEL, STATE, PREDICTIONS, RESULT, DIVERGED)
 
 LARGEST_JSON = 1 << 20  # bytes; ours are a few thousand
 MOST_EPOCHS = 100_000
@@ -227,6 +228,19 @@ class RunDir:
         """Whether the run went to its end."""
         return (self.path / RESULT).is_file()
 
+    @property
+    def diverged(self) -> bool:
+        """Whether the run was given up, as its loss stopped being finite."""
+        return (self.path / DIVERGED).is_file()
+
+    def note_divergence(self, reason: str) -> None:
+        """Give the run up: the same steps would end alike."""
+        write_json(self.path / DIVERGED, {"reason": reason})
+
+    def forget_divergence(self) -> None:
+        """Somebody goes on with it nevertheless."""
+        (self.path / DIVERGED).unlink(missing_ok=True)
+
     def result(self) -> dict[str, Any]:
         """What the run measured; there once it is complete."""
         content = _read_json(self.path / RESULT)
@@ -373,15 +387,20 @@ def find_runs(root: Path, refused: Callable[[OSError], None] | None = None) -> l
 
 
 def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
-    """The run that `--resume last` means: begun last, of that preset if one is named, and not complete."""
+    """The run that `--resume last` means: begun last, of that preset if one is named, and not complete.
+
+    One whose loss stopped being finite would only do so again: it is gone on with by its name alone.
+    """
     begun = [path for path in find_runs(root) if (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()]
     folders = [path for path in begun if not (path / RESULT).is_file() and not RunDir(path).in_use]
     if preset is not None:
         folders = [path for path in folders if RunDir(path).preset == preset]
-    if not folders:
+    hopeful = [path for path in folders if not RunDir(path).diverged]
+    if not hopeful:
         of_preset = f" of {preset}" if preset else ""
-        raise DataError(f"{root}: there is no unfinished run{of_preset} to resume")
-    return RunDir.open(max(folders, key=_begun))
+        lost = f"; the loss of {max(folders, key=_begun)} stopped being finite" if folders else ""
+        raise DataError(f"{root}: there is no unfinished run{of_preset} to resume{lost}")
+    return RunDir.open(max(hopeful, key=_begun))
 
 
 def _begun(path: Path) -> tuple[float, float]:

@@ -117,6 +117,7 @@ def refuse_other_settings(run: RunDir, asked: Config, own: Config) -> None:
 
 def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
     with _in_words(job, run), _alone(run):
+        ranks.on_first(run.forget_divergence)
         state = trainer.fit(
             job.model,
             job.task,
@@ -154,6 +155,9 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
+        if ranks.rank() == 0 and not isinstance(error, _NoAnswer):
+            with contextlib.suppress(OSError):
+                run.note_divergence(str(error))
         kept = f"the run is {run.path}" if isinstance(error, _NoAnswer) else _last_good(run)
         clip = "a smaller optimizer.grad_clip" if job.config.optimizer.grad_clip else "--set optimizer.grad_clip=5"
         raise DivergedError(f"{error}; {kept}; try a lower --lr, or {clip}") from None

@@ -15,11 +15,11 @@ import timm
 import torch
 from safetensors.torch import load, load_file
 
-from cifar100cli import checkpoint, devices, evaluation, jobs, runs, steps, synthetic, trainer, workflows
+from cifar100cli import checkpoint, devices, evaluation, jobs, report, runs, steps, synthetic, trainer, workflows
 from cifar100cli.averaging import Average
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Preset
-from cifar100cli.errors import DivergedError, RunInterrupted, UsageError
+from cifar100cli.errors import DataError, DivergedError, RunInterrupted, UsageError
 from cifar100cli.groups import everything
 from cifar100cli.jobs import Where
 from cifar100cli.loader import Batch, DeviceLoader, Plan
@@ -261,8 +261,16 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatc
     said = diverge_after(14, make_preset(), tmp_path, monkeypatch)
     assert re.search(r"weights stopped being finite in epoch 2.*last good checkpoint is", said)
     run = only_run(tmp_path)
+    assert run.diverged
+    assert [unusable.reason for unusable in report.collect([tmp_path]).unusable] == [
+        "its loss stopped being finite: 1 of 3 epochs"
+    ]
+    with pytest.raises(DataError, match=f"no unfinished run to resume; the loss of {run.path} stopped being finite"):
+        runs.latest_unfinished(tmp_path)
     assert len(run.metrics()) == 1
     assert all(torch.isfinite(tensor).all() for tensor in load_file(run.path / runs.MODEL).values())
+    assert workflows.resume(run, where(tmp_path), Listening())["complete"]
+    assert not run.diverged
 
 
 def test_shared_weights_have_one_average() -> None:
