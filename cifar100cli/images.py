@@ -160,7 +160,9 @@ def _in_colour(image: "Picture") -> "Picture":
 
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.nan_to_num(np.asarray(image, np.float32))
-        full = 65535 if image.mode.startswith("I") else 1 if levels.max() <= 1 else 255
+        # Fractions or levels, 8 bits or 16: numbers of 32 bits do not say how large they may get.
+        scales = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
+        full = next((scale for scale in scales if levels.max() <= scale), scales[-1])
         image = Image.fromarray((levels / full * 255).round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -68,6 +68,8 @@ def test_grey_palette_and_sixteen_bits(tmp_path: Path) -> None:
     for scale, name in ((1, "levels.tiff"), (255, "fractions.tiff")):
         cv2.imwrite(str(tmp_path / name), grey.astype(np.float32) / scale)
         assert np.array_equal(read(tmp_path / name), as_colour), name
+        whole = Image.fromarray(grey.astype(np.int32) * (257 if scale == 255 else 1))  # of 32 bits, 8 or 16 are used
+        assert np.array_equal(read(saved(tmp_path, whole, name)), as_colour), name
     few = PICTURE // 128 * 255  # eight colours
     assert np.array_equal(read(saved(tmp_path, Image.fromarray(few).quantize(8), "palette.gif")), few)
     black_and_white = Image.fromarray(grey).convert("1")
