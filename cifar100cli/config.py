@@ -144,6 +144,12 @@ def without_figures(config: Config) -> Config:
     return config.model_copy(update={"published": None, "expected": None})
 
 
+def with_teacher(config: Config, teacher: str) -> Config:
+    """Settings of a distillation, with its teacher at another place."""
+    assert config.distillation is not None
+    return config.model_copy(update={"distillation": config.distillation.model_copy(update={"teacher": teacher})})
+
+
 def with_own_figures(config: Config) -> Config:
     """A figure is that of the settings that it was reached with: a shipped preset's goes where others are beside it."""
     if config.published is None and config.expected is None:

@@ -261,7 +261,7 @@ def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str)
 
     workflows.refuse_other_settings(run, asked, own)
     with console.TrainingDisplay(run.preset) as display, _tracked(display, given["log"]) as watcher:
-        result = workflows.resume(run, where, watcher)
+        result = workflows.resume(run, where, watcher, own.distillation.teacher if own.distillation else None)
     show.training(result, own, given["json"])
 
 
@@ -276,7 +276,7 @@ def _run_to_resume(
     given: Mapping[str, Any], overrides: list["Override"]
 ) -> tuple["RunDir", "Config", "Config", Path, str]:
     """The run that is meant, the settings that are asked for and those that it has, its data folder and device."""
-    from cifar100cli.config import Override, differences, load_preset
+    from cifar100cli.config import Override, differences, load_preset, with_teacher
     from cifar100cli.runs import CONFIG, RunDir, latest_unfinished
 
     name, device = given["resume"], given["device"]
@@ -286,9 +286,6 @@ def _run_to_resume(
     else:
         run = RunDir.open(expand(Path(name)))
     own = asked = run.config()
-    teacher = own.distillation.teacher if own.distillation is not None and not run.complete else None
-    if teacher is not None and not Path(teacher).exists():
-        raise DataError(f"{teacher}: the run's teacher is there no more: bring it back, or leave a link to it there")
     if preset is not None:
         if run.preset != preset.name:
             raise UsageError(
@@ -303,6 +300,12 @@ def _run_to_resume(
         if not any(override.key == "seed" for override in overrides):
             overrides = [*overrides, Override("seed", own.seed, "the run")]
         asked = load_preset(str(run.path / CONFIG), overrides).config
+    if own.distillation is not None and asked.distillation is not None and not run.complete:
+        known = run.recorded("teacher_sha256") is not None  # by which it is known wherever it is now
+        teacher = (asked.distillation if known else own.distillation).required_teacher()
+        own = with_teacher(own, teacher)
+        if not Path(teacher).exists():
+            raise DataError(f"{teacher}: the run's teacher is not there: --teacher says where it is now")
     if device == "auto" and ranks.count() == 1:
         device = run.recorded("device") or device
     return run, asked, own, places.data_folder(given["data_dir"], run.path), device

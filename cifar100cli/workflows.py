@@ -13,7 +13,7 @@ import torch
 from cifar100cli import checkpoint, console, devices, evaluation, images, machine, metrics, ranks, trainer
 from cifar100cli.checkpoint import TrainState
 from cifar100cli.classifier import PICTURES, Classifier
-from cifar100cli.config import Preset, differences
+from cifar100cli.config import Preset, differences, with_teacher
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
 from cifar100cli.jobs import Job, Watcher, Where, prepare
 from cifar100cli.models import count_parameters
@@ -50,9 +50,11 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
         raise _interrupted(run, preset.config, stop) from None
 
 
-def resume(run: RunDir, where: Where, watcher: Watcher) -> dict[str, Any]:
-    """Go on with a run that was stopped; a complete one is only read."""
+def resume(run: RunDir, where: Where, watcher: Watcher, teacher: str | None = None) -> dict[str, Any]:
+    """Go on with a run that was stopped; a complete one is only read. `teacher` is where the run's teacher is now."""
     done, config, name, began_in, saved = ranks.on_first(lambda: _where_it_is(run))
+    if teacher is not None:
+        config = with_teacher(config, teacher)
     if done is not None:
         return {**done, "run_dir": str(run.path)}  # which may have been moved since
     try:

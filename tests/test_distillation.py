@@ -301,9 +301,9 @@ def test_stopped_and_resumed_ends_with_the_same_bits(
 
 
 def test_a_run_goes_on_with_the_teacher_that_it_began_with(
-    tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch
+    run_cli: Cli, tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A name that says where from here is remembered whole, and other weights at that place are refused."""
+    """A name that says where from here is remembered whole, and other weights there or elsewhere are refused."""
     monkeypatch.chdir(teacher_run.parent)
     file = tmp_path / "student.yaml"
     file.write_text(make_preset(distillation={}).config.to_yaml())
@@ -320,7 +320,16 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with(
     with pytest.raises(DataError, match=r"is not the teacher that .* was begun with"):
         workflows.resume(run, where(tmp_path / "broken"), Listening())
     model.write_bytes(before)
-    assert workflows.resume(run, where(tmp_path / "broken"), Listening())["complete"]
+    moved = teacher_run.rename(tmp_path / "moved")
+    try:
+        gone = run_cli("distill", "--resume", run.path)
+        assert (gone.code, "--teacher says where it is now" in gone.err) == (3, True)
+        other = run_cli("distill", "--resume", run.path, "--teacher", run.path)
+        assert (other.code, "is not the teacher that" in other.err) == (3, True)
+        outcome = run_cli("distill", "--resume", run.path, "--teacher", moved, "--json")
+        assert (outcome.code, json.loads(outcome.out)["complete"]) == (0, True), outcome.err
+    finally:
+        moved.rename(teacher_run)
 
 
 def test_a_teacher_whose_run_is_not_complete_is_told(tmp_path: Path, teacher_run: Path) -> None:
