@@ -1,5 +1,6 @@
 """Files that nobody vouches for, read within bounds: no pipe holds a reader up, and no file fills the memory."""
 
+import contextlib
 import json
 import os
 import stat
@@ -84,3 +85,12 @@ def walk(
         deep = len(folder.parts) - len(root.parts) >= DEEPEST_FOLDER
         subfolders[:] = [] if deep else sorted(name for name in subfolders if hidden or not name.startswith("."))
         yield folder, sorted(files)
+
+
+def look(path: Path) -> None:
+    """Raise what keeps one from looking at `path`; is_file(), is_dir() and exists() hide it from Python 3.14 on.
+
+    That nothing is there is no error.
+    """
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        path.stat()

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cifar100cli import backbones, safe_yaml
-from cifar100cli.bounded import read_file
+from cifar100cli.bounded import look, read_file
 from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.schema import DESCRIBING, Config, Section
 
@@ -76,6 +76,7 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
         if path.stem.startswith(".") or not path.stem.isprintable():  # it becomes the name of a folder
             raise UsageError(f"--preset {name}: give the file another name: this one cannot name a run")
         try:
+            look(path)
             if not path.exists():
                 raise UsageError(
                     f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name"

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from platformdirs import user_cache_path
 
 from cifar100cli import synthetic
-from cifar100cli.bounded import read_file
+from cifar100cli.bounded import look, read_file
 from cifar100cli.catalog import DATASETS, FOLDERS, TITLES
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.unpickle import PickleError, as_text, read_pickle
@@ -76,6 +76,7 @@ def find(name: str, data_dir: Path) -> Path:
     """The data set's folder. Raises `DataError`, which says what to do, when it is not there."""
     folder = data_dir / FOLDERS[name]
     try:
+        look(folder)
         found = folder.is_dir()
     except OSError as error:
         _refuse(folder, error.strerror or str(error))

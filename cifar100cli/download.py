@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from cifar100cli.bounded import parse_json, read_file
+from cifar100cli.bounded import look, parse_json, read_file
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import DataError, DownloadInterrupted, FolderError, UsageError
 from cifar100cli.fetch import GZIP_MAGIC, Log, Part, Progress, fetch, refuse_unusable
@@ -310,6 +310,7 @@ def _check(check: Callable[[Path], None], folder: Path, label: str) -> None:
 
 
 def _digest_of_file(source: Path, expected: str | None, progress: Progress) -> str:
+    look(source)
     if not source.is_file():
         raise DataError(f"{source}: {'not a file' if source.exists() else 'no such file'}; --from takes a .tar.gz")
     try:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar100cli.bounded import walk
+from cifar100cli.bounded import look, walk
 from cifar100cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -60,6 +60,7 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     for source in sources:
         if str(source).startswith(("http:/", "https:/")):
             raise DataError(f"{source}: is an address, and nothing is fetched from the web: download the picture first")
+        look(source)
         if source.is_dir():
             below = sorted(folder / name for folder, names in walk(source, hidden=True) for name in names)
             inside = [path for path in below if path.suffix.lower() in ENDINGS and path.is_file()]

@@ -9,6 +9,7 @@ from typing import Any
 
 from cifar100cli import ablation, noise
 from cifar100cli.ablation import Ablation, Effect, Setting
+from cifar100cli.bounded import look
 from cifar100cli.config import TEACHER, departures, flat, preset_names, shipped, with_own_figures
 from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
@@ -121,6 +122,7 @@ def collect(folders: Sequence[Path]) -> Report:
     paths: dict[Path, Path] = {}
     unusable = []
     for folder in folders:
+        look(folder)
         if not folder.is_dir():
             raise DataError(
                 f"{folder}: there is no such folder of runs; `cifar100 train` makes them, and "

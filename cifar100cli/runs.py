@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from cifar100cli.bounded import parse_json, read_file, walk
+from cifar100cli.bounded import look, parse_json, read_file, walk
 from cifar100cli.config import differences, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 from cifar100cli.schema import Config
@@ -182,8 +182,10 @@ class RunDir:
     def open(cls, path: Path) -> Self:
         """An existing run. Raises `DataError` when the folder is none, shut, or of a newer format."""
         try:
+            look(path)
             if not path.is_dir():
                 raise DataError(f"{path}: there is no such run folder; `cifar100 report` lists the runs")
+            look(path / CONFIG)
             if not (path / CONFIG).is_file():
                 raise DataError(f"{path}: not a run folder: it has no {CONFIG}")
             for name in FILES:
@@ -448,8 +450,10 @@ def begun_by(root: Path, preset: str, config: Config, launch: str | None) -> Run
 def find_model(path: Path) -> Path:
     """The model's file of a run folder, or the file itself. Raises `DataError` where it cannot be had."""
     try:
+        look(path)
         if path.is_dir():
             path = path / MODEL
+            look(path)
             if not path.is_file():
                 below = [run for run in find_runs(path.parent) if (run / MODEL).is_file()]
                 latest = max(below, key=lambda run: run.name, default=None)  # a name begins with the time

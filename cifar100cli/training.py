@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cifar100cli import console, options, places, ranks, show, trackers
+from cifar100cli.bounded import look
 from cifar100cli.catalog import TITLES
 from cifar100cli.errors import CifarError, DataError, DivergedError, RunInterrupted, UsageError
 from cifar100cli.options import expand
@@ -229,6 +230,7 @@ def _check_weights(path: Path) -> None:
     from cifar100cli.runs import MODEL
 
     try:
+        look(path)
         if path.is_dir():
             example = path / MODEL if (path / MODEL).is_file() else path / "weights.safetensors"
             raise DataError(f"--weights {path}: is a folder; name the file in it, as in {example}")
@@ -304,6 +306,7 @@ def _run_to_resume(
         known = run.recorded("teacher_sha256") is not None  # by which it is known wherever it is now
         teacher = (asked.distillation if known else own.distillation).required_teacher()
         own = with_teacher(own, teacher)
+        look(Path(teacher))
         if not Path(teacher).exists():
             raise DataError(f"{teacher}: the run's teacher is not there: --teacher says where it is now")
     if device == "auto" and ranks.count() == 1:

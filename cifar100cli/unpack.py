@@ -16,7 +16,7 @@ from cifar100cli.errors import CifarError, DataError
 from cifar100cli.fetch import Progress
 
 CHUNK = 1 << 14
-MAX_READ = 1 << 20  # tarfile reads a file in pieces of Python's own buffer: 8 KiB, and 128 from Python 3.14 on
+MAX_READ = 1 << 18  # tarfile reads a file in pieces of Python's own buffer: 8 KiB, and 128 from Python 3.14 on
 MAX_FILE = 256 << 20
 MAX_UNPACKED = 1 << 30
 MAX_MEMBERS = 1000
@@ -26,10 +26,13 @@ MAX_TAIL = 16 << 20
 class _PlainTar(gzip.GzipFile):
     """The tar in the archive; tarfile reads whatever length a crafted header names at once, this does not."""
 
+    last = b""  # what was read last
+
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= MAX_READ:
             raise tarfile.ReadError("a header of an impossible size")
-        return super().read(size)
+        self.last = super().read(size)
+        return self.last
 
 
 def unpack(
@@ -70,6 +73,9 @@ def unpack(
                     file.flush()
                     os.fsync(file.fileno())
                 md5s[name.name] = md5.hexdigest()
+            # tarfile takes a header that makes no sense for the end, and newer ones do so with a negative size.
+            if any(plain.last):
+                raise tarfile.ReadError("a header that makes no sense")
             # The checksum of the whole comes last, and is compared only by whoever reads up to it.
             end = plain.tell() + MAX_TAIL
             while plain.read(CHUNK):
