@@ -157,10 +157,12 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
     try:
         yield
     except DivergedError as error:
-        if ranks.rank() == 0 and not isinstance(error, _NoAnswer):
-            with contextlib.suppress(OSError):
-                run.note_divergence(str(error))
-        kept = f"the run is {run.path}" if isinstance(error, _NoAnswer) else _last_good(run)
+        kept = f"the run is {run.path}"
+        if not isinstance(error, _NoAnswer):
+            kept = _last_good(run)
+            if ranks.rank() == 0:
+                with contextlib.suppress(OSError):
+                    run.note_divergence(str(error))
         clip = "a smaller optimizer.grad_clip" if job.config.optimizer.grad_clip else "--set optimizer.grad_clip=5"
         raise DivergedError(f"{error}; {kept}; try a lower --lr, or {clip}") from None
     except (RuntimeError, MemoryError) as error:
