@@ -22,6 +22,8 @@ def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
     Raises `UsageError` where it could not be written, and where it would take the place of one of `inputs` (which the
     command reads), of a file of a run or a data set, or of a model; a link counts as what it leads to.
     """
+    if str(path) == "-":
+        raise UsageError(f"{flag} -: the standard output is not written to; name a file")
     path = expand(path)
     try:
         with contextlib.suppress(FileNotFoundError):

@@ -159,7 +159,7 @@ class Distillation(Section):
     def required_teacher(self) -> str:
         """The teacher's run or checkpoint; raises `UsageError` where none is named."""
         if self.teacher is None:
-            raise UsageError("distillation needs a teacher: cifar100 distill --teacher RUN|CHECKPOINT")
+            raise UsageError("distillation needs a teacher: cifar100 distill (or bench) --teacher RUN|CHECKPOINT")
         return self.teacher
 
 

