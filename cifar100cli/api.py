@@ -5,17 +5,16 @@ Paths are strings or `Path`s. The folders are those of the commands: an argument
 stderr. What goes wrong is raised: a `CifarError`, whose message names options as the command line does.
 """
 
-import contextlib
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from cifar100cli import checkpoint, config, console, evaluation, places, runs, workflows
+from cifar100cli import checkpoint, config, console, devices, evaluation, places, runs, workflows
 from cifar100cli.classifier import Classifier
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.jobs import Silence, Watcher, Where
 from cifar100cli.options import expand, with_pretrained
 from cifar100cli.runs import RunDir
@@ -141,6 +140,13 @@ def _where(
     )
 
 
-def _watcher(name: str, progress: bool) -> AbstractContextManager[Watcher]:
-    """What the commands show, or nothing."""
-    return console.TrainingDisplay(name) if progress else contextlib.nullcontext(Silence())
+@contextmanager
+def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
+    """What the commands show, or nothing; that memory ran out is told as they tell it."""
+    try:
+        with console.TrainingDisplay(name) if progress else nullcontext(Silence()) as watcher:
+            yield watcher
+    except (RuntimeError, MemoryError) as error:
+        if devices.is_out_of_memory(error):
+            raise CifarError(devices.NO_MEMORY) from None
+        raise

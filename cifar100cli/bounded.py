@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import stat
+import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,18 @@ DEEPEST_FOLDER = 32  # folders within folders
 def one_line(text: object, most: int = 120) -> str:
     """The beginning of a text of any length, without line breaks, for a message."""
     return " ".join(str(text).split())[:most]
+
+
+def printable(text: str) -> str:
+    """Text from outside, with whatever could steer a terminal written out.
+
+    Spaces of all scripts stay, and so do the joiners of Persian, Indic scripts and emoji: names of folders have them.
+    """
+    return "".join(c if _is_harmless(c) else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+
+
+def _is_harmless(character: str) -> bool:
+    return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
 
 
 def read_file(path: Path, most: int) -> bytes:

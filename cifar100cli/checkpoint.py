@@ -7,6 +7,7 @@ metadata, so that it can be used without the folder that it came from.
 import json
 import os
 import re
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,11 +18,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cifar100cli import console, interrupts
+from cifar100cli import interrupts
 from cifar100cli.averaging import Average
+from cifar100cli.bounded import one_line
 from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
 from cifar100cli.config import parse_config
-from cifar100cli.errors import DataError, UsageError
+from cifar100cli.errors import ChangedWeights, DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model, outline
 from cifar100cli.runs import MODEL, find_model, replacing
@@ -274,9 +276,10 @@ def read(path: Path) -> Saved:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, DataError):
             raise
-        raise DataError(f"{path}: corrupt, or no safetensors file ({' '.join(str(error).split())[:120]})") from None
+        raise DataError(f"{path}: corrupt, or no safetensors file ({one_line(error)})") from None
     if "crc32" in about and about["crc32"] != checksum(tensors):  # older files have none
         if _is_state(about):
             raise DataError(f"{path}: corrupt: its numbers are not those that were written; train anew")
-        console.log(f"{path}: its weights are not those that training wrote: they were changed since, or damaged")
+        words = f"{path}: its weights are not those that training wrote: they were changed since, or damaged"
+        warnings.warn(words, ChangedWeights, stacklevel=2)
     return Saved(path, tensors, about)

@@ -77,7 +77,7 @@ class Classifier(ImagesToLogits):
         """The `top` most likely classes of each picture: files, or pictures of Pillow's, of any size and kind.
 
         Each class is `{"class": its name, "probability": 0 to 1, "superclass": its name or None}`, the likeliest first.
-        Raises `DataError` for a file that is missing or no image, and `UsageError` for one name in place of a list.
+        Raises `DataError` for a file that is missing, broken or no image, `UsageError` for one name in place of a list.
         """
         if isinstance(pictures, str | Path | Picture):
             raise UsageError("pictures are a list: predict([picture])")
@@ -114,9 +114,8 @@ def _small(pixels: Tensor) -> Tensor:
 
 def _pixels(picture: str | Path | Picture) -> NDArray[np.uint8]:
     """(3, 32, 32) uint8."""
-    if isinstance(picture, Picture):
-        return images.small_square(picture)
+    name = "a picture" if isinstance(picture, Picture) else str(picture)
     try:
-        return images.read_image(Path(picture))
+        return images.small_square(picture) if isinstance(picture, Picture) else images.read_image(Path(picture))
     except DataError as error:
-        raise DataError(f"{picture}: {error}") from None
+        raise DataError(f"{name}: {error}") from None

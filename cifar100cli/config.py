@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cifar100cli import backbones, safe_yaml
-from cifar100cli.bounded import look, read_file
+from cifar100cli.bounded import look, printable, read_file
 from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.schema import DESCRIBING, Config, Section
 
@@ -73,7 +73,7 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
             path = Path(name).expanduser()
         except RuntimeError:
             raise UsageError(f"--preset {name}: there is no such user's home") from None
-        if path.stem.startswith(".") or not path.stem.isprintable():  # it becomes the name of a folder
+        if path.stem.startswith(".") or printable(path.stem) != path.stem:  # it becomes the name of a folder
             raise UsageError(f"--preset {name}: give the file another name: this one cannot name a run")
         try:
             look(path)
@@ -331,7 +331,7 @@ def _show(value: object) -> str:
     if value is None:
         return "null"
     text = str(value).lower() if isinstance(value, bool) else value if isinstance(value, str) and value else repr(value)
-    text = text.encode("unicode_escape").decode() if not text.isprintable() else text
+    text = printable(text)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

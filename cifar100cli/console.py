@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from cifar100cli.bounded import printable
+
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.live import Live
@@ -83,11 +85,6 @@ def use_safe_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def printable(text: str) -> str:
-    """Text from outside, with whatever could steer a terminal written out."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
-
-
 def result(text: str = "") -> None:
     """Lines of the result, on stdout."""
     print("\n".join(map(printable, text.split("\n"))), flush=True)
@@ -113,7 +110,7 @@ def log(text: str) -> None:
 def error(text: str) -> None:
     """What went wrong, in one line, on stderr."""
     with contextlib.suppress(OSError):  # the exit code still tells
-        _styled(f"error: {printable(' '.join(text.split()))}", "bold red", sys.stderr)
+        _styled(f"error: {printable(' '.join(map(str.strip, text.splitlines())))}", "bold red", sys.stderr)
 
 
 def let_go_of_errors() -> None:

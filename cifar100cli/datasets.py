@@ -69,7 +69,7 @@ def load(name: str, data_dir: Path) -> Dataset:
     try:
         return READERS[name](folder)
     except DataError as error:
-        raise DataError(f"{error}; `cifar100 download --dataset {name} --force` fetches it again") from None
+        raise DataError(f"{error}; `{_download(name, data_dir)} --force` fetches it again") from None
 
 
 def find(name: str, data_dir: Path) -> Path:
@@ -81,14 +81,19 @@ def find(name: str, data_dir: Path) -> Path:
     except OSError as error:
         _refuse(folder, error.strerror or str(error))
     if not found:
-        flags = "" if name == "cifar100" else f" --dataset {name}"
-        if data_dir != user_cache_path("cifar100", appauthor=False):  # which download takes without a word
-            flags += f" --data-dir {shlex.quote(str(data_dir))}"
         raise DataError(
-            f"{TITLES[name]} is not in {data_dir}: run `cifar100 download{flags}`, or point --data-dir at it "
+            f"{TITLES[name]} is not in {data_dir}: run `{_download(name, data_dir)}`, or point --data-dir at it "
             "(`cifar100 train --dataset synthetic` needs no download)"
         )
     return folder
+
+
+def _download(name: str, data_dir: Path) -> str:
+    """The command that fetches a data set to where it was looked for."""
+    command = "cifar100 download" if name == "cifar100" else f"cifar100 download --dataset {name}"
+    if data_dir != user_cache_path("cifar100", appauthor=False):  # which download takes without a word
+        command += f" --data-dir {shlex.quote(str(data_dir))}"
+    return command
 
 
 # --------------------------------------------------------------------------------------- the two formats

@@ -126,6 +126,9 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before)
 
 
+NO_MEMORY = "out of memory: lower --batch-size or --image-size"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is what PyTorch or Python say when there is no more memory, on any device."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)

@@ -46,6 +46,10 @@ class ToleranceError(CifarError):
     exit_code = 5
 
 
+class ChangedWeights(UserWarning):
+    """A model's weights are not those that training wrote; the command line shows it as a line."""
+
+
 class RunInterrupted(KeyboardInterrupt):
     """Training was stopped by a signal; what was finished is saved. Without a folder the run had not begun."""
 

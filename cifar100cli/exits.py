@@ -1,10 +1,12 @@
 """How a command ends: what went wrong in one line for people, and the exit code of the contract."""
 
+import contextlib
 import itertools
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -12,6 +14,7 @@ from typer.core import TyperGroup
 
 from cifar100cli import console, interrupts, ranks
 from cifar100cli.errors import (
+    ChangedWeights,
     CifarError,
     DataError,
     DownloadInterrupted,
@@ -71,7 +74,8 @@ def leave_with(app: typer.Typer) -> NoReturn:
     grace = interrupts.GRACE if ranks.launch() else 0.0
     with interrupts.orderly(console.last_word, grace=grace):
         try:
-            code = _run(app)
+            with _own_warnings_in_lines():
+                code = _run(app)
             if ranks.count() > 1:
                 for number in interrupts.SIGNALS:  # torchrun sends them to ranks that are on their way out
                     signal.signal(number, signal.SIG_IGN)
@@ -81,6 +85,22 @@ def leave_with(app: typer.Typer) -> NoReturn:
             code = _report_stop(stop)
     console.let_go_of_errors()
     sys.exit(code)
+
+
+@contextlib.contextmanager
+def _own_warnings_in_lines() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("default", ChangedWeights)
+        others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
+            if issubclass(category, ChangedWeights):
+                console.log(str(message))
+            else:
+                others(message, category, *about, **more)
+
+        warnings.showwarning = show
+        yield
 
 
 def _run(app: typer.Typer) -> int:
@@ -132,7 +152,7 @@ def _torchs_message(error: RuntimeError | MemoryError) -> str:
     from cifar100cli import devices
 
     if devices.is_out_of_memory(error):
-        return "out of memory: lower --batch-size or --image-size"
+        return devices.NO_MEMORY
     if ranks.is_lost(error):
         return "another rank stopped, and so does this one"
     raise error
@@ -157,7 +177,7 @@ def _usage_message(error: Any) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else getattr(error, "command", "cifar100")
     near = getattr(error, "possibilities", None)
-    message = f"{error.message}; did you mean {sorted(near)[0]}?" if near else error.format_message()
+    message = f"{error.message}; did you mean {near[0]}?" if near else error.format_message()
     return f"{message.replace('Value error, ', '').rstrip('.')} (`{command} --help` lists what there is)"
 
 

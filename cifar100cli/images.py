@@ -4,14 +4,15 @@ import io
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar100cli.bounded import look, walk
+from cifar100cli.bounded import look, one_line, walk
 from cifar100cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -88,27 +89,36 @@ def read_image(source: Path) -> NDArray[np.uint8]:
     from PIL import Image, UnidentifiedImageError
 
     content = _content(source)
+    with _broken_in_words():
+        Image.init()
+        known = [name for name in DECODERS if name in Image.OPEN]  # a Pillow may be built without some
+        try:
+            opened = _opened(content, known)
+        except UnidentifiedImageError:
+            raise DataError("no image, or of a kind that is not read here") from None
+        with opened as image:
+            width, height = image.size
+            if MOST_PIXELS < width * height <= MOST_JPEG_PIXELS:
+                image.draft("RGB", (width // 8, height // 8))
+            if math.prod(image.size) > MOST_PIXELS:  # read from its head; nothing is decoded yet
+                raise DataError(
+                    f"is said to have {width:,} x {height:,} pixels, and at most {MOST_PIXELS // 10**6} million "
+                    f"are read ({MOST_JPEG_PIXELS // 10**6} of a JPEG): make it smaller first"
+                )
+            return small_square(image)
+
+
+@contextmanager
+def _broken_in_words() -> Iterator[None]:
+    """Decoders are many, and each has its own words for a file that lies, and warnings of what does not matter here."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of decoders, about what does not matter here
-            Image.init()
-            known = [name for name in DECODERS if name in Image.OPEN]  # a Pillow may be built without some
-            with _opened(content, known) as image:
-                width, height = image.size
-                if MOST_PIXELS < width * height <= MOST_JPEG_PIXELS:
-                    image.draft("RGB", (width // 8, height // 8))
-                if math.prod(image.size) > MOST_PIXELS:  # read from its head; nothing is decoded yet
-                    raise DataError(
-                        f"is said to have {width:,} x {height:,} pixels, and at most {MOST_PIXELS // 10**6} million "
-                        f"are read ({MOST_JPEG_PIXELS // 10**6} of a JPEG): make it smaller first"
-                    )
-                return small_square(image)
-    except UnidentifiedImageError:
-        raise DataError("no image, or of a kind that is not read here") from None
+            warnings.simplefilter("ignore")
+            yield
     except DataError:
         raise
-    except Exception as error:  # decoders are many, and each has its own words for a file that lies
-        raise DataError(f"broken ({' '.join(str(error).split())[:100] or type(error).__name__})") from None
+    except Exception as error:
+        raise DataError(f"broken ({one_line(error) or type(error).__name__})") from None
 
 
 def _opened(content: bytes, known: list[str]) -> "Picture":
@@ -123,12 +133,16 @@ def _opened(content: bytes, known: list[str]) -> "Picture":
 
 
 def small_square(picture: "Picture") -> NDArray[np.uint8]:
-    """A picture of Pillow's as (3, 32, 32) uint8: upright, in colour, its middle square, made smaller with care."""
+    """A picture of Pillow's as (3, 32, 32) uint8: upright, in colour, its middle square, made smaller with care.
+
+    Raises `DataError` for one of a file that turns out to be broken: Pillow decodes it only now.
+    """
     from PIL import Image, ImageOps
 
-    upright = ImageOps.exif_transpose(picture)
-    small = ImageOps.fit(_in_colour(upright), (SIDE, SIDE), Image.Resampling.BICUBIC)
-    return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+    with _broken_in_words():
+        upright = ImageOps.exif_transpose(picture)
+        small = ImageOps.fit(_in_colour(upright), (SIDE, SIDE), Image.Resampling.BICUBIC)
+        return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
 
 
 def _content(source: Path) -> bytes:

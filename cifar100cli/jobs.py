@@ -303,7 +303,6 @@ def _teacher(
 ) -> Teacher:
     """The teacher of a run: looked up where an image has few versions, else run in every step."""
     device = loader.device
-    folder = where.cache_dir / teachers.key(saved, loader, precision)
     model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     online = teachers.OnlineTeacher(model, saved.preprocessing, devices.autocast(device, precision))
     metrics.refuse_no_answer(online.logits(loader.images[:2]), saved.path)
@@ -316,7 +315,7 @@ def _teacher(
             loader,
             batch_size=online.batch_size,
             dtype=torch.float32,
-            folder=folder,
+            folder=where.cache_dir / teachers.key(saved, loader, precision),
             speaker=watcher,
         )
         return teachers.CachedTeacher(logits.to(device))

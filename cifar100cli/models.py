@@ -3,7 +3,8 @@
 import socket
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -72,9 +73,8 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
     wants_weights = config.model.pretrained if pretrained is None else pretrained
     file = config.model.weights if wants_weights else None
     from_timm = wants_weights and file is None
-    if from_timm:
-        _ask_the_hub_once()
-    model = _backbone(config, classes, from_timm=from_timm)
+    with _hub_asked_once() if from_timm else nullcontext():
+        model = _backbone(config, classes, from_timm=from_timm)
     # ImageNet's weights have ImageNet's stem; a checkpoint of ours has its own.
     ours = our_network(Path(file)) if file is not None else None
     stem_is_in_the_file = ours is not None and ours.stem == config.model.stem
@@ -214,17 +214,29 @@ def backbone_normalization(name: str) -> tuple[Colour, Colour]:
     return (float(red), float(green), float(blue)), (float(r), float(g), float(b))
 
 
-def _ask_the_hub_once() -> None:
+@contextmanager
+def _hub_asked_once() -> Iterator[None]:
     """Spare the user a minute of retries: where the hub does not answer, only its cache is looked at."""
+    offline = constants.HF_HUB_OFFLINE
+    if not offline and not _hub_answers():
+        constants.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers() -> bool:
+    """Whether the model hub takes a connection within 5 s; taken for granted behind a proxy."""
     address = urlsplit(constants.ENDPOINT)
-    proxied = address.scheme in getproxies() and not proxy_bypass(address.hostname or "")
-    if constants.HF_HUB_OFFLINE or proxied:
-        return
+    if address.scheme in getproxies() and not proxy_bypass(address.hostname or ""):
+        return True
     try:
         port = address.port or (443 if address.scheme == "https" else 80)
         socket.create_connection((address.hostname or "", port), timeout=5).close()
     except OSError:
-        constants.HF_HUB_OFFLINE = True
+        return False
+    return True
 
 
 def _use_cifar_stem(model: nn.Module, name: str) -> None:
@@ -269,7 +281,7 @@ def _use_image_size(model: nn.Module, name: str, image_size: int) -> None:
 
 
 def _cannot_take(key: str, image_size: int, name: str, error: Exception) -> str:
-    return f"data.{key} = {image_size}: {name} cannot take it ({' '.join(str(error).split())[:120]})"
+    return f"data.{key} = {image_size}: {name} cannot take it ({one_line(error)})"
 
 
 def _check_image_size(model: nn.Module, name: str, image_size: int, key: str = "image_size") -> Tensor:

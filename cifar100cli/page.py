@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from cifar100cli import __version__, analysis, charts, console, datasets
 from cifar100cli.ablation import Ablation
 from cifar100cli.analysis import Confusion, Predictions
-from cifar100cli.bounded import read_file
+from cifar100cli.bounded import printable, read_file
 from cifar100cli.card import Card, read_card
 from cifar100cli.catalog import TITLES
 from cifar100cli.charts import Bar, Line
@@ -96,9 +96,7 @@ def _environment() -> "Environment":
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
-        finalize=lambda value: (
-            console.printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value
-        ),
+        finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.filters |= {
         "percent": console.percent,
@@ -146,7 +144,7 @@ def _gains(found: Ablation) -> "Markup":
 
 
 def _short(name: str) -> str:
-    name = console.printable(name)
+    name = printable(name)
     return name if len(name) <= LABEL else name[: LABEL - 1] + "…"
 
 
@@ -293,7 +291,8 @@ def _detail(row: Row, path: str, anchor: str, pictures: _Pictures) -> dict[str, 
     except (DataError, OSError) as error:
         missing = f"Classes, confusions and mistakes are not shown: {error}."
         if not (run.path / PREDICTIONS).exists():
-            missing += f" This makes them: cifar100 evaluate {path} --predictions {run.path / PREDICTIONS}"
+            missing += f" This makes them: cifar100 evaluate {console.argument(run.path)} "
+            missing += f"--predictions {console.argument(run.path / PREDICTIONS)}"
     return {
         "anchor": anchor,
         "path": path,

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cifar100cli import console
 from cifar100cli.ablation import Ablation, Effect
+from cifar100cli.bounded import printable
 from cifar100cli.catalog import TITLES
 from cifar100cli.console import PROTOCOLS, percent
 from cifar100cli.errors import UsageError
@@ -226,7 +227,7 @@ def _csv(report: Report) -> str:
 
 
 def _escape(cell: str) -> str:
-    return console.printable(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+    return printable(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
 
 
 def show_table(report: Report) -> None:

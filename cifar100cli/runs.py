@@ -15,7 +15,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
-from cifar100cli.bounded import look, parse_json, read_file, walk
+from cifar100cli.bounded import look, parse_json, printable, read_file, walk
 from cifar100cli.config import differences, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 from cifar100cli.schema import Config
@@ -137,7 +137,7 @@ def _misshapen(content: object, shape: Mapping[str, Any], place: str = "") -> st
         elif not isinstance(value, kind) or isinstance(value, bool):
             return f"{place}{key}"
         elif isinstance(value, str):
-            if not value.isprintable():
+            if printable(value) != value:
                 return f"{place}{key}"
         elif not abs(value) < LARGEST:  # which NaN is not either
             return f"{place}{key}"
@@ -218,7 +218,7 @@ class RunDir:
             value = self.environment().get(key)
         except DataError:
             return None
-        return value if isinstance(value, str) and value.isprintable() else None
+        return value if isinstance(value, str) and printable(value) == value else None
 
     @property
     def preset(self) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from cifar100cli.bounded import one_line, printable
 from cifar100cli.errors import UsageError
 
 
@@ -78,18 +79,17 @@ def parse(text: str, where: str, loader: Any = Loader) -> object:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" (line {mark.line + 1}, column {mark.column + 1})" if mark else ""
-        raise UsageError(f"{where}: not valid YAML: {_short(error.problem or error.context)}{line}") from None
+        raise UsageError(f"{where}: not valid YAML: {one_line(error.problem or error.context, 150)}{line}") from None
     except (yaml.YAMLError, ValueError, OverflowError, LookupError, AttributeError, TypeError) as error:
         # PyYAML's own readers of tagged values (`!!timestamp x`, `!!bool x`) have errors of every kind.
-        raise UsageError(f"{where}: not valid YAML: {_short(error)}") from None
+        raise UsageError(f"{where}: not valid YAML: {one_line(error, 150)}") from None
     except RecursionError:
         raise UsageError(f"{where}: not a preset: nested too deeply") from None
 
 
-def _short(text: object) -> str:
-    return " ".join(str(text).split())[:150]
-
-
 def dump(keys: object) -> str:
-    """YAML that `parse` reads back to the same."""
-    return yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    """YAML that `parse` reads back to the same, also from a terminal, which shows no character that could steer it."""
+    text = yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
+    if printable(text.replace("\n", "")) == text.replace("\n", ""):
+        return text
+    return yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=110)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from cifar100cli.bounded import one_line
 from cifar100cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ def _check_wandb() -> None:
     try:
         known = wandb.login(prompt=False)
     except Exception as error:
-        words = " ".join(str(error).split())[:200]
+        words = one_line(error, 200)
         raise UsageError(f"--log wandb: {words}; WANDB_MODE=offline writes without the network") from None
     if not known:
         raise UsageError("--log wandb: nobody is logged in; run `wandb login` first, or set WANDB_MODE=offline")
@@ -181,5 +182,5 @@ class Tracked:
                 do(tracker)
             except Exception as error:  # whatever it is, it is not worth a night's training
                 del self._trackers[name]
-                words = " ".join(str(error).split()) or type(error).__name__
+                words = one_line(error, 200) or type(error).__name__
                 self._watcher.say(f"--log {name} stopped ({words[:200]}); the run goes on without it")

@@ -2,11 +2,13 @@
 
 import copy
 import inspect
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from cifar100cli import (
     UsageError,
     api,
     evaluate,
+    jobs,
     load_model,
     load_preset,
     preset_names,
@@ -90,6 +93,7 @@ def test_other_names_are_no_attributes() -> None:
 def test_importing_the_package_imports_no_torch(tmp_path: Path) -> None:
     script = """
 import sys
+import unittest.mock
 import cifar100cli
 from cifar100cli import CifarError, Preset, preset_names
 assert "quickstart" in preset_names() and "train" in dir(cifar100cli)
@@ -321,8 +325,17 @@ def test_mistakes_are_raised(kept: Classifier, tmp_path: Path, monkeypatch: pyte
         kept.predict(["notes.txt"])
     with pytest.raises(DataError, match=r"none\.png: No such file"):
         kept.predict([Path("none.png")])
+    whole = io.BytesIO()
+    picture(64, 64).save(whole, "png")
+    with pytest.raises(DataError, match="a picture: broken"):
+        kept.predict([Image.open(io.BytesIO(whole.getvalue()[:-40]))])
     with pytest.raises(UsageError, match="a list"):
         kept.predict("notes.txt")
+    full = unittest.mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "create_model", full)
+        with pytest.raises(CifarError, match="out of memory: lower --batch-size"):
+            train(load_preset("quickstart", {"model.backbone": "resnet18"}), device="cpu")
     with pytest.raises(UsageError, match="top = 0"):
         kept.predict([picture(32, 32)], top=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes.txt"]

@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import yaml
 from cifar100cli import __version__, checkpoint, page, synthetic
 from cifar100cli.card import KEY
 from cifar100cli.catalog import FOLDERS
+from cifar100cli.config import load_preset
 from tests.conftest import TINY, Cli, train
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
@@ -275,6 +277,7 @@ def test_version_and_help(run_cli: Cli) -> None:
     [
         (["trian"], 2, "train"),
         (["train", "--presett", "x"], 2, "did you mean --preset?"),
+        (["train", "--batchsize", "4"], 2, "did you mean --batch-size?"),
         (["train", "--preset"], 2, "--preset"),
         (["train", "extra"], 2, "extra"),
         (["train", "--preset", "resnet18-basline"], 2, "did you mean resnet18-baseline?"),
@@ -456,6 +459,35 @@ def test_checkpoints_that_describe_themselves_wrongly(run_cli: Cli, about: dict[
     assert words in outcome.err
 
 
+@pytest.mark.usefixtures("small_synthetic")
+def test_names_with_spaces_of_every_kind(run_cli: Cli, tmp_path: Path) -> None:
+    """Two in a row, of Japanese, of macOS's screenshots; and the joiner of Persian. Lines to type next hold them."""
+    folder = tmp_path / "two  spaces" / "実験\u3000一" / "9.41\u202fAM" / "می\u200cشود"
+    folder.mkdir(parents=True)
+    (folder / "\u202e.pt").touch()
+    preset = tmp_path / "学習\u3000設定.yaml"
+    preset.write_text(f"model:\n  pretrained: true\n  weights: {folder}/\u202e.pt\n", encoding="utf-8")
+    shown = run_cli("train", "--preset", preset, "--print-config").out
+    assert "\u202e" not in shown, "a terminal would write backwards"
+    again = tmp_path / "again.yaml"
+    again.write_text(shown, encoding="utf-8")
+    assert run_cli("train", "--preset", again, "--print-config").out == shown
+    assert load_preset(str(again)).config.model.weights == f"{folder}/\u202e.pt"
+
+    own = ("--preset", preset, "--no-pretrained")
+    outcome = run_cli("train", *TINY, *own, "--epochs", "1", "--out", folder)
+    assert outcome.code == 0, outcome.err
+    (command,) = re.findall("cifar100 (evaluate .*)", outcome.err + outcome.out)
+    assert run_cli(*shlex.split(command)).code == 0
+    (row,) = json.loads(run_cli("report", folder, "--json").out)["rows"]
+    (run,) = row["runs"]
+    assert Path(run).is_dir()
+    assert run_cli("train", "--resume", run).code == 0
+    (Path(run) / "state.safetensors").write_text("broken")
+    (Path(run) / "result.json").unlink()
+    assert str(run) in run_cli("train", "--resume", run).err
+
+
 def test_weights_without_a_hub(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from huggingface_hub import constants
 
@@ -468,6 +500,7 @@ def test_weights_without_a_hub(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tm
     for words in ("timm/resnet18", "--weights FILE", "model.pretrained=false", "empty"):
         assert words in outcome.err
     assert not (tmp_path / "runs").exists()
+    assert not constants.HF_HUB_OFFLINE, "the next one asks again"
 
 
 def test_out_of_memory_says_what_to_lower(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -138,16 +139,17 @@ def test_other_images_are_not_shown(
     assert "taken for" in found.text
 
 
-def test_without_predictions_it_says_how_to_get_them(trained: dict[str, Any], run_cli: Cli) -> None:
-    predictions = trained["run"] / runs.PREDICTIONS
+def test_without_predictions_it_says_how_to_get_them(trained: dict[str, Any], run_cli: Cli, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(trained["run"], tmp_path / "my runs" / "one"))
+    predictions = run / runs.PREDICTIONS
     predictions.unlink()
-    found = rendered(trained["run"])
-    (command,) = re.findall(r"cifar100 (evaluate \S+ --predictions \S+)", found.text)
-    outcome = run_cli(*command.split())
+    found = rendered(run)
+    (command,) = re.findall(r"cifar100 (evaluate .* --predictions '.*?')", found.text)
+    outcome = run_cli(*shlex.split(command))
     assert outcome.code == 0, outcome.err
-    assert "taken for" in rendered(trained["run"]).text
+    assert "taken for" in rendered(run).text
     predictions.write_text("index,true,predicted,confidence,correct\n0,x,y,0.5,0\n")
-    assert "broken near line" in rendered(trained["run"]).text
+    assert "broken near line" in rendered(run).text
 
 
 def check_form(found: Page) -> None:

@@ -102,7 +102,7 @@ def stand_in(patch: pytest.MonkeyPatch, drawings: synthetic.Drawn) -> None:
 
     build = timm.create_model
     patch.setattr(timm, "create_model", lambda name, pretrained=False, **how: build(name, **how))
-    patch.setattr(models, "_ask_the_hub_once", lambda: None)
+    patch.setattr(models, "_hub_answers", lambda: True)
 
     load = config.load_preset
 
