@@ -14,7 +14,7 @@ from cifar100cli.errors import DataError
 
 COLUMNS = ("index", "true", "predicted", "confidence", "correct")  # of predictions.csv
 LARGEST = 16 << 20  # bytes; the 10,000 test images take less than half a million
-BINS = 15  # as in `metrics.expected_calibration_error`
+BINS = 15  # of confidence, as in the paper
 
 Indices = NDArray[np.int64]
 
@@ -96,7 +96,7 @@ def confusion_matrix(true: Indices, predicted: Indices, count: int) -> Indices:
 def accuracies(matrix: Indices) -> list[float | None]:
     """The share of each class's images that is right; None for a class without images."""
     images = matrix.sum(axis=1)
-    return [matrix[i, i] / images[i] if images[i] else None for i in range(len(matrix))]
+    return [float(matrix[i, i] / images[i]) if images[i] else None for i in range(len(matrix))]
 
 
 def calibration(predictions: Predictions, bins: int = BINS) -> list[Bin]:

@@ -383,7 +383,7 @@ def _explain(error: ValidationError, where: str, origins: Mapping[str, str]) -> 
     """The first thing wrong, in one line: key, value, origin, what is allowed, the nearest name."""
     first, more = error.errors()[0], error.error_count() - 1
     if not first["loc"]:  # a rule between keys, which says it all itself, or a key that is no text
-        message = str(first.get("ctx", {}).get("error", "one of its keys is no text"))
+        message = str(first.get("ctx", {}).get("error", "one of its keys is not text"))
         flags = [origin for key, origin in origins.items() if re.search(rf"\b{re.escape(key)}\b", message)]
         return f"{', '.join(flags) or where}: {message}"
     *parents, last = [str(part) for part in first["loc"]]

@@ -130,10 +130,15 @@ def install(
 
     `sha256` is the digest that the archive must have (None: any), `check` raises DataError if the
     unpacked folder is not the data set. Nothing that was in place is touched before all of that holds.
+    `retries` is how many attempts in a row may bring nothing, `timeout` the seconds without a byte after which one
+    has failed. `progress` is told the bytes done and all, `log` what goes on.
+
+    Raises `UsageError` for an address or digest that cannot be one, `DataError` for an archive that is not what it
+    should be, `CifarError` where the servers give none or the folder takes none, and `DownloadInterrupted`.
     """
     expected = archive.sha256 if sha256 == OFFICIAL else sha256 and sha256.lower()
     if expected is not None and not re.fullmatch("[0-9a-f]{64}", expected):
-        raise UsageError(f"--sha256 {sha256}: not a sha256, which is 64 hexadecimal digits")
+        raise UsageError(f"--sha256 {sha256}: must be 64 hexadecimal digits, or none")
     addresses = list(dict.fromkeys(urls)) or [archive.url]
     for url in addresses:
         refuse_unusable(url)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar100cli import checkpoint, datasets, devices, metrics, ranks
+from cifar100cli.analysis import COLUMNS
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
@@ -153,11 +154,11 @@ def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
 
 def write_predictions(path: Path, classes: tuple[str, ...], logits: Tensor, labels: Tensor) -> None:
     """A line an image, from logits (N, classes) and labels (N,)."""
-    confidences, predicted = logits.double().softmax(1).amax(1), metrics.predictions(logits)
+    found = metrics.judged(logits, labels)
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
-        writer.writerow(["index", "true", "predicted", "confidence", "correct"])
+        writer.writerow(COLUMNS)
         for index, (true, guess, confidence) in enumerate(
-            zip(labels.tolist(), predicted.tolist(), confidences.tolist(), strict=True)
+            zip(found.true, found.predicted, found.confidence, strict=True)
         ):
             writer.writerow([index, classes[true], classes[guess], f"{confidence:.6f}", int(true == guess)])

@@ -154,7 +154,7 @@ def _torchs_message(error: RuntimeError | MemoryError) -> str:
     if devices.is_out_of_memory(error):
         return devices.NO_MEMORY
     if ranks.is_lost(error):
-        return "another rank stopped, and so does this one"
+        return "another rank failed, so this one stops too"
     raise error
 
 
@@ -163,10 +163,10 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
         return getattr(stop, "exit_code", 130)
     if isinstance(stop, RunInterrupted):
         if stop.run_dir is None:
-            console.error("interrupted before the run began, and nothing of it is saved: begin it anew")
+            console.error("interrupted before the run began: nothing was saved; start it again")
             return stop.exit_code
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
-        console.error(f"interrupted: {saved}; go on with: cifar100 train --resume {console.argument(stop.run_dir)}")
+        console.error(f"interrupted: {saved}; resume with: cifar100 train --resume {console.argument(stop.run_dir)}")
         return stop.exit_code
     told = f": {stop}" if isinstance(stop, DownloadInterrupted) else ""
     console.error(f"interrupted{told}")

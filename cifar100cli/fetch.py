@@ -246,8 +246,11 @@ def fetch(
 ) -> None:
     """Complete `part` from the addresses in turn until its sha256 is the expected one (None: any).
 
-    `size` is the archive's length in bytes, where it is known. Raises `DataError` when every address gives
-    something else than the archive, `CifarError` when none gives enough of it.
+    `size` is the archive's length in bytes, where it is known; `retries` is how many attempts in a row may bring
+    nothing, `timeout` the seconds without a byte after which one has failed.
+
+    Raises `DataError` when every address gives something else than the archive, `CifarError` when none gives enough
+    of it.
     """
     part.read(progress, size)
     part.resumed = part.size
@@ -339,7 +342,7 @@ def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeo
     except (OSError, HTTPException) as error:
         raise _network_error(error) from None
     except (ValueError, OverflowError):  # of urllib, about a redirect to a host or port that cannot be
-        raise _RefusedError("leads to an address that cannot be") from None
+        raise _RefusedError("redirects to an address that is not valid") from None
     with response:
         encoded = response.headers.get("Content-Encoding", "identity") != "identity"
         # A server that compresses once more sends a little more than the archive itself.
@@ -349,12 +352,12 @@ def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeo
         if total is None and not encoded:
             total = size
         if start > part.size:
-            raise _FailedError(f"answers from byte {start} on, asked from {part.size}")
+            raise _FailedError(f"sends bytes from {start} on, and was asked for those from {part.size}")
         if total is not None and total > limit:
             raise _RefusedError(f"has {total} bytes, more than the {limit} expected", content=True)
         version = (response.headers.get("ETag"), response.headers.get("Last-Modified"), total)
         if expected is None and not part.is_of(url, version):  # no digest would tell
-            raise _SpoiltError("has another file than the one that began to come", restart=True)
+            raise _SpoiltError("now has another file than the one that the download began with", restart=True)
         excess = part.size - start
         skipped = hashlib.sha256()
         page = encoded and response.headers.get_content_type() == "text/html"
@@ -425,7 +428,7 @@ def _interpret_error(error: HTTPError, part: Part, size: int | None) -> None:
     if error.code in (408, 425, 429) or error.code >= 500:
         raise _FailedError(f"answers HTTP {error.code}", _retry_after(error.headers.get("Retry-After", "")))
     if error.code in (301, 302, 303, 307, 308):
-        raise _RefusedError(f"answers HTTP {error.code}, a redirect in a circle or out of the web")
+        raise _RefusedError(f"answers HTTP {error.code}, a redirect in a circle, or to something other than http(s)")
     raise _RefusedError(f"answers HTTP {error.code}")
 
 
@@ -443,7 +446,7 @@ def _retry_after(value: str) -> float:
 def _network_error(error: Exception) -> Exception:
     cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, Exception) else error
     if isinstance(cause, TimeoutError):
-        return _FailedError("nothing came for too long")
+        return _FailedError("timed out: no data came")
     if isinstance(cause, IncompleteRead):
         return _FailedError("the connection ended too early")
     text = (isinstance(cause, OSError) and cause.strerror) or str(cause) or type(cause).__name__

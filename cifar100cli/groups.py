@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from timm.models._manipulate import group_with_matcher
 from torch import nn
@@ -74,11 +75,11 @@ def without_decay(model: nn.Module) -> list[nn.Parameter]:
     """
     backbone = getattr(model, "backbone", model)
     prefix = "" if backbone is model else "backbone."
-    named = {f"{prefix}{name}" for name in getattr(backbone, "no_weight_decay", set)()}
+    named = [f"{prefix}{pattern}" for pattern in getattr(backbone, "no_weight_decay", set)()]  # `pos_embed.*` is one
     return [
         parameter
         for name, parameter in model.named_parameters()
-        if parameter.ndim <= 1 or name.endswith(".bias") or name in named
+        if parameter.ndim <= 1 or name.endswith(".bias") or any(fnmatchcase(name, pattern) for pattern in named)
     ]
 
 

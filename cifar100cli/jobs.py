@@ -104,17 +104,7 @@ def prepare(
     device = devices.select_device(where.device)
     devices.forget_peak_memory(device)  # of the runs before, in this process
     precision = ranks.on_first(lambda: devices.resolve_precision(config.train.precision, device))
-    if config.data.batch_size < ranks.count():
-        raise UsageError(
-            f"data.batch_size = {config.data.batch_size} leaves some of {ranks.count()} ranks without images"
-        )
-    if precision == "fp16" and device.type == "cpu":
-        watcher.say("train.precision = fp16 is very slow on a CPU, whose convolutions are made for fp32 and bf16")
-    if precision == "fp16" and config.optimizer.name == "muon":
-        raise UsageError(
-            "optimizer.name = muon: has no way to leave a step out, as fp16 asks for; "
-            "use --set train.precision=fp32, or adamw"
-        )
+    _refuse_impossible(config, precision, device, watcher)
     if state is None:
         _refuse_known_images(config)
     dataset = dataset or datasets.load(config.data.dataset, where.data_dir)
@@ -123,24 +113,91 @@ def prepare(
     saved_teacher = None
     if config.distillation is not None:
         saved_teacher = _load_teacher(config.distillation, dataset, watcher)
-    torch.manual_seed(config.seed)
-    with ranks.one_ahead():  # the model hub is asked once
-        model = create_model(config, len(dataset.classes), pretrained=None if state is None else False)
-    if state is not None:
-        checkpoint.restore_model(state, model)
-    elif config.model.weights is not None:
-        watcher.say(_starting_point(config, preprocessing, len(dataset.classes)))
-    if state is None and config.schedule.warmup_epochs > config.train.epochs:
-        watcher.say(
-            f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g}, more than train.epochs = "
-            f"{config.train.epochs}: the learning rate rises to the end, and never reaches {config.optimizer.lr:g}"
-        )
-    if state is None and not config.model.pretrained:
-        initialize(model, _sample(training, preprocessing))
+    model = _network(config, len(dataset.classes), preprocessing, training, state, watcher)
     if ranks.count() > 1 and config.train.sync_batch_norm:
         model = batch_norm.synchronised(model, device)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    train_loader = DeviceLoader(
+    train_loader = _train_loader(config, training, preprocessing, device, model)
+    test_loader = evaluation_loader(dataset.test, device, preprocessing)
+    evaluation = {}
+    if held_out is not None:
+        evaluation["val"] = evaluation_loader(held_out, device, preprocessing)
+    if config.train.select == "best_test" or config.train.watch_test:  # else the test set is looked at once, at the end
+        evaluation["test"] = test_loader
+    loaders = Loaders(train_loader, evaluation)
+    task = create_task(config.loss)
+    if config.distillation is not None and saved_teacher is not None:
+        teacher = _teacher(saved_teacher, train_loader, precision, where, watcher, config, dry=dry)
+        task = DistillationTask(task, teacher, config.distillation)
+    groups, split = everything(model), None
+    if config.finetune is not None:
+        groups, split = _finetune(config, config.finetune, model, loaders, precision, where, watcher, dry=dry)
+    return Job(
+        config=config,
+        preset=preset.name,
+        dataset=dataset,
+        model=model,
+        task=task,
+        loaders=loaders,
+        test=test_loader,
+        card=_card(preset, dataset, preprocessing),
+        device=device,
+        precision=precision,
+        groups=_grouped(groups, model, config, watcher),
+        split=split,
+        manner=_manner(config, model, train_loader, watcher),
+        teacher=teachers.digest(saved_teacher) if saved_teacher is not None else None,
+    )
+
+
+def _refuse_impossible(config: Config, precision: str, device: torch.device, watcher: Watcher) -> None:
+    """Raise `UsageError` for what the number of ranks or the precision rules out; tell what is merely slow."""
+    if config.data.batch_size < ranks.count():
+        raise UsageError(
+            f"data.batch_size = {config.data.batch_size} leaves some of {ranks.count()} ranks without images"
+        )
+    if precision == "fp16" and device.type == "cpu":
+        watcher.say("train.precision = fp16 is very slow on a CPU, whose convolutions are made for fp32 and bf16")
+    if precision == "fp16" and config.optimizer.name == "muon":
+        raise UsageError(
+            "optimizer.name = muon: cannot skip a step, as fp16 must; use --set train.precision=fp32, or adamw"
+        )
+
+
+def _network(
+    config: Config,
+    classes: int,
+    preprocessing: Preprocessing,
+    training: Split,
+    state: Saved | None,
+    watcher: Watcher,
+) -> nn.Module:
+    """The network as its first step finds it: with the weights of `state`, of a file, of timm, or random ones."""
+    torch.manual_seed(config.seed)
+    with ranks.one_ahead():  # the model hub is asked once
+        model = create_model(config, classes, pretrained=None if state is None else False)
+    if state is not None:
+        checkpoint.restore_model(state, model)
+        return model
+    if config.model.weights is not None:
+        watcher.say(_starting_point(config, preprocessing, classes))
+    if config.schedule.warmup_epochs > config.train.epochs:
+        watcher.say(
+            f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g}, more than train.epochs = "
+            f"{config.train.epochs}: the learning rate rises over the whole run, to {config.optimizer.lr:g} in the last "
+            "step"
+        )
+    if not config.model.pretrained:
+        initialize(model, _sample(training, preprocessing))
+    return model
+
+
+def _train_loader(
+    config: Config, training: Split, preprocessing: Preprocessing, device: torch.device, model: nn.Module
+) -> DeviceLoader:
+    """This rank's share of the training images. Raises `UsageError` for batches that batch norm cannot train on."""
+    apart = 1 if config.train.sync_batch_norm else ranks.count()  # how many take statistics of their own
+    loader = DeviceLoader(
         training,
         config.data.batch_size,
         device,
@@ -151,21 +208,19 @@ def prepare(
         image_size_in=config.image_size_in if config.data.first_image_size is not None else lambda epoch: None,
         rank=ranks.rank(),
         ranks=ranks.count(),
-        least=max(2, ranks.count() if config.train.sync_batch_norm else 2 * ranks.count()),
+        least=max(2 * apart, ranks.count()),
     )
-    apart = 1 if config.train.sync_batch_norm else ranks.count()  # how many take statistics of their own
-    if min(train_loader.batch_sizes()) < 2 * apart and any(isinstance(m, _BatchNorm) for m in model.modules()):
+    if min(loader.batch_sizes()) < 2 * apart and any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise UsageError(
             f"data.batch_size = {config.data.batch_size}: batch norm cannot train on one image at a time; "
             f"use at least {2 * apart}"
         )
-    test_loader = evaluation_loader(dataset.test, device, preprocessing)
-    evaluation = {}
-    if held_out is not None:
-        evaluation["val"] = evaluation_loader(held_out, device, preprocessing)
-    if config.train.select == "best_test" or config.train.watch_test:  # else the test set is looked at once, at the end
-        evaluation["test"] = test_loader
-    card = Card(
+    return loader
+
+
+def _card(preset: Preset, dataset: Dataset, preprocessing: Preprocessing) -> Card:
+    """What the files of the run's models say of them."""
+    return Card(
         format=checkpoint.FORMAT,
         preset=preset.name,
         dataset=dataset.name,
@@ -175,41 +230,21 @@ def prepare(
         image_size=preprocessing.image_size,
         mean=preprocessing.mean,
         std=preprocessing.std,
-        unseen=_unseen(config),
-        config=config.model_dump(mode="json", exclude_none=True),
+        unseen=_unseen(preset.config),
+        config=preset.config.model_dump(mode="json", exclude_none=True),
     )
-    task = create_task(config.loss)
-    if config.distillation is not None and saved_teacher is not None:
-        teacher = _teacher(saved_teacher, train_loader, precision, where, watcher, config, dry=dry)
-        task = DistillationTask(task, teacher, config.distillation)
-    loaders = Loaders(train_loader, evaluation)
-    groups, split = everything(model), None
-    if config.finetune is not None:
-        groups, split = _finetune(config, config.finetune, model, loaders, precision, where, watcher, dry=dry)
-    groups = _grouped(groups, model, config, watcher)
+
+
+def _manner(config: Config, model: nn.Module, loader: DeviceLoader, watcher: Watcher) -> Manner:
+    """How steps are launched on the loader's device."""
     flops = 0.0  # which decide nothing on a CPU
-    if device.type == "cuda":  # a backward pass is about two forward ones, and SAM takes both twice
+    if loader.device.type == "cuda":  # a backward pass is about two forward ones, and SAM takes both twice
         passes = 3 if config.optimizer.sam_rho == 0 else 6
-        flops = passes * forward_flops(model, train_loader) * train_loader.count * config.train.epochs
-    manner = steps.choose(config.train.compile, flops, train_loader, ranks.count())
-    if device.type == "cuda" or manner.name != "off":
+        flops = passes * forward_flops(model, loader) * loader.count * config.train.epochs
+    manner = steps.choose(config.train.compile, flops, loader, ranks.count())
+    if loader.device.type == "cuda" or manner.name != "off":
         watcher.say(f"steps: {manner.name} ({manner.reason})")
-    return Job(
-        config,
-        preset.name,
-        dataset,
-        model,
-        task,
-        loaders,
-        test_loader,
-        card,
-        device,
-        precision,
-        groups,
-        split,
-        manner,
-        teachers.digest(saved_teacher) if saved_teacher is not None else None,
-    )
+    return manner
 
 
 def _starting_point(config: Config, preprocessing: Preprocessing, classes: int) -> str:
@@ -260,17 +295,28 @@ def _grouped(groups: list[Group], model: nn.Module, config: Config, watcher: Wat
     optimizer, name = config.optimizer, config.model.backbone
     if optimizer.layer_decay < 1:
         groups = by_layer(model, name, optimizer.layer_decay)
+        rate = optimizer.rate_of_others
         watcher.say(
-            f"layers: {len(groups)}; the rate falls from {optimizer.lr:g} at the head "
-            f"to {optimizer.lr * min(group.scale for group in groups):.2g} at the stem"
+            f"layers: {len(groups)}; the rate falls from {rate:g} at the head "
+            f"to {rate * min(group.scale for group in groups):.2g} at the stem"
         )
-    hidden: list[nn.Parameter] = []
-    if optimizer.name == "muon":
-        hidden = hidden_weights(model, classifiers(name) if config.model.head == "linear" else ("head",))
-        if not hidden:
-            raise UsageError("optimizer.name = muon: no matrix of a hidden layer is among what learns; use adamw")
+    if optimizer.rate_of_others != optimizer.lr:
+        watcher.say(
+            f"optimizer.auxiliary_lr: biases and norms, the head and the stem learn at "
+            f"{optimizer.rate_of_others / optimizer.lr:.3g} times the rate of the matrices between them"
+        )
+    hidden = _matrices(model, config)
+    if optimizer.name == "muon" and not hidden:
+        raise UsageError("optimizer.name = muon: no matrix of a hidden layer is among what learns; use adamw")
     exempt = [] if optimizer.decay_norms else without_decay(model)
     return divided(groups, exempt=exempt, hidden=hidden)
+
+
+def _matrices(model: nn.Module, config: Config) -> list[nn.Parameter]:
+    """What Muon moves, if it is the optimizer."""
+    if config.optimizer.name != "muon":
+        return []
+    return hidden_weights(model, classifiers(config.model.backbone) if config.model.head == "linear" else ("head",))
 
 
 # ------------------------------------------------------------------------------------------------ teachers
@@ -352,12 +398,18 @@ def _finetune(
     freeze(model, stages, kept, adapt=finetune.bn == "adapt")
     scales = {stage.name: finetune.stage_decay**depth for depth, stage in enumerate(reversed(kept))}
     groups = [Group([p for p in stage.parameters(model) if p.requires_grad], scales[stage.name]) for stage in kept]
-    watcher.stages(stage_rows(model, stages, scales, config.optimizer.lr, finetune.bn))
+    matrices = set(_matrices(model, config))
+    rates = {
+        stage.name: scales[stage.name]
+        * (config.optimizer.rate_of_others if matrices.isdisjoint(stage.parameters(model)) else config.optimizer.lr)
+        for stage in kept
+    }
+    watcher.stages(stage_rows(model, stages, rates, finetune.bn))
     first = kept[0].name
     if scales[first] < STANDS_STILL:
         watcher.say(
-            f"{first} learns at {scales[first]:.0e} of the head's rate, which is next to not at all: "
-            f"{finetune.stage_decay:g} from stage to stage is for few of them, and {name} has {len(stages)}; "
+            f"{first} learns at {scales[first]:.0e} of the head's rate, which is practically zero: finetune.stage_decay"
+            f" = {finetune.stage_decay:g} is for networks of few stages, and {name} has {len(stages)}; "
             "--set finetune.stage_decay=0.75 lets all of them learn"
         )
     if dry or finetune.cache == "off" or len(kept) == len(stages):

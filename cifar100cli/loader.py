@@ -144,6 +144,8 @@ class DeviceLoader:
     What is random (order, augmentation) is drawn from (seed, epoch) alone, for all images at once, so that any epoch
     can be had again without those before it. With `features` set, they are looked up in place of the images.
 
+    `images` are (N, 3, H, W) uint8 and `labels` (N,) int64, on `device`; `shares` are this rank's rows of each batch.
+
     Of several `ranks`, each makes its own share of every batch, and together they make the batches of one. A last
     batch of fewer than `least` images joins the one before.
     """

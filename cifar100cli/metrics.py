@@ -5,17 +5,17 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar100cli import ranks
-from cifar100cli.augment import mirrored, unchanged
+from cifar100cli import analysis, ranks
+from cifar100cli.analysis import Predictions
+from cifar100cli.augment import mirrored, pad
 from cifar100cli.devices import Cast
 from cifar100cli.errors import DataError
 from cifar100cli.loader import Batch, DeviceLoader
-
-CALIBRATION_BINS = 15
 
 
 @dataclass(frozen=True)
@@ -43,26 +43,6 @@ class EvalResult(Scores):
         return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in several}
 
 
-def shifted_up_left(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) one pixel further up and left; the pixels at the new edge are mirrored at the old one."""
-    images = torch.cat((images[:, :, 1:], images[:, :, -2:-1]), dim=2)
-    return torch.cat((images[:, :, :, 1:], images[:, :, :, -2:-1]), dim=3)
-
-
-def shifted_down_right(images: Tensor) -> Tensor:
-    """Images (N, C, H, W) one pixel further down and right, likewise."""
-    images = torch.cat((images[:, :, 1:2], images[:, :, :-1]), dim=2)
-    return torch.cat((images[:, :, :, 1:2], images[:, :, :, :-1]), dim=3)
-
-
-# Test-time augmentation: what is done to an image and its mirror image, and the weight of the pair.
-SHIFTS: tuple[tuple[Callable[[Tensor], Tensor], float], ...] = (
-    (unchanged, 0.5),
-    (shifted_up_left, 0.25),
-    (shifted_down_right, 0.25),
-)
-
-
 def average_over_views(model: nn.Module, loader: DeviceLoader, batch: Batch) -> Tensor:
     """Logits (N, classes) float32 as weighted means over six views of each image.
 
@@ -76,7 +56,9 @@ def average_over_views(model: nn.Module, loader: DeviceLoader, batch: Batch) -> 
         logits = (model(loader.preprocessing(view)).float() for view in (images, mirrored(images)))
         return torch.stack([*logits]).mean(0)
 
-    return torch.stack([weight * pair(shift(batch.images)) for shift, weight in SHIFTS]).sum(0)
+    padded = pad(batch.images, 1, "reflect")
+    views = ((batch.images, 0.5), (padded[:, :, 2:, 2:], 0.25), (padded[:, :, :-2, :-2], 0.25))
+    return torch.stack([weight * pair(images) for images, weight in views]).sum(0)
 
 
 def predict(
@@ -113,7 +95,7 @@ def predict(
 def refuse_no_answer(logits: Tensor, path: Path) -> None:
     """Raise `DataError` where what a model says of images is no number, as finite weights can be damaged to do."""
     if not torch.isfinite(logits).all():
-        raise DataError(f"{path}: corrupt, or spoilt in training: what it says of images is no finite number")
+        raise DataError(f"{path}: its outputs are NaN or infinite: it is damaged, or its training diverged")
 
 
 def ensemble(members: Sequence[Tensor]) -> Tensor:
@@ -147,41 +129,33 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     )
 
 
+def judged(logits: Tensor, labels: Tensor) -> Predictions:
+    """The predictions of logits (N, classes), each with its confidence, beside the labels (N,)."""
+    confidence = logits.double().softmax(1).amax(1)
+    return Predictions(labels.numpy(), predictions(logits).numpy(), confidence.numpy())
+
+
 def evaluate(logits: Tensor, labels: Tensor, superclass_of: tuple[int, ...] = ()) -> EvalResult:
-    """Everything from logits (N, classes) and labels (N,).
+    """Everything from logits (N, classes) and labels (N,), on the CPU.
 
     A prediction's superclass is that of the predicted class. A class without images has no accuracy.
     """
-    classes = logits.shape[1]
-    scores = score(logits, labels)
-    predicted = predictions(logits)
-    counts = torch.bincount(labels * classes + predicted, minlength=classes * classes).view(classes, classes)
-    images = counts.sum(1)
-    superclass_top1 = None
-    if superclass_of:
-        group = torch.tensor(superclass_of)
-        superclass_top1 = (group[predicted] == group[labels]).double().mean().item()
-    off_diagonal = counts.clone().fill_diagonal_(0)
-    pairs = [(int(true), int(guess), int(off_diagonal[true, guess])) for true, guess in off_diagonal.nonzero()]
+    found = judged(logits, labels)
+    matrix = analysis.confusion_matrix(found.true, found.predicted, logits.shape[1])
+    group = np.array(superclass_of)
+    pairs = [(int(true), int(guess), int(matrix[true, guess])) for true, guess in np.argwhere(matrix) if true != guess]
     return EvalResult(
-        **vars(scores),
+        **vars(score(logits, labels)),
         ece=expected_calibration_error(logits, labels),
-        superclass_top1=superclass_top1,
-        per_class=tuple(
-            int(counts[label, label]) / int(images[label]) if images[label] else None for label in range(classes)
-        ),
+        superclass_top1=float((group[found.predicted] == group[found.true]).mean()) if superclass_of else None,
+        per_class=tuple(analysis.accuracies(matrix)),
         confusions=tuple(sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))),
     )
 
 
-def expected_calibration_error(logits: Tensor, labels: Tensor, bins: int = CALIBRATION_BINS) -> float:
-    """The mean gap between confidence and accuracy over equal bins of confidence, weighted by their images.
+def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
+    """The mean gap between confidence and accuracy over 15 equal bins of confidence, weighted by their images.
 
-    Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, with 15 bins.
+    Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599.
     """
-    confidence = logits.double().softmax(1).amax(1)
-    correct = (predictions(logits) == labels).double()
-    edges = torch.linspace(0, 1, bins + 1, dtype=torch.float64)
-    index = torch.bucketize(confidence, edges[1:-1])
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, index, correct - confidence)
-    return (gaps.abs().sum() / len(labels)).item()
+    return analysis.calibration_error(analysis.calibration(judged(logits, labels)))

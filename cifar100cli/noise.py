@@ -17,7 +17,7 @@ NO_SPREAD = 1e-9  # less than any number of images makes; what is left of roundi
 
 def quantile(freedom: float) -> float:
     """Student's t at 97.5%, for at least one degree of freedom; rounded down to a whole number of them, 30 at most."""
-    return STUDENT[min(int(freedom), len(STUDENT)) - 1]
+    return STUDENT[min(int(freedom + NO_SPREAD), len(STUDENT)) - 1]
 
 
 def deviation(values: Sequence[float]) -> float | None:

@@ -33,8 +33,8 @@ def create_optimizer(config: Optimizer, groups: Sequence[Group], precision: str 
     )
     if not others:
         return muon
-    rate = config.lr if config.auxiliary_lr is None else config.auxiliary_lr
-    return Together([muon, _of_torch(config.auxiliary, config, _parameter_groups(config, rate, others))])
+    rest = _parameter_groups(config, config.rate_of_others, others)
+    return Together([muon, _of_torch(config.auxiliary, config, rest)])
 
 
 def _parameter_groups(config: Optimizer, rate: float, groups: Sequence[Group]) -> list[dict[str, Any]]:

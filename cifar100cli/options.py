@@ -45,7 +45,7 @@ Quiet = Annotated[
 ]
 Verbose = Annotated[
     bool,
-    typer.Option("-v", "--verbose", callback=_verbosity(console.VERBOSE), is_eager=True, help="Tell what goes on."),
+    typer.Option("-v", "--verbose", callback=_verbosity(console.VERBOSE), is_eager=True, help="Show more detail."),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON document on stdout.")]
 DataDir = Annotated[
@@ -127,8 +127,8 @@ Cache = Annotated[
     bool | None, typer.Option("--cache/--no-cache", help="Run the frozen part once. [preset: where possible]")
 ]
 Epochs = Annotated[str | None, _text("N", "Passes over the training images.")]
-Seed = Annotated[str | None, _text("N", "Of weights, order and augmentation.")]
-Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="So many runs in turn, each with the next seed.")]
+Seed = Annotated[str | None, _text("N", "Random seed of weights, data order and augmentation.")]
+Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="How many runs to train in turn, with consecutive seeds.")]
 Ablate = Annotated[
     str | None, _text("BLOCK,BLOCK", "Train it as it is and without each of these (augment, ema, ...), and compare.")
 ]

@@ -32,9 +32,9 @@ def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
             raise UsageError(f"{flag} {path}: is a folder; name a file")
         target = path.resolve()
         if not target.parent.is_dir():
-            raise UsageError(f"{flag} {path}: there is no such folder to write it in")
+            raise UsageError(f"{flag} {path}: its folder does not exist")
         if not os.access(target if target.exists() else target.parent, os.W_OK):
-            raise UsageError(f"{flag} {path}: may not be written; choose another place")
+            raise UsageError(f"{flag} {path}: there is no permission to write it; choose another place")
         lost = _would_be_lost(path, target, inputs) if target.exists() else None
     except OSError as error:
         raise UsageError(f"{flag} {path}: cannot be written: {error.strerror}; choose another name") from None
@@ -78,7 +78,7 @@ def _user_cache() -> Path:
 
 
 def cache_dir() -> Path:
-    """Where a teacher's logits are kept."""
+    """Where a teacher's logits and a frozen network's features are kept."""
     named = os.environ.get("CIFAR100_CACHE_DIR")
     return expand(Path(named)) if named else _user_cache() / "computed"
 

@@ -148,7 +148,7 @@ def sparkline(values: Sequence[float], width: int = 16) -> str:
 def _notes(report: Report) -> list[str]:
     notes = []
     if any(row.select == "best_test" for row in report.rows):
-        notes.append("best on test: the epoch was chosen on the test set itself, as the tutorial does; it flatters.")
+        notes.append("best on test: the epoch was chosen on the test set itself, as the tutorial does: optimistic.")
     if any(row.dataset == "synthetic" for row in report.rows):
         notes.append("synthetic: drawn shapes; these figures say nothing about CIFAR-100.")
     notes += [
@@ -160,7 +160,7 @@ def _notes(report: Report) -> list[str]:
         notes.append("n counts seeds: several runs of one seed, or copies of one run, count as one, their mean.")
     if any(row.changes for row in report.rows):
         notes.append(
-            "in brackets: what is not the preset's, or tells rows of your own apart; published figures are a preset's."
+            "in brackets: settings other than the preset's, which published figures are of, or what tells rows apart."
         )
     return notes + ablation_notes(report.ablations)
 

@@ -370,7 +370,7 @@ def check_writable(root: Path) -> None:
         kind = "a link that leads to no folder" if existing.is_symlink() else "not a folder"
         raise _unwritable(root, f"{existing} is {kind}")
     if not os.access(existing, os.W_OK | os.X_OK):
-        raise _unwritable(root, f"{existing} must not be written to")
+        raise _unwritable(root, f"there is no permission to write to {existing}")
 
 
 def _unwritable(root: Path, reason: str | None) -> FolderError:

@@ -74,6 +74,7 @@ for _loader in (Loader, QuickLoader):  # PyYAML would read `010` as eight and st
 
 
 def parse(text: str, where: str, loader: Any = Loader) -> object:
+    """What a YAML text holds. Raises `UsageError` that begins with `where` for one that is not valid."""
     try:
         return yaml.load(text, loader)
     except yaml.MarkedYAMLError as error:

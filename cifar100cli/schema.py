@@ -18,7 +18,7 @@ DESCRIBING = ("description", "published", "expected")  # the keys that say what 
 
 def _refuse_bool(value: object) -> object:
     if isinstance(value, bool):  # or `epochs: true` would mean one epoch
-        raise ValueError("a truth value is not a number")
+        raise ValueError("true and false are not numbers")
     return value
 
 
@@ -206,6 +206,11 @@ class Optimizer(Section):
     grad_clip: Number = Field(5.0, ge=0, description="largest norm of the gradient; 0 leaves it as it is")
     sam_rho: Number = Field(0.0, ge=0, le=100, description="sharpness-aware: how far up gradients are taken; 0 is off")
     sam_adaptive: bool = Field(False, description="measure sam_rho in the weights' sizes (then it is around 1)")
+
+    @property
+    def rate_of_others(self) -> float:
+        """The highest rate of what is no hidden layer's matrix: the head, the stem, biases and norms."""
+        return self.lr if self.auxiliary_lr is None else self.auxiliary_lr
 
 
 class Schedule(Section):

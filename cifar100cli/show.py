@@ -56,8 +56,10 @@ def training(result: Mapping[str, Any], preset: "Config", json: bool) -> None:
 
 
 def _beside(top1: float, name: str, config: "Config") -> None:
-    """The figure that is published or expected of a preset, how far from a published one this one is, and what of that
-    is not the preset's doing: settings that are not its own."""
+    """The figure that is published or expected of a preset, and how far from it this one is.
+
+    Settings that are not the preset's own are named: they are what a difference may come from.
+    """
     from cifar100cli.config import departures, shipped
 
     published, expected = config.published, config.expected
@@ -260,7 +262,7 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
     rates = result["images_per_second"]
     console.table(
         "",
-        ("images a second", "median", "least", "most"),
+        ("images a second", "median", "min", "max"),
         [
             (words, *(f"{rates[side][key]:,.0f}" for key in ("median", "low", "high")))
             for side, words in sides.items()
@@ -275,7 +277,7 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
     }
     console.table(
         "",
-        ("ratio, within a turn", "median", "least", "most"),
+        ("ratio", "median", "min", "max"),
         [
             (words, *(f"{result['ratios'][name][key]:.3f}" for key in ("median", "low", "high")))
             for name, words in ratios.items()
@@ -285,7 +287,7 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
     )
     console.table(
         "",
-        ("share of a step", "median", "least", "most"),
+        ("share of a step", "median", "min", "max"),
         [
             (name, *(f"{100 * share[key]:.1f}%" for key in ("median", "low", "high")))
             for name, share in result["shares"].items()
@@ -325,7 +327,7 @@ def presets(configs: Mapping[str, "Config"], json: bool) -> None:
         ],
         right=(1, 2, 3),
     )
-    console.result("?: a goal; nobody has run it yet")
+    console.result("?: a goal, not measured yet")
 
 
 def _expected(preset: "Config") -> str:

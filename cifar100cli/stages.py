@@ -151,19 +151,17 @@ class StageRow:
     norm: str
 
 
-def stage_rows(
-    model: nn.Module, stages: Sequence[Stage], scales: Mapping[str, float], rate: float, bn: str
-) -> list[StageRow]:
-    """A row for each stage: its rate is that of the optimizer times its scale, and None where it is frozen."""
+def stage_rows(model: nn.Module, stages: Sequence[Stage], rates: Mapping[str, float], bn: str) -> list[StageRow]:
+    """A row for each stage; of the frozen ones, there are no rates."""
     rows = []
     for stage in stages:
-        scale = scales.get(stage.name)
-        state = "moves" if scale is not None else {"frozen": "frozen", "adapt": "adapts"}[bn]
+        rate = rates.get(stage.name)
+        state = "moves" if rate is not None else {"frozen": "frozen", "adapt": "adapts"}[bn]
         rows.append(
             StageRow(
                 stage.name,
                 sum(parameter.numel() for parameter in stage.parameters(model)),
-                None if scale is None else rate * scale,
+                rate,
                 state if stage.norms(model) else "none",
             )
         )

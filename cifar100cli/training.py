@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 # The section that a command's settings must have, and what is to be told where they have it not.
 SECTIONS = {
     "distill": ("distillation", "has no teacher", "name one with --teacher RUN|CHECKPOINT"),
-    "finetune-cifar10": ("finetune", "does not fine-tune", "say what goes on learning with --unfreeze"),
+    "finetune-cifar10": ("finetune", "does not fine-tune", "say with --unfreeze what is to be trained"),
 }
 
 
@@ -247,7 +247,7 @@ def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str)
     if command in SECTIONS and getattr(own, SECTIONS[command][0]) is None:
         raise UsageError(
             f"{command}: {run.path} is a run of {run.preset}, which {SECTIONS[command][1]}; "
-            f"go on with it by: cifar100 train --resume {console.argument(run.path)}"
+            f"resume it with: cifar100 train --resume {console.argument(run.path)}"
         )
     if run.complete:
         _check_result(run)

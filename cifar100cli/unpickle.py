@@ -250,7 +250,7 @@ def _array(content: Any, dtype: Any, shape: Any, order: Any, room: _Room) -> NDA
 def _key(value: Any) -> str | bytes:
     """Text alone: what else can be a key can be made to take for ever, or to overflow the stack, when it is hashed."""
     if not isinstance(value, (str, bytes)):
-        raise PickleError("refused: a dictionary with a key that is no text")
+        raise PickleError("refused: a dictionary with a key that is not text")
     return value
 
 

@@ -153,7 +153,7 @@ class _NoAnswer(DivergedError):  # noqa: N818
 @contextlib.contextmanager
 def _in_words(job: Job, run: RunDir) -> Iterator[None]:
     """What ends a run, with what is left of it and what to do."""
-    go_on = f"go on with: cifar100 train --resume {console.argument(run.path)}"
+    go_on = f"resume with: cifar100 train --resume {console.argument(run.path)}"
     try:
         yield
     except DivergedError as error:
@@ -174,7 +174,7 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
             ) from None
         if ranks.is_lost(error):
             raise CifarError(
-                f"another rank stopped, and so does this one; {checkpoint.finished_epochs(run.path / STATE)} of "
+                f"another rank failed, so this one stops too; {checkpoint.finished_epochs(run.path / STATE)} of "
                 f"{job.config.train.epochs} epochs are done and saved; torchrun --max-restarts goes on by itself; "
                 f"by hand, {go_on}"
             ) from None

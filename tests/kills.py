@@ -75,7 +75,7 @@ RECIPES: dict[str, tuple[str, ...]] = {
     ),
 }
 WITH_RANKS = ("train, fp32, no augmentation", "train, fp32, crop_flip, SGD, last")  # of fp32, to the same bits
-GO_ON = re.compile(r"go on with: (cifar100 train --resume \S+)$")
+GO_ON = re.compile(r"resume with: (cifar100 train --resume \S+)$")
 STOPS = (signal.SIGINT, signal.SIGTERM)
 STOPPED = {128 + signal.SIGINT, 128 + signal.SIGTERM}
 

@@ -175,7 +175,7 @@ def test_figures_come_before_what_cannot_be_written(run_cli: Cli, monkeypatch: p
     for flags in (("evaluate", result["run_dir"], "--predictions", "p.csv"), ("report", "--out", "report.html")):
         outcome = run_cli(*flags)
         assert (outcome.code, outcome.out) == (2, "")
-        assert "may not be written; choose another place" in outcome.err
+        assert "there is no permission to write it; choose another place" in outcome.err
 
 
 def test_what_comes_next_is_what_would_be_found(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,7 +316,7 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["evaluate", "x", "--split", "tset"], 2, "tset"),
         (["report", "nowhere"], 3, "no such folder"),
         (["report", ".", "--out", "report.pdf"], 2, "report.pdf"),
-        (["report", ".", "--out", "no/such/folder.md"], 2, "there is no such folder to write it in"),
+        (["report", ".", "--out", "no/such/folder.md"], 2, "its folder does not exist"),
         (["report", ".", "--out", "."], 2, "is a folder"),
         (["report", ".", "--json", "--format", "csv"], 2, "exclude each other"),
         (["report", "~nobody-of-this-name"], 2, "no such user"),
@@ -406,10 +406,10 @@ def test_a_folder_that_looks_like_an_option(run_cli: Cli) -> None:
 @pytest.mark.usefixtures("small_synthetic")
 def test_a_warm_up_longer_than_the_run_is_told(run_cli: Cli) -> None:
     plan = ("train", *TINY, "--dry-run", "--epochs", "1")
-    assert "never reaches" not in run_cli(*plan).err
+    assert "over the whole run" not in run_cli(*plan).err
     outcome = run_cli(*plan, "--set", "schedule.warmup_epochs=2")
     assert outcome.code == 0
-    assert "schedule.warmup_epochs = 2, more than train.epochs = 1" in outcome.err
+    assert "more than train.epochs = 1: the learning rate rises over the whole run" in outcome.err
     assert "1 epoch, fp32" in outcome.out
 
 

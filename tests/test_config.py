@@ -19,7 +19,7 @@ def load(tmp_path: Path, text: str, *overrides: Override) -> Config:
 
 def test_a_key_that_is_no_text(tmp_path: Path) -> None:
     """Found by `tests.fuzz`: half a surrogate pair."""
-    with pytest.raises(UsageError, match="one of its keys is no text"):
+    with pytest.raises(UsageError, match="one of its keys is not text"):
         load(tmp_path, '"\\ud800": {policy: none}')
 
 

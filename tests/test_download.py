@@ -193,14 +193,14 @@ def test_stall(server: Server, tmp_path: Path) -> None:
     listener = Listener()
     install(tmp_path, server.url("/a", stalling, good), timeout=0.2, listener=listener)
     assert server.ranges == [None, f"bytes={HALF}-"]
-    assert "nothing came for too long" in listener.lines[0]
+    assert "timed out: no data came" in listener.lines[0]
     assert_complete(tmp_path)
 
 
 def test_a_drip_is_a_stall(server: Server, tmp_path: Path) -> None:
     listener = Listener()
     install(tmp_path, server.url("/a", dripping, good), timeout=0.2, listener=listener)
-    assert "nothing came for too long" in listener.lines[0]
+    assert "timed out: no data came" in listener.lines[0]
     assert server.exchanges[0].sent < fetch.LEAST
     assert_complete(tmp_path)
 
@@ -281,7 +281,7 @@ def test_redirect_keeps_the_range(server: Server, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["/a", "ftp://127.0.0.1/a", "file:///etc/passwd"])
 def test_redirect_to_nowhere(server: Server, tmp_path: Path, target: str) -> None:
-    with pytest.raises(CifarError, match="HTTP 302, a redirect in a circle or out of the web") as raised:
+    with pytest.raises(CifarError, match="HTTP 302, a redirect in a circle, or to something") as raised:
         install(tmp_path, server.url("/a", status(302, Location=target)))
     assert raised.value.exit_code == 1
 

@@ -58,13 +58,6 @@ def test_views_are_torchvisions(few_drawings: synthetic.Drawn, size: int) -> Non
     assert sum(seen) == len(labels)
 
 
-def test_shifts_are_reflections() -> None:
-    images = torch.randint(0, 256, (2, 3, 5, 7), dtype=torch.uint8)
-    padded = reference.pad(images, [1], padding_mode="reflect")
-    assert torch.equal(metrics.shifted_up_left(images), padded[:, :, 2:, 2:])
-    assert torch.equal(metrics.shifted_down_right(images), padded[:, :, :-2, :-2])
-
-
 @pytest.fixture
 def answers() -> tuple[list[Tensor], Tensor]:
     """Logits of three models that are right now and then, and the labels."""

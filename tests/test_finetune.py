@@ -367,7 +367,7 @@ def test_no_epoch_is_chosen_on_images_that_the_weights_know(run_cli: Cli) -> Non
         (["--unfreeze", "layer5", "--data-dir", "nowhere"], 2, "resnet18 has no such stage; did you mean layer4?"),
         (["--data-dir", "nowhere"], 3, "nowhere: run `cifar100 download --dataset cifar10 --data-dir nowhere`"),
         (["--data-dir", "nowhere", "--init", "none", "--unfreeze", "al"], 2, "finetune.unfreeze = al"),
-        (["--preset", "quickstart"], 2, "quickstart does not fine-tune: say what goes on learning with --unfreeze"),
+        (["--preset", "quickstart"], 2, "quickstart does not fine-tune: say with --unfreeze what is to be trained"),
         (["--init", "nowhere"], 3, "no such run or checkpoint"),
         (["--init", "none", "--weights", "x"], 2, "exclude each other"),
         (["--init", "imagenet", "--set", "model.pretrained=false"], 2, "leave one out"),

@@ -13,9 +13,11 @@ from cifar100cli import jobs
 from cifar100cli.errors import UsageError
 from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.models import CosineHead, classifiers
+from cifar100cli.optim import create_optimizer
 from tests.conftest import Listening, make_preset, where
 
 NETWORKS = ("resnet18", "test_vit", "test_convnext", "test_efficientnet", "test_vit2")
+PATTERNS = "xcit_nano_12_p16_224"  # names what does not decay by patterns
 
 
 def network(name: str, classes: int = 10) -> nn.Module:
@@ -92,7 +94,7 @@ def test_a_network_without_layers() -> None:
         by_layer(nn.Linear(2, 2), "mine", 0.5)
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", [*NETWORKS, PATTERNS])
 def test_what_does_not_decay_is_timms(name: str) -> None:
     model = network(name)
     exempt: Any = getattr(model, "no_weight_decay", set)()
@@ -198,3 +200,24 @@ def test_stages_keep_their_rates_when_they_are_parted(tmp_path: Path) -> None:
 def test_muon_without_a_matrix(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"optimizer\.name = muon: no matrix of a hidden layer.*use adamw"):
         prepared(tmp_path, optimizer={"name": "muon"}, finetune={"unfreeze": "fc"})
+
+
+@pytest.mark.usefixtures("small_synthetic")
+@pytest.mark.parametrize("sections", [{"finetune": {"unfreeze": "layer3", "cache": "off"}}, {}])
+def test_rates_are_told_as_they_are(tmp_path: Path, sections: dict[str, Any]) -> None:
+    """Muon moves the matrices; the head, the stem, norms and biases have a rate of their own."""
+    decay = {} if sections else {"layer_decay": 0.5}
+    optimizer = {"name": "muon", "lr": 0.02, "auxiliary_lr": 0.001, "adjust_lr": "original", **decay}
+    job, watcher = prepared(tmp_path, optimizer=optimizer, **sections)
+    made = create_optimizer(job.config.optimizer, job.groups)
+    rates = {p: group["lr"] for group in made.param_groups for p in group["params"]}
+    rate_of = {name: rates[p] for name, p in job.model.named_parameters() if p in rates}
+    assert "norms, the head and the stem learn at 0.05 times the rate of the matrices" in watcher.said[-1]
+    matrix, norm = (rate_of[f"layer4.0.{name}.weight"] for name in ("conv1", "bn1"))
+    assert norm == pytest.approx(0.05 * matrix)
+    if sections:
+        told = {row.name: row.rate for row in watcher.shown}
+        assert (told["fc"], told["layer4"]) == pytest.approx((rate_of["fc.weight"], matrix))
+    else:
+        stem = rate_of["conv1.0.weight"]
+        assert f"from {rate_of['fc.weight']:g} at the head to {stem:.2g} at the stem" in watcher.said[-2]

@@ -185,7 +185,10 @@ def test_rates_fall_from_the_head() -> None:
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-5, 1e-4, 1e-3])
     set_learning_rate(optimizer, 0.01)
     assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([1e-4, 1e-3, 1e-2])
-    rows = {row.name: row for row in stage_rows(model, stages, scales, 0.001, "frozen")}
+    rows = {
+        row.name: row
+        for row in stage_rows(model, stages, {name: 0.001 * scale for name, scale in scales.items()}, "frozen")
+    }
     assert (rows["layer3"].rate, rows["layer4"].rate, rows["fc"].rate) == pytest.approx((1e-5, 1e-4, 1e-3))
     assert rows["layer2"].rate is None
     assert [rows[name].norm for name in ("layer2", "layer3", "fc")] == ["frozen", "moves", "none"]

@@ -316,7 +316,7 @@ def test_a_command_goes_on_with_runs_of_its_own_job(run_cli: Cli) -> None:
     for command, words in (("distill", "has no teacher"), ("finetune-cifar10", "does not fine-tune")):
         outcome = run_cli(command, "--resume", run, "-q")
         assert outcome.code == 2
-        assert f"{words}; go on with it by: cifar100 train --resume {run}" in outcome.err
+        assert f"{words}; resume it with: cifar100 train --resume {run}" in outcome.err
     assert f"{run} is complete already" in run_cli("train", "--resume", run).err
 
 
