@@ -11,6 +11,8 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from cifar100cli import checkpoint, config, console, devices, evaluation, places, runs, workflows
 from cifar100cli.classifier import Classifier
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
@@ -30,7 +32,7 @@ def load_preset(name: AnyPath = DEFAULT_PRESET, overrides: Mapping[str, object] 
 
     Raises `UsageError` for a name, key, type or value that is not right.
     """
-    found = {key: Override(key, _plain(value), "overrides") for key, value in (overrides or {}).items()}
+    found = {str(key): Override(str(key), _plain(value), "overrides") for key, value in (overrides or {}).items()}
     return config.load_preset(str(name), with_pretrained(found))
 
 
@@ -65,7 +67,7 @@ def resume(
     The data folder and the device are those that the run began with, unless others are named. A complete run is only
     read. Raises what `train` does, and `DataError` for a folder that is no run of ours or cannot be gone on with.
     """
-    opened = RunDir.open(expand(Path(run)))
+    opened = RunDir.open(_path("run", run))
     if device == "auto":
         device = opened.recorded("device") or device
     where = _where(device, data_dir, run=opened.path)
@@ -94,7 +96,7 @@ def evaluate(
     """
     if split not in evaluation.PARTING:
         raise UsageError(f"split = {split}: must be one of {', '.join(evaluation.PARTING)}")
-    paths = [expand(Path(model)) for model in ([models] if isinstance(models, str | Path) else models)]
+    paths = [_path("models", model) for model in ([models] if isinstance(models, str | Path) else models)]
     if not paths:
         raise UsageError("models: name at least one run folder or .safetensors file")
     files = [runs.find_model(path) for path in paths]
@@ -115,11 +117,18 @@ def load_model(run: AnyPath, *, device: str = "auto") -> Classifier:
 
     Raises `DataError` for a file that is missing, broken or foreign, `UsageError` for a device that is not here.
     """
-    where = _where(device)
-    return Classifier(checkpoint.load_model(expand(Path(run))), where)
+    with torch.random.fork_rng(devices=[]):
+        return Classifier(checkpoint.load_model(_path("run", run)), _where(device))
 
 
 # ------------------------------------------------------------------------------------------------ within
+
+
+def _path(argument: str, given: AnyPath) -> Path:
+    """Raises `UsageError` for an empty name: it would be the current folder."""
+    if not str(given):
+        raise UsageError(f"{argument} is empty: name a run folder or .safetensors file")
+    return expand(Path(given))
 
 
 def _plain(value: object) -> object:
@@ -142,9 +151,15 @@ def _where(
 
 @contextmanager
 def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
-    """What the commands show, or nothing; that memory ran out is told as they tell it."""
+    """What the commands show, or nothing; that memory ran out is told as they tell it.
+
+    PyTorch's generator on the host is the caller's: it is as it was afterwards.
+    """
     try:
-        with console.TrainingDisplay(name) if progress else nullcontext(Silence()) as watcher:
+        with (
+            torch.random.fork_rng(devices=[]),
+            console.TrainingDisplay(name) if progress else nullcontext(Silence()) as watcher,
+        ):
             yield watcher
     except (RuntimeError, MemoryError) as error:
         if devices.is_out_of_memory(error):

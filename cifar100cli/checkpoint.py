@@ -7,7 +7,6 @@ metadata, so that it can be used without the folder that it came from.
 import json
 import os
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,12 +22,12 @@ from cifar100cli.averaging import Average
 from cifar100cli.bounded import one_line
 from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
 from cifar100cli.config import parse_config
-from cifar100cli.errors import ChangedWeights, DataError, UsageError
+from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model, outline
 from cifar100cli.runs import MODEL, find_model, replacing
 from cifar100cli.schema import Config
-from cifar100cli.weights import checksum
+from cifar100cli.weights import checksum, warn_of_change
 
 FORMAT = 1  # of a model's file; a newer one is refused
 # Of a training state. Going on from one of another format would draw other batches than the run began with.
@@ -277,9 +276,8 @@ def read(path: Path) -> Saved:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: corrupt, or no safetensors file ({one_line(error)})") from None
-    if "crc32" in about and about["crc32"] != checksum(tensors):  # older files have none
-        if _is_state(about):
-            raise DataError(f"{path}: corrupt: its numbers are not those that were written; train anew")
-        words = f"{path}: its weights are not those that training wrote: they were changed since, or damaged"
-        warnings.warn(words, ChangedWeights, stacklevel=2)
+    if not _is_state(about):
+        warn_of_change(path, about, tensors)
+    elif "crc32" in about and about["crc32"] != checksum(tensors):
+        raise DataError(f"{path}: corrupt: its numbers are not those that were written; train anew")
     return Saved(path, tensors, about)

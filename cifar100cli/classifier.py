@@ -64,6 +64,8 @@ class Classifier(ImagesToLogits):
         The model has seen images of 32x32 pixels. Of others the middle square is made so small, as `predict` does it,
         one by one on the host. Raises `UsageError` for another type or shape.
         """
+        if not isinstance(images, Tensor):
+            raise UsageError(f"images are a tensor of uint8 (N, 3, H, W), and not of {type(images).__name__}")
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or 0 in images.shape:
             raise UsageError(f"images are uint8 (N, 3, H, W), and not {images.dtype} {tuple(images.shape)}")
         if images.shape[-2:] != (SIDE, SIDE):
@@ -114,6 +116,10 @@ def _small(pixels: Tensor) -> Tensor:
 
 def _pixels(picture: str | Path | Picture) -> NDArray[np.uint8]:
     """(3, 32, 32) uint8."""
+    if not isinstance(picture, str | Path | Picture):
+        raise UsageError(
+            f"pictures are files, or Pillow's, and not {type(picture).__name__}: Image.fromarray makes one of an array"
+        )
     name = "a picture" if isinstance(picture, Picture) else str(picture)
     try:
         return images.small_square(picture) if isinstance(picture, Picture) else images.read_image(Path(picture))

@@ -14,7 +14,7 @@ import typer
 
 from cifar100cli import __version__, completion, console, exits, options, places, ranks, show, training
 from cifar100cli.catalog import FOLDERS
-from cifar100cli.errors import DataError, ToleranceError, UsageError
+from cifar100cli.errors import DataError, ToleranceError, UsageError, did_you_mean
 from cifar100cli.options import expand
 
 app = typer.Typer(
@@ -87,7 +87,9 @@ def download(
     ] = "official",
     force: Annotated[bool, typer.Option("--force", help="Fetch again what is already there.")] = False,
     retries: Annotated[int, typer.Option(min=0, help="Attempts in a row without progress before giving up.")] = 5,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds without a byte before an attempt fails.")] = 30.0,
+    timeout: Annotated[
+        float, typer.Option(min=0.1, max=86400, help="Seconds without a byte before an attempt fails.")
+    ] = 30.0,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -108,7 +110,9 @@ def download(
 
     unknown = [name for name in names if name not in ARCHIVES]
     if unknown:
-        raise UsageError(f"--dataset {unknown[0]}: must be one of {', '.join(ARCHIVES)}")
+        raise UsageError(
+            f"--dataset {unknown[0]}: must be one of {', '.join(ARCHIVES)}{did_you_mean(unknown[0], ARCHIVES)}"
+        )
     reports = []
     for name in names:
         archive = ARCHIVES[name]

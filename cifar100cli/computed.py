@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from cifar100cli import interrupts, ranks
@@ -27,8 +27,9 @@ from cifar100cli.augment import Views
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import DeviceLoader
 from cifar100cli.runs import replacing
+from cifar100cli.weights import checksum
 
-FORMAT = 1  # of a part; in its key
+FORMAT = 2  # of a part; in its key
 PART = 5000  # images
 KEPT = 2**30  # bytes of the largest table that is kept on the disk
 STALE = 3600  # seconds that no part takes to be written
@@ -129,12 +130,14 @@ def _path(folder: Path, version: Callable[[Tensor], Tensor], start: int) -> Path
 
 @interrupts.held_back()
 def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
-    """A part, or None when it is not there or not whole."""
+    """A part, or None when it is not there, not whole, or not what was written."""
     try:
-        part = load_file(path)["part"]
+        with safe_open(path, framework="pt") as file:
+            part, written = file.get_tensor("part"), (file.metadata() or {})["crc32"]
     except (OSError, SafetensorError, KeyError, ValueError):
         return None
-    return part if part.shape == shape and part.dtype == dtype and bool(torch.isfinite(part).all()) else None
+    whole = part.shape == shape and part.dtype == dtype and bool(torch.isfinite(part).all())
+    return part if whole and str(checksum({"part": part})) == written else None
 
 
 @interrupts.held_back()
@@ -143,7 +146,8 @@ def _write(path: Path, part: Tensor) -> str | None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
-            save_file({"part": part.cpu().contiguous()}, temporary)
+            tensors = {"part": part.cpu().contiguous()}
+            save_file(tensors, temporary, {"crc32": str(checksum(tensors))})
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         return f"cannot be written to ({' '.join(reason.split())[:80]})"

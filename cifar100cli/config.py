@@ -341,7 +341,7 @@ def _allowed(annotation: object, metadata: Iterable[object]) -> str:
     if origin is Literal:
         return f"one of {', '.join(map(str, arguments))}"
     if origin is tuple and arguments[-1] is Ellipsis:
-        return f"a list, as in [60, 120, 160], each {_allowed(arguments[0], ())}"
+        return f"a list{_at_most(metadata, '')}, as in [60, 120, 160], each {_allowed(arguments[0], ())}"
     if origin is tuple:
         several = "two numbers, as in [0.9, 0.999]" if len(arguments) == 2 else "three numbers, as in [0.5, 0.5, 0.5]"
         _, _, bounds = _allowed(arguments[0], ()).partition(", ")
@@ -354,7 +354,7 @@ def _allowed(annotation: object, metadata: Iterable[object]) -> str:
     if annotation is bool:
         return "true or false"
     if annotation is str:
-        return "text"
+        return f"text{_at_most(metadata, ' characters')}"
     if isinstance(annotation, type) and issubclass(annotation, Section):
         return f"a section with the keys {', '.join(annotation.model_fields)}"
     kind, words = "a whole number" if annotation is int else "a number", []
@@ -370,6 +370,11 @@ def _allowed(annotation: object, metadata: Iterable[object]) -> str:
         elif isinstance(bound, annotated_types.MultipleOf):
             words.append(f"a multiple of {bound.multiple_of}")
     return f"{kind}, {' and '.join(words)}" if words else kind
+
+
+def _at_most(metadata: Iterable[object], unit: str) -> str:
+    longest = [bound.max_length for bound in metadata if isinstance(bound, annotated_types.MaxLen)]
+    return f" of at most {longest[0]:,}{unit}" if longest else ""
 
 
 def _validate(keys: dict[str, Any], where: str, origins: Mapping[str, str]) -> Config:

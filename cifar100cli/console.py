@@ -76,13 +76,46 @@ def _styled(text: str, style: str, stream: Any) -> None:
 
 
 def use_safe_streams() -> None:
-    """Make sure that writing a line can never be what fails: streams may be closed, or know only ASCII."""
+    """Make sure that a line about what goes on is never what fails.
+
+    Streams may be closed, know only ASCII, or lead to a full disk or a terminal that is gone. What is written to
+    stdout is the result, and that it was lost is an error.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 - for as long as the process lives
         elif hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
+    if not isinstance(sys.stderr, _Forgiving):
+        sys.stderr = _Forgiving(sys.stderr)
+
+
+class _Forgiving:
+    """A stream whose lines may be lost: a run of a night does not end because nobody hears of it any more."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream, self._lost = stream, False
+
+    def write(self, text: str) -> int:
+        """Write, or lose, a text."""
+        self._try(self._stream.write, text)
+        return len(text)
+
+    def flush(self) -> None:
+        """Let the stream hand on what it holds, or lose it."""
+        self._try(self._stream.flush)
+
+    def _try(self, method: Callable[..., object], *arguments: str) -> None:
+        if self._lost:
+            return
+        try:
+            method(*arguments)
+        except (OSError, ValueError):  # the latter of a stream that was closed
+            self._lost = True
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
 
 
 def result(text: str = "") -> None:
@@ -107,18 +140,15 @@ def log(text: str) -> None:
         print("\n".join(map(printable, text.split("\n"))), file=sys.stderr, flush=True)
 
 
+def warn(text: str) -> None:
+    """What is not to be missed, on stderr, under `-q` too."""
+    if not _muted:
+        print(printable(text), file=sys.stderr, flush=True)
+
+
 def error(text: str) -> None:
     """What went wrong, in one line, on stderr."""
-    with contextlib.suppress(OSError):  # the exit code still tells
-        _styled(f"error: {printable(' '.join(map(str.strip, text.splitlines())))}", "bold red", sys.stderr)
-
-
-def let_go_of_errors() -> None:
-    """Lines that stderr could not take are lost: Python would try once more at its end, and make an exit code of it."""
-    try:
-        sys.stderr.flush()
-    except (OSError, ValueError):
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115, PTH123 - for as long as the process lives
+    _styled(f"error: {printable(' '.join(map(str.strip, text.splitlines())))}", "bold red", sys.stderr)
 
 
 def last_word(text: str) -> None:

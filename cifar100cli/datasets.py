@@ -3,6 +3,7 @@
 Source of format and figures: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
+import contextlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,12 +12,11 @@ from typing import Any, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
-from platformdirs import user_cache_path
 
 from cifar100cli import synthetic
 from cifar100cli.bounded import look, read_file
-from cifar100cli.catalog import DATASETS, FOLDERS, TITLES
-from cifar100cli.errors import DataError, UsageError
+from cifar100cli.catalog import DATASETS, FOLDERS, TITLES, user_cache
+from cifar100cli.errors import DataError, FolderError, UsageError
 from cifar100cli.unpickle import PickleError, as_text, read_pickle
 
 LARGEST_FILE = 256 * 1024 * 1024  # bytes; CIFAR-100's training file has 155,249,918
@@ -91,9 +91,10 @@ def find(name: str, data_dir: Path) -> Path:
 def _download(name: str, data_dir: Path) -> str:
     """The command that fetches a data set to where it was looked for."""
     command = "cifar100 download" if name == "cifar100" else f"cifar100 download --dataset {name}"
-    if data_dir != user_cache_path("cifar100", appauthor=False):  # which download takes without a word
-        command += f" --data-dir {shlex.quote(str(data_dir))}"
-    return command
+    with contextlib.suppress(FolderError):
+        if data_dir == user_cache():  # which download takes without a word
+            return command
+    return f"{command} --data-dir {shlex.quote(str(data_dir))}"
 
 
 # --------------------------------------------------------------------------------------- the two formats

@@ -142,7 +142,18 @@ def install(
     addresses = list(dict.fromkeys(urls)) or [archive.url]
     for url in addresses:
         refuse_unusable(url)
-    if not force and (installed := find_installed(archive, data_dir)):
+    if source is not None:
+        _refuse_missing(source)
+
+    def in_place() -> Installed | None:
+        found = None if force else find_installed(archive, data_dir)
+        if found is None or sha256 in (None, OFFICIAL):
+            return found
+        if expected == found.sha256 or (found.official and expected == archive.sha256):
+            return found
+        raise DataError(f"{found.path}: is of another archive than that of --sha256 {sha256}; --force replaces it")
+
+    if installed := in_place():
         return installed
     _make_folder(data_dir)
     part = Part(data_dir / f"{archive.filename}.part")
@@ -150,7 +161,7 @@ def install(
         final = data_dir / archive.folder
         new, old = data_dir / f".{archive.dataset}-new", data_dir / f".{archive.dataset}-old"
         _repair(final, new, old)
-        if not force and (installed := find_installed(archive, data_dir)):
+        if installed := in_place():
             return installed
         if source is None:
             size = archive.size if expected == archive.sha256 else None
@@ -314,10 +325,16 @@ def _check(check: Callable[[Path], None], folder: Path, label: str) -> None:
         raise DataError(f"{label}: not the data set: {reason}; what was in place is untouched") from None
 
 
-def _digest_of_file(source: Path, expected: str | None, progress: Progress) -> str:
-    look(source)
+def _refuse_missing(source: Path) -> None:
+    try:
+        look(source)
+    except OSError as error:
+        raise DataError(f"{source}: {error.strerror or error}") from None
     if not source.is_file():
         raise DataError(f"{source}: {'not a file' if source.exists() else 'no such file'}; --from takes a .tar.gz")
+
+
+def _digest_of_file(source: Path, expected: str | None, progress: Progress) -> str:
     try:
         with source.open("rb") as file:
             magic = file.read(2)

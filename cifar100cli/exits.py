@@ -1,8 +1,10 @@
 """How a command ends: what went wrong in one line for people, and the exit code of the contract."""
 
 import contextlib
+import errno
 import itertools
 import os
+import re
 import signal
 import sys
 import warnings
@@ -83,7 +85,6 @@ def leave_with(app: typer.Typer) -> NoReturn:
                 ranks.leave()
         except KeyboardInterrupt as stop:
             code = _report_stop(stop)
-    console.let_go_of_errors()
     sys.exit(code)
 
 
@@ -95,7 +96,7 @@ def _own_warnings_in_lines() -> Iterator[None]:
 
         def show(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
             if issubclass(category, ChangedWeights):
-                console.log(str(message))
+                console.warn(str(message))
             else:
                 others(message, category, *about, **more)
 
@@ -132,6 +133,11 @@ def _run(app: typer.Typer) -> int:
         if console.verbosity() >= console.VERBOSE:
             raise
         console.error(_os_message(error))
+        code = 1
+    except ImportError as error:
+        if not re.search("failed to map segment|cannot allocate memory", str(error), re.IGNORECASE):
+            raise
+        console.error(f"there is too little memory to load a library ({error}); look at `ulimit -v`")
         code = 1
     except (RuntimeError, MemoryError) as error:
         console.error(_torchs_message(error))
@@ -182,5 +188,7 @@ def _usage_message(error: Any) -> str:
 
 
 def _os_message(error: OSError) -> str:
+    if error.errno == errno.ENOENT and not error.filename:  # of os.getcwd
+        return "the folder that this command was called in is gone: change to another"
     place = f"{error.filename}: " if error.filename else ""
     return f"{place}{error.strerror or error}"

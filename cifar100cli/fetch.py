@@ -12,6 +12,7 @@ import io
 import random
 import re
 import socket
+import stat
 import time
 import zlib
 from collections import deque
@@ -27,7 +28,7 @@ from urllib.parse import urlsplit
 from urllib.request import HTTPHandler, HTTPRedirectHandler, HTTPSHandler, Request, build_opener
 
 from cifar100cli import __version__
-from cifar100cli.errors import CifarError, DataError, UsageError
+from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 
 Progress = Callable[[int, int | None], None]
 """Called with the bytes done and, where known, the total; once per phase from the start."""
@@ -125,6 +126,7 @@ class Part:
     def unwrap(self) -> bool:
         """Undo the compression that some servers put on top of the archive's own; True if there was one."""
         inner = self.path.with_suffix(".inner")
+        inner.unlink(missing_ok=True)  # which may be a link to elsewhere
         try:
             with gzip.open(self.path) as outer, inner.open("wb") as file:
                 chunk = outer.read(CHUNK)
@@ -252,6 +254,9 @@ def fetch(
     Raises `DataError` when every address gives something else than the archive, `CifarError` when none gives enough
     of it.
     """
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISREG(part.path.lstat().st_mode):  # nothing is written to where a link leads
+            raise FolderError(f"{part.path}: is not a plain file: remove it, or name another --data-dir")
     part.read(progress, size)
     part.resumed = part.size
     if part.digest == expected:
@@ -369,6 +374,8 @@ def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeo
             reason = f"has {total} bytes, fewer than the {part.size} already here"
             # With the size known it is this address that is wrong, and not the bytes from elsewhere.
             raise _RefusedError(reason, content=True) if size else _SpoiltError(reason, restart=True)
+        if size and part.size and not encoded and total != size:  # what is here already may be the archive's
+            raise _RefusedError(f"has {total} bytes, and the archive {size}; --sha256 none takes any", content=True)
         with part.path.open("ab") as file:
             chunk = first
             while chunk:

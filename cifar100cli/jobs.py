@@ -112,7 +112,7 @@ def prepare(
     preprocessing = preprocessing_for(config.data, training, config.model.backbone)
     saved_teacher = None
     if config.distillation is not None:
-        saved_teacher = _load_teacher(config.distillation, dataset, watcher)
+        saved_teacher = _load_teacher(config, config.distillation, dataset, watcher)
     model = _network(config, len(dataset.classes), preprocessing, training, state, watcher)
     if ranks.count() > 1 and config.train.sync_batch_norm:
         model = batch_norm.synchronised(model, device)
@@ -182,10 +182,10 @@ def _network(
     if config.model.weights is not None:
         watcher.say(_starting_point(config, preprocessing, classes))
     if config.schedule.warmup_epochs > config.train.epochs:
+        epochs, warmup = config.train.epochs, config.schedule.warmup_epochs
         watcher.say(
-            f"schedule.warmup_epochs = {config.schedule.warmup_epochs:g}, more than train.epochs = "
-            f"{config.train.epochs}: the learning rate rises over the whole run, to {config.optimizer.lr:g} in the last "
-            "step"
+            f"schedule.warmup_epochs = {warmup:g}, more than train.epochs = {epochs}: the learning rate rises to the "
+            f"last step, and only there is {config.optimizer.lr:g}"
         )
     if not config.model.pretrained:
         initialize(model, _sample(training, preprocessing))
@@ -322,17 +322,23 @@ def _matrices(model: nn.Module, config: Config) -> list[nn.Parameter]:
 # ------------------------------------------------------------------------------------------------ teachers
 
 
-def _load_teacher(config: Distillation, dataset: Dataset, watcher: Watcher) -> Checkpoint:
+def _load_teacher(config: Config, distillation: Distillation, dataset: Dataset, watcher: Watcher) -> Checkpoint:
     """Read the teacher and see that it knows the same classes."""
-    path = Path(config.required_teacher())
+    path = Path(distillation.required_teacher())
     saved = checkpoint.load_model(path)
     if path.is_dir() and not RunDir(path).complete:
         watcher.say(f"the teacher's run is not complete: its weights are those of epoch {saved.card.epoch}")
     if saved.card.classes != dataset.classes:
         kind = "other" if len(saved.card.classes) == len(dataset.classes) else f"{len(saved.card.classes)}"
         raise DataError(
-            f"--teacher {config.teacher}: knows {kind} classes, of {saved.card.dataset}, and the student is to learn "
+            f"--teacher {path}: knows {kind} classes, of {saved.card.dataset}, and the student is to learn "
             f"the {len(dataset.classes)} of {dataset.name}; name a teacher that was trained on {dataset.name}"
+        )
+    unseen = saved.config.data.val_fraction if saved.card.unseen is None else saved.card.unseen
+    if config.train.select == "best_val" and unseen != config.data.val_fraction:
+        watcher.say(
+            f"the teacher was trained with data.val_fraction = {unseen:g}, and so on images that are held out of the "
+            "student's: what is found on these may be optimistic; the test figure is not"
         )
     return saved
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar100cli import console, interrupts
-from cifar100cli.catalog import FOLDERS
+from cifar100cli.catalog import FOLDERS, user_cache
 from cifar100cli.errors import UsageError
 from cifar100cli.options import expand
 
@@ -68,19 +68,13 @@ def data_folder(given: Path | None, run: Path | None = None) -> Path:
         recorded = RunDir(run).recorded("data_dir")
         if recorded is not None and Path(recorded).is_dir():
             return Path(recorded)
-    return _user_cache()
-
-
-def _user_cache() -> Path:
-    from platformdirs import user_cache_path
-
-    return user_cache_path("cifar100", appauthor=False)
+    return user_cache()
 
 
 def cache_dir() -> Path:
     """Where a teacher's logits and a frozen network's features are kept."""
     named = os.environ.get("CIFAR100_CACHE_DIR")
-    return expand(Path(named)) if named else _user_cache() / "computed"
+    return expand(Path(named)) if named else user_cache() / "computed"
 
 
 def check_device(name: str) -> str:

@@ -428,7 +428,7 @@ def same_run(root: Path, preset: str, config: Config) -> RunDir | None:
             if run.complete:
                 run.result()
                 found.append(run)
-            elif (path / STATE).is_file() and not run.in_use:
+            elif not run.in_use and ((path / STATE).is_file() or not run.metrics()):  # without an epoch, from the start
                 found.append(run)
     return max(found, key=lambda run: (run.complete, (run.path / CONFIG).stat().st_mtime_ns), default=None)
 

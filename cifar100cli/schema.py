@@ -24,6 +24,8 @@ def _refuse_bool(value: object) -> object:
 
 def _whole(path: str) -> str:
     """A path from the root on: a run can be gone on with from any folder, and finds what it was begun with."""
+    if "\0" in path:
+        raise UsageError("a path cannot hold a null byte")
     try:
         return str(Path(path).expanduser().absolute())
     except RuntimeError:
@@ -34,6 +36,7 @@ Integer = Annotated[int, BeforeValidator(_refuse_bool)]
 Number = Annotated[float, BeforeValidator(_refuse_bool)]
 
 
+Text = Annotated[str, Field(max_length=2000)]
 FilePath = Annotated[str, Field(min_length=1), AfterValidator(_whole)]
 _Level = Annotated[Number, Field(ge=0, le=1)]
 _Spread = Annotated[Number, Field(gt=0, le=1)]
@@ -52,7 +55,7 @@ class Published(Section):
 
     top1: Number = Field(ge=0, le=1, description="test accuracy, as a fraction")
     epoch: Integer | None = Field(None, ge=1, description="the epoch that it was reached in")
-    source: str = Field("", description="where it stands")
+    source: Text = Field("", description="where it stands")
 
 
 class Expected(Section):
@@ -61,8 +64,8 @@ class Expected(Section):
     top1: Number = Field(ge=0, le=1, description="test accuracy, as a fraction: the mean of the runs, or the goal")
     deviation: Number | None = Field(None, ge=0, le=1, description="of the runs, as a fraction")
     runs: Integer = Field(0, ge=0, description="so many have shown it; 0: it is a goal, and has not been run")
-    time: str = Field("", description="how long a run takes, and on what")
-    source: str = Field("", description="where the recipe is from")
+    time: Text = Field("", description="how long a run takes, and on what")
+    source: Text = Field("", description="where the recipe is from")
 
 
 class Data(Section):
@@ -159,7 +162,9 @@ class Distillation(Section):
     def required_teacher(self) -> str:
         """The teacher's run or checkpoint; raises `UsageError` where none is named."""
         if self.teacher is None:
-            raise UsageError("distillation needs a teacher: cifar100 distill (or bench) --teacher RUN|CHECKPOINT")
+            raise UsageError(
+                "distillation needs a teacher: cifar100 distill --teacher RUN|CHECKPOINT (bench takes one, too)"
+            )
         return self.teacher
 
 
@@ -222,7 +227,7 @@ class Schedule(Section):
     warmup_epochs: Number = Field(0, ge=0, le=100_000, description="the rate rises linearly over these")
     final: Number = Field(0.0, ge=0, le=1, description="cosine and linear: the share of the highest rate they end at")
     milestones: tuple[Annotated[Integer, annotated_types.Ge(1)], ...] = Field(
-        (), description="multi_step: the epochs after which the rate is multiplied by gamma"
+        (), max_length=1000, description="multi_step: the epochs after which the rate is multiplied by gamma"
     )
     gamma: Number = Field(0.1, gt=0, le=1, description="of multi_step")
     pct_start: Number = Field(0.3, ge=0, lt=1, description="one_cycle: the share of the steps in which the rate rises")
@@ -250,7 +255,7 @@ class Train(Section):
 class Config(Section):
     """A whole preset, resolved."""
 
-    description: str = ""
+    description: Text = ""
     published: Published | None = None
     expected: Expected | None = None
     seed: Integer = Field(0, ge=0, lt=MOST_SEEDS)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from cifar100cli.bounded import one_line
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import UsageError, did_you_mean
 
 if TYPE_CHECKING:
     from cifar100cli.checkpoint import TrainState
@@ -123,7 +123,7 @@ def check(names: Iterable[str]) -> None:
     """Raise `UsageError` for a tracker that is unknown, not installed, or would stop a run to ask who you are."""
     for name in names:
         if name not in TRACKERS:
-            raise UsageError(f"--log {name}: must be one of {', '.join(TRACKERS)}")
+            raise UsageError(f"--log {name}: must be one of {', '.join(TRACKERS)}{did_you_mean(name, TRACKERS)}")
         if importlib.util.find_spec(name) is None:
             raise UsageError(f'--log {name} needs {name}: pip install "cifar100[{name}]"')
         if name == "wandb":

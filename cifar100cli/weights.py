@@ -1,5 +1,6 @@
 """Files of pretrained weights: read without running anything that is in them, and fitted to a network by name."""
 
+import contextlib
 import pickle
 import pickletools
 import re
@@ -12,14 +13,14 @@ from typing import IO, NoReturn
 
 import timm
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from cifar100cli import interrupts
 from cifar100cli.bounded import one_line
-from cifar100cli.card import check_header, our_network
-from cifar100cli.errors import DataError
+from cifar100cli.card import check_header, our_network, parse_metadata
+from cifar100cli.errors import ChangedWeights, DataError
 
 # Where training scripts put the weights in a file that holds other things too; averaged ones first, as timm does.
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -66,9 +67,20 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     return found
 
 
+def warn_of_change(path: Path, about: Mapping[str, object], tensors: Mapping[str, Tensor], level: int = 2) -> None:
+    """Warn (`ChangedWeights`) where a file of ours holds other numbers than were written; older files do not say."""
+    if "crc32" in about and about["crc32"] != checksum(tensors):
+        words = f"{path}: its weights are not those that training wrote: they were changed since, or damaged"
+        warnings.warn(words, ChangedWeights, stacklevel=level + 1)
+
+
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     check_header(path)
-    return load_file(path)
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    with contextlib.suppress(KeyError, ValueError):  # of another's file
+        warn_of_change(path, parse_metadata(metadata), tensors)
+    return tensors
 
 
 def _read_pytorch(path: Path) -> object:

@@ -166,6 +166,17 @@ def test_train_is_the_commands_to_the_byte_and_silent(
     assert Path(ours["run_dir"]).parent == tmp_path / "ours" / "quickstart"
 
 
+@pytest.mark.usefixtures("small_synthetic")
+def test_random_numbers_are_the_callers(tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    result = train(load_preset("quickstart", OVERRIDES), runs_dir=tmp_path, device="cpu")
+    load_model(result["run_dir"], device="cpu")
+    evaluate(result["run_dir"], device="cpu")
+    assert torch.equal(torch.rand(3), expected)
+
+
 def test_progress_is_what_the_command_shows(
     run_cli: Cli, small_synthetic: synthetic.Drawn, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -293,6 +304,8 @@ def test_a_model_is_a_module(run: Path) -> None:
 def test_other_tensors_are_refused(kept: Classifier, images: torch.Tensor) -> None:
     with pytest.raises(UsageError, match=r"images are uint8 \(N, 3, H, W\), and not torch\."):
         kept(images)
+    with pytest.raises(UsageError, match=r"images are a tensor of uint8 \(N, 3, H, W\), and not of ndarray"):
+        kept(images.numpy())
 
 
 @pytest.fixture
@@ -336,6 +349,13 @@ def test_mistakes_are_raised(kept: Classifier, tmp_path: Path, monkeypatch: pyte
         patch.setattr(jobs, "create_model", full)
         with pytest.raises(CifarError, match="out of memory: lower --batch-size"):
             train(load_preset("quickstart", {"model.backbone": "resnet18"}), device="cpu")
+    with pytest.raises(UsageError, match=r"not ndarray: Image\.fromarray makes one"):
+        kept.predict([np.zeros((32, 32, 3), np.uint8)])  # type: ignore[list-item]
+    for reader in (load_model, evaluate, resume):
+        with pytest.raises(UsageError, match="is empty: name a run folder"):
+            reader("")
+    with pytest.raises(UsageError, match="unknown key '3' in overrides"):
+        load_preset("quickstart", {3: 1})  # type: ignore[dict-item]
     with pytest.raises(UsageError, match="top = 0"):
         kept.predict([picture(32, 32)], top=0)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes.txt"]

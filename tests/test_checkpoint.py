@@ -91,7 +91,7 @@ def test_a_bit_that_fell_over(saved: Path, tmp_path: Path, run_cli: Cli) -> None
     with pytest.warns(ChangedWeights, match=re.escape(told)):
         checkpoint.load_model(saved)
     assert run_cli("export", saved, "--out", "a.onnx").err.splitlines().count(told) == 1
-    assert told not in run_cli("export", saved, "--out", "b.onnx", "--quiet").err
+    assert told in run_cli("export", saved, "--out", "b.onnx", "--quiet").err
     state = tmp_path / "state.safetensors"
     checkpoint.save_state(state, checkpoint.snapshot(TrainState(1, 1, 0.5), trained(make_model())))
     checkpoint.read_state(state)

@@ -1,5 +1,6 @@
 """The command line as a user meets it: files, streams, exit codes, and the words for every mistake."""
 
+import contextlib
 import csv
 import json
 import os
@@ -11,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import platformdirs
 import pytest
 import safetensors.torch
 import torch
 import yaml
 
-from cifar100cli import __version__, checkpoint, page, synthetic
+from cifar100cli import __version__, checkpoint, page, places, synthetic
 from cifar100cli.card import KEY
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.config import load_preset
@@ -278,6 +280,12 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["trian"], 2, "train"),
         (["train", "--presett", "x"], 2, "did you mean --preset?"),
         (["train", "--batchsize", "4"], 2, "did you mean --batch-size?"),
+        (["train", "--log", "tensorbord"], 2, "did you mean tensorboard?"),
+        (["download", "--dataset", "cifar-100"], 2, "did you mean cifar100?"),
+        (["download", "--timeout", "inf"], 2, "--timeout"),
+        (["train", "--set", r'model.weights="a\0b"'], 2, "cannot hold a null byte"),
+        (["train", "--set", f"description={'x' * 3000}"], 2, "must be text of at most 2,000 characters"),
+        (["train", "--set", f"schedule.milestones={[*range(1, 2000)]}"], 2, "a list of at most 1,000, as in"),
         (["train", "--preset"], 2, "--preset"),
         (["train", "extra"], 2, "extra"),
         (["train", "--preset", "resnet18-basline"], 2, "did you mean resnet18-baseline?"),
@@ -374,7 +382,7 @@ def test_corrupt_checkpoints_and_data(run_cli: Cli, tmp_path: Path) -> None:
     outcome = run_cli("train", "--preset", "resnet18-baseline", "--data-dir", "data")
     assert (outcome.code, len(outcome.err.splitlines())) == (3, 1)
     assert "refused: it asks for os.system" in outcome.err
-    assert "download --dataset cifar100 --force" in outcome.err
+    assert "`cifar100 download --data-dir data --force` fetches it again" in outcome.err
     assert not (tmp_path / "pwned").exists()
 
 
@@ -406,10 +414,10 @@ def test_a_folder_that_looks_like_an_option(run_cli: Cli) -> None:
 @pytest.mark.usefixtures("small_synthetic")
 def test_a_warm_up_longer_than_the_run_is_told(run_cli: Cli) -> None:
     plan = ("train", *TINY, "--dry-run", "--epochs", "1")
-    assert "over the whole run" not in run_cli(*plan).err
+    assert "to the last step" not in run_cli(*plan).err
     outcome = run_cli(*plan, "--set", "schedule.warmup_epochs=2")
     assert outcome.code == 0
-    assert "more than train.epochs = 1: the learning rate rises over the whole run" in outcome.err
+    assert "more than train.epochs = 1: the learning rate rises to the last step" in outcome.err
     assert "1 epoch, fp32" in outcome.out
 
 
@@ -486,6 +494,47 @@ def test_names_with_spaces_of_every_kind(run_cli: Cli, tmp_path: Path) -> None:
     (Path(run) / "state.safetensors").write_text("broken")
     (Path(run) / "result.json").unlink()
     assert str(run) in run_cli("train", "--resume", run).err
+
+
+def test_a_user_without_a_home(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nowhere(*arguments: object, **named: object) -> None:
+        raise RuntimeError("could not determine the home directory")
+
+    monkeypatch.setattr(platformdirs, "user_cache_path", nowhere)
+    for command in (["download"], ["train", "--dry-run"], ["train", "--preset", "resnet18-baseline"]):
+        outcome = run_cli(*command)
+        assert (outcome.code, outcome.err.count("\n")) == (1, 1), outcome.err
+        assert "no home folder is known here: set HOME, or CIFAR100_DATA_DIR and CIFAR100_CACHE_DIR" in outcome.err
+    told = run_cli("train", "--preset", "resnet18-baseline", "--data-dir", "mine").err
+    assert "`cifar100 download --data-dir mine`" in told
+
+
+def test_too_little_memory_for_pytorch(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object) -> None:
+        raise ImportError("libtorch_cpu.so: failed to map segment from shared object")
+
+    monkeypatch.setattr(places, "where", full)
+    outcome = run_cli("train", "--dry-run")
+    assert (outcome.code, outcome.err.count("\n")) == (1, 1)
+    assert "too little memory to load a library (libtorch_cpu.so" in outcome.err
+
+
+@pytest.mark.usefixtures("small_synthetic")
+@pytest.mark.parametrize("kind", ["full disk", "closed pager"])
+def test_a_run_goes_on_where_nobody_hears_of_it(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """What happens under its log does not end a night's run."""
+    place: str | int = "/dev/full"
+    if kind == "closed pager":
+        reader, place = os.pipe()
+        os.close(reader)
+    stream = open(place, "w")  # noqa: SIM115, PTH123 - it cannot be closed in peace
+    monkeypatch.setattr(sys, "stderr", stream)
+    outcome = run_cli("train", *TINY, "--epochs", "2")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert "next: cifar100 evaluate" in outcome.out
+    assert len(list(Path("runs").glob("*/*/result.json"))) == 1
+    with contextlib.suppress(OSError):
+        stream.close()
 
 
 def test_weights_without_a_hub(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

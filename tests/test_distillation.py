@@ -234,13 +234,26 @@ def test_logits_are_kept_by_teacher_data_and_version(
     assert parts == [f"unchanged-{start:06}.safetensors" for start in (0, 150, 300)]
     (folder / parts[0]).write_bytes(b"broken")
     (folder / parts[2]).unlink()
-    assert count(student(teacher_run)) == 150 + 100
+    damaged = bytearray((folder / parts[1]).read_bytes())
+    damaged[-1] ^= 1  # a sign or so
+    (folder / parts[1]).write_bytes(damaged)
+    assert count(student(teacher_run)) == 400
 
     saved = checkpoint.load_model(teacher_run)
     with torch.no_grad():
         next(saved.model.parameters()).mul_(1.01)
     checkpoint.save_model(teacher_run / runs.MODEL, saved.model.state_dict(), saved.card)
     assert count(student(teacher_run)) == 400
+
+
+@pytest.mark.parametrize("held_out", [0.0, 0.25])
+def test_a_teacher_that_knows_the_held_out_images_is_told(tmp_path: Path, teacher_run: Path, held_out: float) -> None:
+    teacher = runs.RunDir(teacher_run).config().data.val_fraction
+    watcher = Listening()
+    chosen: dict[str, Any] = {"train": {"select": "best_val"}, "data": {"val_fraction": held_out}} if held_out else {}
+    jobs.prepare(student(teacher_run, **chosen), where(tmp_path), watcher)
+    told = f"the teacher was trained with data.val_fraction = {teacher:g}, and so on images that are held out"
+    assert any(told in text for text in watcher.said) == (held_out > 0)
 
 
 def test_a_cache_that_cannot_be_written_costs_nothing_but_time(tmp_path: Path, teacher_run: Path) -> None:
@@ -344,7 +357,7 @@ def test_a_teacher_that_answers_nothing(tmp_path: Path, teacher_run: Path) -> No
     saved = checkpoint.load_model(teacher_run)
     weights = {name: torch.full_like(t, 1e38) for name, t in saved.model.state_dict().items() if t.ndim == 4}
     checkpoint.save_model(tmp_path / "spoilt.safetensors", {**saved.model.state_dict(), **weights}, saved.card)
-    with pytest.raises(DataError, match=r"spoilt\.safetensors: corrupt, .* no finite number"):
+    with pytest.raises(DataError, match=r"spoilt\.safetensors: its outputs are NaN or infinite"):
         jobs.prepare(student(tmp_path / "spoilt.safetensors"), where(tmp_path), Listening(), dry=True)
 
 

@@ -269,6 +269,41 @@ def test_a_smaller_archive_does_not_cost_what_has_come(server: Server, tmp_path:
     with pytest.raises(DataError, match=f"has {len(body)} bytes"):
         install(tmp_path, server.url("/a", smaller))
     assert (tmp_path / PART).stat().st_size == HALF
+    larger = serving(BODY[: HALF + 100])
+    with pytest.raises(DataError, match=f"has {HALF + 100} bytes, and the archive {len(BODY)}"):
+        install(tmp_path, server.url("/b", larger))
+    assert (tmp_path / PART).stat().st_size == HALF
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
+def test_a_part_that_is_no_plain_file(server: Server, tmp_path: Path, kind: str) -> None:
+    """Nobody waits at a pipe, and nothing is written to where a link leads."""
+    data_dir, elsewhere = tmp_path / "data", tmp_path / "elsewhere"
+    data_dir.mkdir()
+    elsewhere.write_bytes(b"mine")
+    part = data_dir / PART
+    if kind == "pipe":
+        os.mkfifo(part)
+    elif kind == "link":
+        part.symlink_to(elsewhere)
+    else:
+        part.mkdir()
+    with pytest.raises(FolderError, match=f"{PART}: is not a plain file: remove it"):
+        install(data_dir, server.url("/a", good))
+    assert elsewhere.read_bytes() == b"mine"
+    assert server.exchanges == []
+
+
+def test_what_is_in_place_is_not_what_was_asked_for(server: Server, tmp_path: Path) -> None:
+    url = server.url("/a", good)
+    installed = install(tmp_path, url)
+    assert install(tmp_path, url, sha256=installed.sha256).already_there
+    assert install(tmp_path, url, sha256=None).already_there
+    with pytest.raises(DataError, match="is of another archive than that of --sha256 0000"):
+        install(tmp_path, url, sha256=64 * "0")
+    with pytest.raises(DataError, match="no such file; --from takes"):
+        install(tmp_path, source=tmp_path / "none.tar.gz")
+    assert len(server.exchanges) == 1
 
 
 def test_redirect_keeps_the_range(server: Server, tmp_path: Path) -> None:
@@ -421,12 +456,8 @@ def test_corrupt_part(server: Server, tmp_path: Path, left_over: bytes) -> None:
 
 def test_corrupt_part_and_wrong_archive(server: Server, tmp_path: Path) -> None:
     (tmp_path / PART).write_bytes(bytes(10))
-    with pytest.raises(DataError, match=sha256_of(OTHER[:-1])):
-        install(
-            tmp_path,
-            server.url("/a", serving(OTHER[:-1])),
-            archive=dataclasses.replace(ARCHIVE, size=len(OTHER)),
-        )
+    with pytest.raises(DataError, match=sha256_of(OTHER)):
+        install(tmp_path, server.url("/a", serving(OTHER)), archive=dataclasses.replace(ARCHIVE, size=len(OTHER)))
     assert server.ranges == ["bytes=10-", None]
 
 
@@ -497,7 +528,7 @@ def test_versions_are_a_servers_own(server: Server, tmp_path: Path) -> None:
 def test_a_gap_is_not_filled_with_what_follows(server: Server, tmp_path: Path) -> None:
     listener = Listener()
     install(tmp_path, server.url("/a", dropping(HALF), from_too_far, good), listener=listener)
-    assert f"answers from byte {HALF + 10} on, asked from {HALF}" in listener.lines[1]
+    assert f"sends bytes from {HALF + 10} on, and was asked for those from {HALF}" in listener.lines[1]
     assert server.ranges == [None, *[f"bytes={HALF}-"] * 2]
 
 

@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
-from cifar100cli.errors import DataError
+from cifar100cli import checkpoint
+from cifar100cli.errors import ChangedWeights, DataError
 from cifar100cli.models import create_model
 from cifar100cli.schema import Config
 from cifar100cli.weights import read_weights
@@ -76,6 +77,18 @@ def test_our_own_checkpoint_gives_its_backbone(tmp_path: Path) -> None:
     inputs = torch.randn(2, 3, 32, 32)
     first.eval()
     assert torch.equal(features(second, inputs), first.backbone(inputs))  # type: ignore[operator]
+
+
+def test_damaged_weights_are_not_begun_from_without_a_word(tmp_path: Path) -> None:
+    """A checkpoint of ours has a checksum, which whoever reads it looks at."""
+    from tests.test_checkpoint import flip_a_bit, make_card, make_model
+
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, make_model().state_dict(), make_card())
+    create_model(config(path), classes=9)
+    flip_a_bit(path)
+    with pytest.warns(ChangedWeights, match="they were changed since, or damaged"):
+        create_model(config(path), classes=9)
 
 
 def test_position_embeddings_are_resampled_as_timm_does(tmp_path: Path) -> None:
