@@ -37,7 +37,7 @@ def load_preset(name: AnyPath = DEFAULT_PRESET, overrides: Mapping[str, object] 
 
 
 def train(
-    preset: Preset,
+    preset: Preset | AnyPath,
     *,
     runs_dir: AnyPath | None = None,
     data_dir: AnyPath | None = None,
@@ -46,13 +46,16 @@ def train(
 ) -> dict[str, Any]:
     """Train a preset in a new run folder, as `cifar100 train` does, to the same bits.
 
-    Returns the content of the run's `result.json`: `["run_dir"]` is the folder, `["test"]["top1"]` the accuracy as a
+    `preset` is what `load_preset` gives, or what it takes: the name of a shipped preset, or of a YAML file. Returns
+    the content of the run's `result.json`: `["run_dir"]` is the folder, `["test"]["top1"]` the accuracy as a
     fraction. `device` is auto, cpu, cuda, cuda:N or mps. Presets that distil or fine-tune train here too.
 
     Raises `UsageError` for a device or settings that cannot be, `DataError` for images or weights that are missing or
     broken, `DivergedError` where the loss stops being finite, `CifarError` where there is no memory or room, and on
     Ctrl-C `RunInterrupted`, a `KeyboardInterrupt`, whose `run_dir` can be given to `resume`.
     """
+    if not isinstance(preset, Preset):
+        preset = load_preset(preset)
     where = _where(device, data_dir, runs_dir=runs_dir)
     runs.check_writable(where.runs_dir)
     with _watcher(preset.name, progress) as watcher:
@@ -96,7 +99,7 @@ def evaluate(
     """
     if split not in evaluation.PARTING:
         raise UsageError(f"split = {split}: must be one of {', '.join(evaluation.PARTING)}")
-    paths = [_path("models", model) for model in ([models] if isinstance(models, str | Path) else models)]
+    paths = [_path("models", model) for model in ([models] if isinstance(models, str | Path | Mapping) else models)]
     if not paths:
         raise UsageError("models: name at least one run folder or .safetensors file")
     files = [runs.find_model(path) for path in paths]
@@ -125,7 +128,9 @@ def load_model(run: AnyPath, *, device: str = "auto") -> Classifier:
 
 
 def _path(argument: str, given: AnyPath) -> Path:
-    """Raises `UsageError` for an empty name: it would be the current folder."""
+    """Raises `UsageError` for what is no path, and for an empty one: it would be the current folder."""
+    if not isinstance(given, str | Path):
+        raise UsageError(f"{argument}: must be a path, such as result['run_dir'], and not {type(given).__name__}")
     if not str(given):
         raise UsageError(f"{argument} is empty: name a run folder or .safetensors file")
     return expand(Path(given))

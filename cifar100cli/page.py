@@ -28,6 +28,7 @@ from cifar100cli.report import (
     Row,
     effect_name,
     judged,
+    published_beside,
     published_cell,
     setting,
     study_rows,
@@ -103,6 +104,7 @@ def _environment() -> "Environment":
         "duration": console.duration,
         "setting": setting,
         "effect_name": effect_name,
+        "published_beside": published_beside,
         "published_cell": published_cell,
         "spark": lambda row: charts.sparkline(row.curves.get(judged(row) or "", [])),
         "last": lambda row, name: console.loss(row.curves[name][-1]) if row.curves.get(name) else "-",
@@ -220,7 +222,7 @@ def _chart_row(row: Row) -> dict[str, Any]:
             lines,
             f"{title}: {words} by epoch",
             percent=figure == "top1",
-            published=row.published_top1 if figure == "top1" and row.delta is not None else None,
+            published=published_beside(row) if figure == "top1" else None,
         )
         found.append((caption, drawn))
     present = [split for split in COLOURS if any(name.startswith(split) for name in row.curves)]

@@ -263,6 +263,11 @@ def outside_tolerance(report: Report, tolerance: float) -> list[str]:
 # ------------------------------------------------------------------------------------------ words and choices
 
 
+def published_beside(row: Row) -> float | None:
+    """The published figure, where the runs are of the images that it is about."""
+    return row.published_top1 if row.delta is not None else None
+
+
 def changed(row: Row | Pair | Ablation) -> str:
     """The settings that are not the preset's, for people."""
     if not row.changes:
@@ -303,4 +308,4 @@ def _index(known: Sequence[str], name: str | None) -> int:
 
 def published_cell(row: Row) -> float | None:
     """The study's figure for this very depth and these epochs."""
-    return row.published_top1 if row.delta is not None and not row.changes.keys() & CELL else None
+    return published_beside(row) if not row.changes.keys() & CELL else None

@@ -21,6 +21,7 @@ from cifar100cli.report import (
     changed,
     effect_name,
     judged,
+    published_beside,
     published_cell,
     setting,
     study_rows,
@@ -48,7 +49,7 @@ def format_of(out: Path | None, *, json: bool) -> str:
 def _cells(row: Row) -> tuple[str, ...]:
     return (
         row.preset + changed(row),
-        percent(row.published_top1),
+        percent(published_beside(row)),
         percent(row.top1_mean),
         "-" if row.top1_std is None else f"{100 * row.top1_std:.2f}",
         "-" if row.delta is None else f"{100 * row.delta:+.2f}",
@@ -293,7 +294,7 @@ def _narrow(row: Row, letter: str | None) -> tuple[str, ...]:
     deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
     return (
         row.preset + _bracketed(letter),
-        "-" if row.published_top1 is None else f"{100 * row.published_top1:.2f}",
+        "-" if (published := published_beside(row)) is None else f"{100 * published:.2f}",
         f"{100 * row.top1_mean:.2f}{deviation}",
         "-" if row.delta is None else f"{100 * row.delta:+.2f}",
         str(row.n),

@@ -183,11 +183,13 @@ class RunDir:
         """An existing run. Raises `DataError` when the folder is none, shut, or of a newer format."""
         try:
             look(path)
+            if path.is_file() and (path.parent / CONFIG).is_file():
+                raise DataError(f"{path}: is a file of a run; name the run's folder: {path.parent}")
             if not path.is_dir():
                 raise DataError(f"{path}: there is no such run folder; `cifar100 report` lists the runs")
             look(path / CONFIG)
             if not (path / CONFIG).is_file():
-                raise DataError(f"{path}: not a run folder: it has no {CONFIG}")
+                raise DataError(f"{path}: not a run folder: it has no {CONFIG}{_latest_below(path, CONFIG)}")
             for name in FILES:
                 if (path / name).exists() and not (path / name).is_file():
                     raise DataError(f"{path}: {name} is not a plain file")
@@ -455,9 +457,7 @@ def find_model(path: Path) -> Path:
             path = path / MODEL
             look(path)
             if not path.is_file():
-                below = [run for run in find_runs(path.parent) if (run / MODEL).is_file()]
-                latest = max(below, key=lambda run: run.name, default=None)  # a name begins with the time
-                hint = f"; the latest run below it is {latest}" if latest is not None else ""
+                hint = _latest_below(path.parent, MODEL)
                 raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished{hint}")
         elif not path.is_file():
             raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report` lists the runs")
@@ -466,3 +466,10 @@ def find_model(path: Path) -> Path:
     except OSError as error:
         raise DataError(f"{error.filename or path}: {error.strerror}") from None
     return path
+
+
+def _latest_below(folder: Path, name: str) -> str:
+    """The end of a sentence about a folder that is no run: the latest run in it that has a file of this name."""
+    below = [run for run in find_runs(folder) if (run / name).is_file()]
+    latest = max(below, key=lambda run: run.name, default=None)  # a name begins with the time
+    return f"; the latest run below it is {latest}" if latest is not None else ""

@@ -332,7 +332,7 @@ def test_mistakes_are_raised(kept: Classifier, tmp_path: Path, monkeypatch: pyte
         evaluate(kept.path, split="dev")
     with pytest.raises(UsageError, match="at least one"):
         evaluate([])
-    with pytest.raises(UsageError, match="no such folder"):
+    with pytest.raises(UsageError, match="its folder does not exist"):
         evaluate(kept.path, predictions="nowhere/x.csv")
     with pytest.raises(DataError, match=r"notes\.txt: no image"):
         kept.predict(["notes.txt"])
@@ -354,6 +354,10 @@ def test_mistakes_are_raised(kept: Classifier, tmp_path: Path, monkeypatch: pyte
     for reader in (load_model, evaluate, resume):
         with pytest.raises(UsageError, match="is empty: name a run folder"):
             reader("")
+    with pytest.raises(UsageError, match=r"must be a path, such as result\['run_dir'\], and not dict"):
+        evaluate({"run_dir": "x"})  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="unknown preset 'quickstrt'; did you mean quickstart"):
+        train("quickstrt")
     with pytest.raises(UsageError, match="unknown key '3' in overrides"):
         load_preset("quickstart", {3: 1})  # type: ignore[dict-item]
     with pytest.raises(UsageError, match="top = 0"):

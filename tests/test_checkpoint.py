@@ -21,6 +21,7 @@ from cifar100cli.groups import everything
 from cifar100cli.models import create_model
 from cifar100cli.optim import create_optimizer
 from cifar100cli.schema import Config
+from cifar100cli.weights import checksum
 from tests.conftest import Cli, Trained
 
 CONFIG = Config.model_validate({"model": {"backbone": "test_resnet"}})
@@ -70,8 +71,9 @@ def edit(path: Path, *, about: dict[str, object] | None = None, tensors: dict[st
     """Write the file again with something changed."""
     saved = checkpoint.read(path)
     old_tensors, old_about = saved.tensors, saved.about
-    metadata = {KEY: json.dumps({**old_about, **(about or {})})}
-    save_file({**old_tensors, **(tensors or {})}, path, metadata)
+    content = {**old_tensors, **(tensors or {})}
+    metadata = {KEY: json.dumps({**old_about, "crc32": checksum(content), **(about or {})})}
+    save_file(content, path, metadata)
 
 
 def flip_a_bit(path: Path) -> None:

@@ -136,6 +136,9 @@ def test_report_over_runs(run_cli: Cli) -> None:
     assert run_cli("report", "--out", "report.md").code == 0
     assert Path("report.md").read_text() == run_cli("report", "--format", "markdown").out
     assert run_cli("report", "--check", "0.5").code == 3  # there is nothing that could be compared
+    assert run_cli("report", "--out", "report.html").code == 0
+    for text in (run_cli("report").out, Path("report.md").read_text(), Path("report.html").read_text()):
+        assert "44.26" not in text, "it is published of other images"
 
 
 def test_a_report_in_a_file_and_as_json(run_cli: Cli) -> None:

@@ -87,7 +87,7 @@ def test_scalars_mean_what_a_user_means(tmp_path: Path, text: str, key: str, val
         ("schedule: {name: multistep}", ["did you mean multi_step?"]),
         ("schedule: {name: multi_step}", ["multi_step needs schedule.milestones", "[60, 120, 160]"]),
         ("schedule: {milestones: [60]}", ["schedule.milestones = [60]", "multi_step, not constant"]),
-        ("schedule: {milestones: 60}", ["schedule.milestones = 60", "a list, as in [60, 120, 160]"]),
+        ("schedule: {milestones: 60}", ["schedule.milestones = 60", "a list of at most 1,000, as in [60, 120, 160]"]),
         ("schedule: {milestones: [0]}", ["schedule.milestones = 0", "each a whole number, at least 1"]),
         ("schedule: {milestones: [1.5]}", ["schedule.milestones = 1.5", "whole number"]),
         ("schedule: {name: multi_step, milestones: [2, 2]}", ["[2, 2]", "above the one before"]),

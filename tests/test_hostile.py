@@ -280,13 +280,13 @@ def test_predictions_that_are_too_much(tmp_path: Path, content: bytes, words: st
 
 def test_a_pickle_that_overflows_the_stack_when_it_is_hashed() -> None:
     """A tuple within a million tuples, as a key: Python's own `hash` goes down to its end."""
-    with pytest.raises(PickleError, match="a key that is no text"):
+    with pytest.raises(PickleError, match="a key that is not text"):
         read_pickle(b"\x80\x02}" + b")" + b"\x85" * 500_000 + b"K\x01s.")
 
 
 def test_a_pickle_whose_keys_all_collide() -> None:
     """Numbers that have one hash take the square of their number to be told apart."""
-    with pytest.raises(PickleError, match="a key that is no text"):
+    with pytest.raises(PickleError, match="a key that is not text"):
         read_pickle(pickle.dumps({number * (2**61 - 1): 0 for number in range(1000)}))
 
 

@@ -84,8 +84,15 @@ def test_broken_folders(tmp_path: Path, name: str, content: str, words: str) -> 
 def test_folders_that_are_no_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such run folder"):
         RunDir.open(tmp_path / "none")
-    with pytest.raises(DataError, match="not a run folder"):
+    with pytest.raises(DataError, match=r"not a run folder: it has no config\.yaml$"):
         RunDir.open(tmp_path)
+    run = make_run(tmp_path)
+    for path, words in (
+        (run.path.parent, f"; the latest run below it is {run.path}"),
+        (run.path / runs.CONFIG, "of a run; "),
+    ):
+        with pytest.raises(DataError, match=words):
+            RunDir.open(path)
 
 
 def test_last_is_the_unfinished_run_begun_last(tmp_path: Path) -> None:
