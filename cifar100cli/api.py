@@ -17,9 +17,10 @@ from cifar100cli import checkpoint, config, console, devices, evaluation, places
 from cifar100cli.classifier import Classifier
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
 from cifar100cli.errors import CifarError, UsageError
-from cifar100cli.jobs import Silence, Watcher, Where
+from cifar100cli.jobs import Where
 from cifar100cli.options import expand, with_pretrained
 from cifar100cli.runs import RunDir
+from cifar100cli.watcher import Watcher
 
 AnyPath = str | Path
 
@@ -163,7 +164,7 @@ def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
     try:
         with (
             torch.random.fork_rng(devices=[]),
-            console.TrainingDisplay(name) if progress else nullcontext(Silence()) as watcher,
+            console.TrainingDisplay(name) if progress else nullcontext(Watcher()) as watcher,
         ):
             yield watcher
     except (RuntimeError, MemoryError) as error:

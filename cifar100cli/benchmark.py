@@ -22,12 +22,12 @@ from cifar100cli.checkpoint import load_model
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.flops import step_flops
-from cifar100cli.jobs import Job, Silence, Watcher, Where, evaluation_loader, prepare
+from cifar100cli.jobs import Job, Where, evaluation_loader, prepare
 from cifar100cli.loader import Batch, DeviceLoader, Plan, evaluation_batch_size
-from cifar100cli.optim import create_optimizer
 from cifar100cli.plain import PlainLoop
 from cifar100cli.schema import Config
 from cifar100cli.steps import Steps, create_steps
+from cifar100cli.watcher import Watcher
 
 TURN = {"cpu": 3.0, "cuda": 0.5}  # about so many seconds of each side in a turn
 REPEATS = 7
@@ -83,7 +83,7 @@ def _seconds_of_a_step(preset: Preset, where: Where, watcher: Watcher) -> float:
     return seconds
 
 
-class _Quiet(Silence):
+class _Quiet(Watcher):
     """A watcher of what is no run: it shows how far long computations are, and nothing else."""
 
     def __init__(self, watcher: Watcher) -> None:
@@ -118,9 +118,8 @@ class Sides:
         self.steps = steps
         self.job: Job = prepare(preset, where, _Quiet(watcher), dataset=self.dataset)
         job = self.job
-        optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
         self.training = trainer.prepare_steps(
-            job.model, job.task, job.loaders.train, optimizer, job.config, job.precision
+            job.model, job.task, job.loaders.train, job.groups, job.config, job.precision
         )
         resident = replace(self.training, loader=OneBatch(job.loaders.train))
         self.loop_steps: Steps = create_steps(self.training, job.manner)
@@ -129,7 +128,7 @@ class Sides:
         self.test = evaluation_loader(self.dataset.test, job.device, job.loaders.train.preprocessing)
         self.test_inputs = [batch.inputs for batch in self.test.epoch(1)]
         self.epoch = 0
-        self.observer = _Quiet(watcher)
+        self.quiet = _Quiet(watcher)
         self.plain_loop: PlainLoop | None = None
         mixed = config.augment.mixup or config.augment.cutmix
         of_its_own = config.optimizer.name == "muon" or config.optimizer.sam_rho
@@ -142,7 +141,7 @@ class Sides:
             keys["finetune"]["cache"] = "off"
         keys["train"] |= {"precision": "fp32", "compile": "off"}
         config = Config.model_validate(keys)
-        job = prepare(Preset(preset.name, config), where, self.observer, dataset=self.dataset)
+        job = prepare(Preset(preset.name, config), where, self.quiet, dataset=self.dataset)
         return PlainLoop(job.model, job.task, job.loaders.train, config.augment, config.optimizer, list(job.groups))
 
     def _wait(self) -> None:
@@ -152,7 +151,7 @@ class Sides:
     def loop(self) -> None:
         """The real loop: an epoch of the trainer."""
         self.epoch += 1
-        trainer.train_epoch(self.loop_steps, self.job.config, self.epoch, self.observer)
+        trainer.train_epoch(self.loop_steps, self.job.config, self.epoch, self.quiet.step)
 
     def bare(self) -> None:
         """The same steps on one batch that is ready."""

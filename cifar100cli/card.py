@@ -83,6 +83,7 @@ def check_header(path: Path) -> None:
         raise DataError(f"{path}: corrupt, or no safetensors file (its header claims {length:,} bytes)")
 
 
+@interrupts.held_back()
 def read_card(path: Path) -> Card:
     """The card of a model's file; its weights are left where they are.
 
@@ -112,18 +113,13 @@ class Network:
     unseen: float
 
 
-@interrupts.held_back()
 def our_network(path: Path) -> Network | None:
     """What a checkpoint of ours says of its network, or None for a file of another kind."""
-    from safetensors import SafetensorError, safe_open
-
     try:
-        check_header(path)
-        with safe_open(path, framework="np") as file:
-            card = parse_card(parse_metadata(file.metadata()), path)
+        card = read_card(path)
         model, data = card.config["model"], card.config["data"]
         names = one_line(model["backbone"]), one_line(model["stem"])
         unseen = card.unseen if card.unseen is not None else float(data.get("val_fraction", 0.0))
         return Network(*names, card.image_size, card.mean, card.std, card.dataset, unseen)
-    except (SafetensorError, OSError, KeyError, ValueError, TypeError, AttributeError, DataError):
+    except (KeyError, ValueError, TypeError, AttributeError):
         return None

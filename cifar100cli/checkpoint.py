@@ -27,6 +27,7 @@ from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model, outline
 from cifar100cli.runs import MODEL, find_model, replacing
 from cifar100cli.schema import Config
+from cifar100cli.watcher import TrainState
 from cifar100cli.weights import checksum, warn_of_change
 
 FORMAT = 1  # of a model's file; a newer one is refused
@@ -115,15 +116,6 @@ class Saved:
     path: Path
     tensors: dict[str, Tensor]
     about: dict[str, Any]
-
-
-@dataclass
-class TrainState:
-    """Where a run is, between two epochs."""
-
-    epoch: int = 0
-    best_epoch: int = 0
-    best_top1: float = -1.0
 
 
 class Trained(Protocol):

@@ -13,9 +13,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -27,6 +25,7 @@ from cifar100cli.augment import Views
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import DeviceLoader
 from cifar100cli.runs import replacing
+from cifar100cli.watcher import Watcher
 from cifar100cli.weights import checksum
 
 FORMAT = 2  # of a part; in its key
@@ -34,16 +33,6 @@ PART = 5000  # images
 KEPT = 2**30  # bytes of the largest table that is kept on the disk
 STALE = 3600  # seconds that no part takes to be written
 SHARE = 0.5  # of the memory that is free, which a table may take
-
-
-class Speaker(Protocol):
-    """Whoever tells the user what goes on."""
-
-    def say(self, text: str) -> None:
-        """A line about what goes on."""
-
-    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        """Something of `total` steps begins; what is given takes how many were done since the last call."""
 
 
 def key(about: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]], loader: DeviceLoader) -> str:
@@ -69,7 +58,7 @@ def table(
     batch_size: int,
     dtype: torch.dtype,
     folder: Path,
-    speaker: Speaker,
+    watcher: Watcher,
 ) -> Tensor:
     """`function` of every version of every image of a loader: (versions, images, ...) of `dtype`.
 
@@ -97,10 +86,10 @@ def table(
         else:
             whole[index, start:end] = part
     if not missing and ranks.count() == 1:
-        speaker.say(f"{title}: kept in {folder}, nothing to compute")
+        watcher.say(f"{title}: kept in {folder}, nothing to compute")
         return whole
     _tidy(folder)
-    with speaker.progress(title, sum(end - start for *_, start, end in missing)) as advance:
+    with watcher.progress(title, sum(end - start for *_, start, end in missing)) as advance:
         for index, version, start, end in missing:
             for first in range(start, end, batch_size):
                 last = min(first + batch_size, end)
@@ -109,7 +98,7 @@ def table(
             if keep:
                 problem = _write(_path(folder, version, start), whole[index, start:end])
                 if problem:
-                    speaker.say(f"{folder}: {problem}; the next run has to compute this again")
+                    watcher.say(f"{folder}: {problem}; the next run has to compute this again")
                     keep = False
     for number, (index, _, start, end) in enumerate(parts):
         ranks.hand_out(whole[index, start:end], owner=number % ranks.count())

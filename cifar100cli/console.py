@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from cifar100cli.bounded import printable
+from cifar100cli.watcher import StageRow, Watcher
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from cifar100cli.schema import Config
-    from cifar100cli.stages import StageRow
 
 QUIET, NORMAL, VERBOSE = -1, 0, 1
 NARROWEST = 6  # letters of a column of words in a table
@@ -340,7 +340,7 @@ def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
 _SPLITS = {"val": "held-out", "test": "test"}
 
 
-class TrainingDisplay:
+class TrainingDisplay(Watcher):
     """Shows a run: two moving lines on a terminal, and everywhere one line an epoch."""
 
     def __init__(self, preset: str) -> None:
@@ -370,7 +370,7 @@ class TrainingDisplay:
         """Something of `total` steps begins."""
         return counting(title, total)
 
-    def stages(self, rows: Sequence["StageRow"]) -> None:
+    def stages(self, rows: Sequence[StageRow]) -> None:
         """What of the network learns."""
         cells = [
             (
@@ -473,9 +473,6 @@ class TrainingDisplay:
             return
         self._live.console.print(line, markup=False, soft_wrap=True)
         self._show(0, self._measured)
-
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """The run is complete; its figures are for whoever asked for it."""
 
     def _line(self, row: Mapping[str, Any], state: Any) -> str:
         width = len(str(self._epochs))

@@ -13,8 +13,9 @@ from cifar100cli.analysis import COLUMNS
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
-from cifar100cli.jobs import Watcher, Where, evaluation_loader, training_splits
+from cifar100cli.jobs import Where, evaluation_loader, training_splits
 from cifar100cli.runs import replacing
+from cifar100cli.watcher import Watcher
 
 # What decides which images a split holds, beside the data set.
 PARTING = {"test": (), "val": ("val_fraction",), "train": ("val_fraction", "fraction")}

@@ -1,11 +1,8 @@
 """A training run made ready: data, model, task, teacher and frozen features, from a preset."""
 
-import contextlib
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -14,8 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cifar100cli import batch_norm, checkpoint, computed, datasets, devices, metrics, ranks, steps, teachers
 from cifar100cli.augment import Views
 from cifar100cli.card import Card, our_network
-from cifar100cli.checkpoint import Checkpoint, Saved, TrainState
-from cifar100cli.computed import Speaker
+from cifar100cli.checkpoint import Checkpoint, Saved
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
@@ -26,10 +22,11 @@ from cifar100cli.models import check_backbone, classifiers, create_model, initia
 from cifar100cli.policies import create_policy
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config, Distillation, Finetune
-from cifar100cli.stages import Parted, Stage, StageRow, freeze, learning, stage_rows, stages_of
-from cifar100cli.steps import Glance, Manner
+from cifar100cli.stages import Parted, Stage, freeze, learning, stage_rows, stages_of
+from cifar100cli.steps import Manner
 from cifar100cli.tasks import DistillationTask, Task, Teacher, create_task
-from cifar100cli.trainer import Loaders, Observer
+from cifar100cli.trainer import Loaders
+from cifar100cli.watcher import Watcher
 
 
 @dataclass(frozen=True)
@@ -40,28 +37,6 @@ class Where:
     runs_dir: Path
     cache_dir: Path
     device: str = "auto"
-
-
-class Watcher(Observer, Speaker, Protocol):
-    """Whoever shows what a command does, before the epochs too."""
-
-    def stages(self, rows: Sequence[StageRow]) -> None:
-        """What of the network learns."""
-
-
-class Silence:
-    """A watcher that shows nothing."""
-
-    def say(self, text: str) -> None: ...
-
-    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
-        return contextlib.nullcontext(lambda count: None)
-
-    def stages(self, rows: Sequence[StageRow]) -> None: ...
-    def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None: ...
-    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None: ...
-    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None: ...
-    def finish(self, result: Mapping[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -368,7 +343,7 @@ def _teacher(
             batch_size=online.batch_size,
             dtype=torch.float32,
             folder=where.cache_dir / teachers.key(saved, loader, precision),
-            speaker=watcher,
+            watcher=watcher,
         )
         return teachers.CachedTeacher(logits.to(device))
     seconds = online.seconds(next(iter(loader.epoch(1)))) * len(loader)
@@ -463,7 +438,7 @@ def _finetune(
             batch_size=evaluation_batch_size(config.data.image_size, loader.device),
             dtype=dtype,
             folder=where.cache_dir / computed.key(about, frozen, loader),
-            speaker=watcher,
+            watcher=watcher,
         )
         loader.features = Features(found, loader.device)
     split.switch_front(on=False)

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from cifar100cli import checkpoint, interrupts
 from cifar100cli.card import Card
-from cifar100cli.checkpoint import Snapshot, Trained, TrainState
+from cifar100cli.checkpoint import Snapshot, Trained
 from cifar100cli.runs import MODEL, STATE, RunDir
+from cifar100cli.watcher import TrainState
 
 
 class Saver:

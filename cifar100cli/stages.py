@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from cifar100cli.errors import UsageError, did_you_mean
+from cifar100cli.watcher import StageRow
 
 HEAD, LAST, LAST_TWO, ALL = "fc", "layer4", "layer3", "all"  # as in ResNet-18, for any network
 
@@ -139,16 +140,6 @@ def freeze(model: nn.Module, stages: Sequence[Stage], kept: Sequence[Stage], *, 
             module.eval()
             # Whatever mode the network is put in, its frozen parts stay as they are.
             module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
-
-
-@dataclass(frozen=True)
-class StageRow:
-    """What a user is told about a stage. `norm` says what its batch statistics do, where it has any."""
-
-    name: str
-    parameters: int
-    rate: float | None
-    norm: str
 
 
 def stage_rows(model: nn.Module, stages: Sequence[Stage], rates: Mapping[str, float], bn: str) -> list[StageRow]:

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from cifar100cli.errors import UsageError
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.sam import uphill
 from cifar100cli.tasks import StepOutput, Task
+from cifar100cli.watcher import Glance
 
 WARM_UP = 3  # steps that are taken one operation at a time before one is captured: libraries set themselves up in them
 MOST_SHAPES = 256  # of batches, for which a network is compiled
@@ -73,15 +74,6 @@ class Training:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
-
-
-@dataclass(frozen=True)
-class Glance:
-    """What is known of an epoch while it runs: images so far, and the mean loss and accuracy of this rank's of them."""
-
-    images: int
-    loss: float
-    top1: float
 
 
 class Steps:
@@ -296,7 +288,7 @@ def create_steps(training: Training, manner: Manner) -> Steps:
         # Each size of images, and of batches, is compiled: past its limit of 8, PyTorch would run the rest uncompiled.
         torch._dynamo.config.recompile_limit = MOST_SHAPES
         compiled: Any = torch.compile(training.network, dynamic=False)
-        training = Training(**{**vars(training), "network": compiled})
+        training = replace(training, network=compiled)
     captured = manner.name == "graph" or (manner.name == "inductor" and training.loader.device.type == "cuda")
     if captured and _obstacle_to_capture(training.loader, ranks=1) is None:
         return CapturedSteps(training)

@@ -6,16 +6,16 @@ Neither torch nor a tracker is imported before a run begins.
 import importlib.util
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from cifar100cli.bounded import one_line
 from cifar100cli.errors import UsageError, did_you_mean
+from cifar100cli.watcher import Glance, StageRow, TrainState, Watcher
 
 if TYPE_CHECKING:
-    from cifar100cli.checkpoint import TrainState
-    from cifar100cli.jobs import Watcher
     from cifar100cli.schema import Config
 
 _WANDB_FOLDER = re.compile(r"^(?:offline-)?run-(\d{8}_\d{6})-")  # wandb's own, and then the run's id
@@ -146,13 +146,12 @@ def _check_wandb() -> None:
         raise UsageError("--log wandb: nobody is logged in; run `wandb login` first, or set WANDB_MODE=offline")
 
 
-class Tracked:
+class Tracked(Watcher):
     """A watcher whose figures go to trackers as well. A tracker that fails is left out, and the run goes on."""
 
-    def __init__(self, watcher: "Watcher", names: Iterable[str]) -> None:
+    def __init__(self, watcher: Watcher, names: Iterable[str]) -> None:
         self._watcher = watcher
         self._trackers = {name: TRACKERS[name]() for name in dict.fromkeys(names)}
-        self.say, self.progress, self.stages, self.step = watcher.say, watcher.progress, watcher.stages, watcher.step
 
     def __enter__(self) -> Self:
         return self
@@ -161,12 +160,24 @@ class Tracked:
         """The run is over, one way or another."""
         self._each(lambda tracker: tracker.close())
 
+    def say(self, text: str) -> None:
+        self._watcher.say(text)
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return self._watcher.progress(title, total)
+
+    def stages(self, rows: Sequence[StageRow]) -> None:
+        self._watcher.stages(rows)
+
+    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        self._watcher.step(taken, glance)
+
     def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:
         """Training starts in the run's folder, or goes on, with `first_epoch`."""
         self._each(lambda tracker: tracker.begin(config, run, first_epoch))
         self._watcher.begin(config, run, first_epoch, steps_per_epoch)
 
-    def epoch(self, row: Mapping[str, Any], state: "TrainState") -> None:
+    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:
         """An epoch is finished and measured."""
         self._watcher.epoch(row, state)
         self._each(lambda tracker: tracker.epoch(row))

@@ -1,10 +1,9 @@
-"""The one training loop. It knows neither data sets nor terminals; whoever watches is an `Observer`."""
+"""The one training loop. It knows neither data sets nor terminals; whoever watches is a `Watcher`."""
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,7 +11,6 @@ from torch import nn
 from cifar100cli import batch_norm, checkpoint, metrics, ranks
 from cifar100cli.averaging import Average
 from cifar100cli.card import Card
-from cifar100cli.checkpoint import TrainState
 from cifar100cli.devices import autocast, peak_memory
 from cifar100cli.errors import DataError, DivergedError
 from cifar100cli.groups import Group
@@ -22,30 +20,11 @@ from cifar100cli.runs import LARGEST, STATE, RunDir
 from cifar100cli.saving import Saver
 from cifar100cli.schedule import learning_rate
 from cifar100cli.schema import SPLIT_OF, Config
-from cifar100cli.steps import Glance, Manner, Steps, Training, create_steps
+from cifar100cli.steps import Manner, Steps, Training, create_steps
 from cifar100cli.tasks import Task
+from cifar100cli.watcher import Glance, TrainState, Watcher
 
 TOLERATED_OVERFLOWS = 0.5  # of an epoch's steps, in fp16
-
-
-class StepObserver(Protocol):
-    """Whoever watches the steps of an epoch."""
-
-    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
-        """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing."""
-
-
-class Observer(StepObserver, Protocol):
-    """Whoever shows the progress of a run, or keeps a record of it elsewhere."""
-
-    def begin(self, config: Config, run: Path, first_epoch: int, steps_per_epoch: int) -> None:
-        """Training starts in the run's folder, or goes on, with `first_epoch`."""
-
-    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:
-        """An epoch is finished and measured, and on its way to the disk."""
-
-    def finish(self, result: Mapping[str, Any]) -> None:
-        """The run is complete, and this is its result."""
 
 
 # ----------------------------------------------------------------------------------------------- training
@@ -70,7 +49,7 @@ def fit(
     groups: Sequence[Group],
     precision: str,
     manner: Manner,
-    observer: Observer,
+    watcher: Watcher,
 ) -> TrainState:
     """Train `model` to the end of its run, from wherever the run folder says that it is.
 
@@ -79,21 +58,25 @@ def fit(
     `DivergedError` when loss or weights stop being finite, and `OSError` when an epoch cannot be saved.
     """
     cast = autocast(loaders.train.device, precision)
-    optimizer = create_optimizer(config.optimizer, groups, precision)
-    training = prepare_steps(model, task, loaders.train, optimizer, config, precision)
+    training = prepare_steps(model, task, loaders.train, groups, config, precision)
     state = TrainState()
     saved = ranks.on_first(lambda: _saved_state(run))
     if saved is not None:
         state = checkpoint.restore(saved, training)
     ranks.on_first(lambda: run.forget_after(state.epoch))
     steps = create_steps(training, manner)
-    observer.begin(config, run.path, state.epoch + 1, len(loaders.train))
+    watcher.begin(config, run.path, state.epoch + 1, len(loaders.train))
 
     with Saver(run, card) as saver:
-        watched = _Watched(observer, saver)
+
+        def on_step(taken: int, glance: Callable[[int], Glance | None]) -> None:
+            if ranks.count() == 1:  # several ranks end together, after the epoch
+                saver.check()  # raises what went wrong with saving the one before
+            watcher.step(taken, glance)
+
         for epoch in range(state.epoch + 1, config.train.epochs + 1):
             started = time.perf_counter()
-            trained = train_epoch(steps, config, epoch, watched)
+            trained = train_epoch(steps, config, epoch, on_step)
             train_seconds = time.perf_counter() - started
             row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(("test_loss", "test_top1", "test_top5"))
             if not config.train.sync_batch_norm:
@@ -115,13 +98,13 @@ def fit(
             row["images_per_second"] = round(speed, 1 if speed >= 10 else 4)
             row["peak_memory_bytes"] = peak_memory(loaders.train.device)
             ranks.on_first(lambda: saver.save(row, state, training))  # noqa: B023 - called at once
-            observer.epoch(row, TrainState(**asdict(state)))
+            watcher.epoch(row, replace(state))
         ranks.on_first(saver.wait)
     return state
 
 
 def prepare_steps(
-    model: nn.Module, task: Task, loader: DeviceLoader, optimizer: torch.optim.Optimizer, config: Config, precision: str
+    model: nn.Module, task: Task, loader: DeviceLoader, groups: Sequence[Group], config: Config, precision: str
 ) -> Training:
     """All that steps are made of, on one device or on many."""
     cast = autocast(loader.device, precision)
@@ -134,7 +117,7 @@ def prepare_steps(
         network=network,
         task=task,
         loader=loader,
-        optimizer=optimizer,
+        optimizer=create_optimizer(config.optimizer, groups, precision),
         grad_clip=config.optimizer.grad_clip,
         cast=cast,
         average=Average(model, config.train.ema),
@@ -144,8 +127,13 @@ def prepare_steps(
     )
 
 
-def train_epoch(steps: Steps, config: Config, epoch: int, observer: StepObserver) -> dict[str, float]:
-    """One pass over the training images. The host waits for the device once, at the end, for the sums."""
+def train_epoch(
+    steps: Steps, config: Config, epoch: int, on_step: Callable[[int, Callable[[int], Glance | None]], None]
+) -> dict[str, float]:
+    """One pass over the training images. The host waits for the device once, at the end, for the sums.
+
+    `on_step` is called as `Watcher.step` is.
+    """
     training, loader = steps.training, steps.training.loader
     training.model.train()
     # Drop-out and the like, without a past, and on every rank its own.
@@ -160,7 +148,7 @@ def train_epoch(steps: Steps, config: Config, epoch: int, observer: StepObserver
     for index in range(count):
         set_learning_rate(training.optimizer, rate(index))
         steps.take(index)
-        observer.step(index + 1, steps.glance)
+        on_step(index + 1, steps.glance)
 
     images = torch.tensor(sum(share.stop - share.start for share in loader.shares), device=loader.device)
     ranks.sum_up(steps.losses, steps.correct, images)
@@ -181,23 +169,6 @@ def train_epoch(steps: Steps, config: Config, epoch: int, observer: StepObserver
         "train_loss": (step_losses.nan_to_num(0, 0, 0) * sizes).sum().item() / sizes.sum().item(),
         "train_top1": steps.correct.sum().item() / loader.count,
     }
-
-
-@dataclass(frozen=True)
-class _Watched:
-    """An observer of steps, which end at once when the epoch before them could not be saved.
-
-    Several ranks end together, which is after the epoch.
-    """
-
-    observer: Observer
-    saver: Saver
-
-    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
-        """Pass the step on. Raises what went wrong with saving, such as `OSError`."""
-        if ranks.count() == 1:
-            self.saver.check()
-        self.observer.step(taken, glance)
 
 
 def _saved_state(run: RunDir) -> checkpoint.Saved | None:

@@ -11,15 +11,14 @@ import numpy as np
 import torch
 
 from cifar100cli import checkpoint, console, devices, evaluation, images, machine, metrics, ranks, trainer
-from cifar100cli.checkpoint import TrainState
 from cifar100cli.classifier import PICTURES, Classifier
 from cifar100cli.config import Preset, differences, with_teacher
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
-from cifar100cli.jobs import Job, Watcher, Where, prepare
+from cifar100cli.jobs import Job, Where, prepare
 from cifar100cli.models import count_parameters
-from cifar100cli.optim import create_optimizer
 from cifar100cli.runs import CONFIG, ENVIRONMENT, LARGEST, MODEL, PREDICTIONS, STATE, RunDir, begun_by
 from cifar100cli.schema import SPLIT_OF, Config
+from cifar100cli.watcher import TrainState, Watcher
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -130,7 +129,7 @@ def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
             groups=job.groups,
             precision=job.precision,
             manner=job.manner,
-            observer=watcher,
+            watcher=watcher,
         )
         result = _result(job, run, state)
         ranks.on_first(lambda: run.write_result(result))  # the last file: from now on the run is complete
@@ -253,9 +252,8 @@ def _refuse_no_answer(images: str, loss: float, state: TrainState) -> None:
 def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Build everything and take one training step; nothing is written."""
     job = prepare(preset, where, watcher, dry=True)
-    optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
     loader = job.loaders.train
-    training = trainer.prepare_steps(job.model, job.task, loader, optimizer, job.config, job.precision)
+    training = trainer.prepare_steps(job.model, job.task, loader, job.groups, job.config, job.precision)
     job.model.train()
     plan = replace(loader.plan(1), image_size=None)  # the images as large as they get
     loss, _ = training.step(plan, loader.shares[0], loader.weights[0])

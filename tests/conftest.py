@@ -18,15 +18,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cifar100cli import cli, fetch, interrupts, runs, synthetic
+from cifar100cli import cli, console, fetch, interrupts, runs, synthetic
 from cifar100cli.augment import Epoch, Policy, flip, in_turn, random_crop
 from cifar100cli.averaging import Average
 from cifar100cli.config import Preset
-from cifar100cli.jobs import Silence, Where
+from cifar100cli.jobs import Where
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
-from cifar100cli.stages import StageRow
-from cifar100cli.steps import Glance
+from cifar100cli.watcher import Glance, StageRow, Watcher
 from tests.weather import Server
 
 TINY = (
@@ -108,6 +107,7 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], 
         return Outcome(code, captured.out, captured.err)
 
     yield run
+    console.set_verbosity(console.NORMAL)  # the last command may have been a quiet one
     for number, handler in handlers.items():  # a rank ignores signals on its way out, and so would whom we start
         signal.signal(number, handler)
     wandb = sys.modules.get("wandb")
@@ -190,7 +190,7 @@ def distance_of_distributions(ours: NDArray[Any], theirs: NDArray[Any]) -> float
     return float(np.abs(shares[0] - shares[1]).max())
 
 
-class Listening(Silence):
+class Listening(Watcher):
     """A watcher that shows nothing and remembers what was said."""
 
     def __init__(self) -> None:

@@ -49,6 +49,7 @@ from cifar100cli import (
     weights,
 )
 from cifar100cli.errors import CifarError
+from cifar100cli.watcher import TrainState
 from tests.conftest import Trained
 
 MEMORY = 4 << 30
@@ -192,9 +193,7 @@ def trained(folder: Path) -> Path:
     )
     checkpoint.save_model(run.path / runs.MODEL, model.state_dict(), about)
     optimizer = torch.optim.AdamW(model.parameters())
-    checkpoint.save_state(
-        run.path / runs.STATE, checkpoint.snapshot(checkpoint.TrainState(1, 1, 0.5), Trained(model, optimizer))
-    )
+    checkpoint.save_state(run.path / runs.STATE, checkpoint.snapshot(TrainState(1, 1, 0.5), Trained(model, optimizer)))
     row = {"train_loss": 1.0, "train_top1": 0.5, "val_loss": 1.0, "val_top1": 0.4, "seconds": 1, "images_per_second": 9}
     for epoch in range(1, 4):
         run.append_metrics({"epoch": epoch, **row})

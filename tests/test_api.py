@@ -203,7 +203,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
 ) -> None:
     preset = Preset("quickstart", read_config(run / "config.yaml"))
     with monkeypatch.context() as patched:
-        patched.setattr(api, "Silence", lambda: StopAfter(9))  # seven steps an epoch
+        patched.setattr(api, "Watcher", lambda: StopAfter(9))  # seven steps an epoch
         with pytest.raises(RunInterrupted) as stopped:
             train(preset, runs_dir=str(tmp_path / "ours"), device="cpu")
     begun = stopped.value.run_dir

@@ -15,12 +15,12 @@ from torch import nn
 from cifar100cli import checkpoint, runs
 from cifar100cli.averaging import Average
 from cifar100cli.card import KEY, Card
-from cifar100cli.checkpoint import TrainState
 from cifar100cli.errors import ChangedWeights, DataError
 from cifar100cli.groups import everything
 from cifar100cli.models import create_model
 from cifar100cli.optim import create_optimizer
 from cifar100cli.schema import Config
+from cifar100cli.watcher import TrainState
 from cifar100cli.weights import checksum
 from tests.conftest import Cli, Trained
 

@@ -14,6 +14,7 @@ LEVELS = (
     {"backbones", "bounded", "catalog", "interrupts"},
     {"safe_yaml"},
     {"ranks", "card", "depthwise", "schema", "unpickle"},
+    {"watcher"},
     {
         "config",
         "fetch",

@@ -15,7 +15,6 @@ from cifar100cli import jobs, networks, trainer, workflows
 from cifar100cli.errors import UsageError
 from cifar100cli.models import check_backbone, create_model, initialize
 from cifar100cli.networks import NAMES, Airbench, WideResNet
-from cifar100cli.optim import create_optimizer
 from cifar100cli.schema import Config
 from cifar100cli.steps import create_steps
 from tests.conftest import Listening, StopAfter, make_preset, only_run, where
@@ -362,10 +361,9 @@ def test_they_learn(tmp_path: Path, head: str) -> None:
     """One batch, again and again: the loss falls."""
     preset = make_preset(model={"backbone": "airbench94", "head": head}, data={"fraction": 0.25, "batch_size": 100})
     job = jobs.prepare(preset, where(tmp_path), Listening())
-    optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
-    training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
+    training = trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
     taken = create_steps(training, job.manner)
-    losses = [trainer.train_epoch(taken, job.config, epoch, Listening())["train_loss"] for epoch in range(1, 7)]
+    losses = [trainer.train_epoch(taken, job.config, epoch, Listening().step)["train_loss"] for epoch in range(1, 7)]
     assert losses[-1] < 0.9 * losses[0]
 
 

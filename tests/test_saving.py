@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cifar100cli import checkpoint, interrupts, runs
 from cifar100cli.averaging import Average
-from cifar100cli.checkpoint import TrainState
 from cifar100cli.runs import RunDir
 from cifar100cli.saving import Saver
+from cifar100cli.watcher import TrainState
 from tests.conftest import Trained
 from tests.test_checkpoint import CONFIG, make_card, make_model, trained
 

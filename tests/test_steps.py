@@ -17,7 +17,7 @@ from cifar100cli.config import Preset
 from cifar100cli.errors import UsageError
 from cifar100cli.groups import everything
 from cifar100cli.loader import DeviceLoader, Plan
-from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.optim import set_learning_rate
 from cifar100cli.schema import Distillation
 from cifar100cli.steps import CapturedSteps, Manner, Steps, Training
 from cifar100cli.tasks import DistillationTask
@@ -28,12 +28,11 @@ pytestmark = pytest.mark.usefixtures("small_synthetic")
 
 def training_of(preset: Preset, tmp_path: Path) -> Training:
     job = jobs.prepare(preset, where(tmp_path), Listening())
-    optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
-    return trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
+    return trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
 
 
 def epochs(taken: Steps, preset: Preset, count: int) -> list[dict[str, float]]:
-    return [trainer.train_epoch(taken, preset.config, epoch, Listening()) for epoch in range(1, count + 1)]
+    return [trainer.train_epoch(taken, preset.config, epoch, Listening().step) for epoch in range(1, count + 1)]
 
 
 class PretendGraph:
@@ -153,9 +152,8 @@ def test_nothing_waits_in_fp16(tmp_path: Path) -> None:
     """With a network that a CPU can train in fp16."""
     training = training_of(make_preset(optimizer={"name": "sgd"}), tmp_path)
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 100))
-    optimizer = create_optimizer(make_preset().config.optimizer, everything(network))
     config = make_preset(train={"precision": "fp16", "ema": 0.9}).config
-    taken = Steps(trainer.prepare_steps(network, training.task, training.loader, optimizer, config, "fp16"))
+    taken = Steps(trainer.prepare_steps(network, training.task, training.loader, everything(network), config, "fp16"))
     taken.begin(1)
     taken.take(0)
     with NoWaiting():  # type: ignore[no-untyped-call]
@@ -272,8 +270,7 @@ def test_a_captured_run_on_cuda_is_the_eager_one(tmp_path: Path, recipe: str) ->
 
     def curve(manner: str) -> list[float]:
         job = jobs.prepare(preset, jobs.Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
-        optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
-        training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
+        training = trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
         return [row["train_loss"] for row in epochs(steps.create_steps(training, Manner(manner, "")), preset, 2)]
 
     # Sums of many threads come out in another order each time, and training grows the difference: 2e-4 were seen.

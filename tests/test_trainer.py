@@ -17,15 +17,14 @@ from safetensors.torch import load, load_file
 
 from cifar100cli import checkpoint, devices, evaluation, jobs, report, runs, steps, synthetic, trainer, workflows
 from cifar100cli.averaging import Average
-from cifar100cli.checkpoint import TrainState
 from cifar100cli.config import Preset
 from cifar100cli.errors import DataError, DivergedError, RunInterrupted, UsageError
 from cifar100cli.groups import everything
 from cifar100cli.jobs import Where
 from cifar100cli.loader import Batch, DeviceLoader, Plan
-from cifar100cli.optim import create_optimizer
-from cifar100cli.steps import Glance, Training
+from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
+from cifar100cli.watcher import Glance, TrainState
 from tests.conftest import EVERYTHING, Listening, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
@@ -315,7 +314,7 @@ def test_the_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
         groups=job.groups,
         precision=job.precision,
         manner=job.manner,
-        observer=Collect(),
+        watcher=Collect(),
     )
     assert len(weights) == 21
     for step, after in enumerate(weights):
@@ -347,8 +346,7 @@ def dense(preset: Preset, tmp_path: Path) -> Training:
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(3072, 64), torch.nn.GELU(), torch.nn.Linear(64, 100)
     )
-    optimizer = create_optimizer(job.config.optimizer, everything(model))
-    return trainer.prepare_steps(model, job.task, job.loaders.train, optimizer, job.config, job.precision)
+    return trainer.prepare_steps(model, job.task, job.loaders.train, everything(model), job.config, job.precision)
 
 
 FP16: dict[str, Any] = {"train": {"precision": "fp16", "ema": 0.9}, "optimizer": {"name": "sgd", "lr": 0.01}}
@@ -361,7 +359,7 @@ def test_fp16_equals_a_plain_loop_with_a_scaler(tmp_path: Path, small_synthetic:
     model = copy.deepcopy(training.model)
     training.scaler.load_state_dict({**training.scaler.state_dict(), "scale": 2.0**24})
     taken = steps.Steps(training)
-    rows = [trainer.train_epoch(taken, preset.config, epoch, Listening()) for epoch in (1, 2)]
+    rows = [trainer.train_epoch(taken, preset.config, epoch, Listening().step) for epoch in (1, 2)]
 
     images, labels = (torch.from_numpy(array) for array in small_synthetic.train)
     plain = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=1e-4)
@@ -400,7 +398,7 @@ def test_fp16_and_the_average_go_on_with_the_same_bits(tmp_path: Path) -> None:
         if saved is not None:
             checkpoint.restore(saved, training)
         for epoch in epochs:
-            trainer.train_epoch(steps.Steps(training), preset.config, epoch, Listening())
+            trainer.train_epoch(steps.Steps(training), preset.config, epoch, Listening().step)
         return training
 
     unbroken = trained(range(1, 5))
@@ -426,7 +424,7 @@ def overflowing(tmp_path: Path, precision: str, steps_of_seven: int) -> None:
         return StepOutput(output.loss * (float("inf") if left >= 0 else 1), output.logits)
 
     taken = steps.Steps(replace(training, task=task))
-    row = trainer.train_epoch(taken, make_preset().config, 1, Listening())
+    row = trainer.train_epoch(taken, make_preset().config, 1, Listening().step)
     assert 3 < row["train_loss"] < 6
     assert all(torch.isfinite(tensor).all() for tensor in training.model.state_dict().values())
 
@@ -505,8 +503,7 @@ def test_a_device_that_is_not_here() -> None:
 def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     preset = make_preset(augment=EVERYTHING, data={"normalize": "dataset"})
     job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
-    optimizer = create_optimizer(job.config.optimizer, job.groups, job.precision)
-    training = trainer.prepare_steps(job.model, job.task, job.loaders.train, optimizer, job.config, job.precision)
+    training = trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
     taken = steps.create_steps(training, job.manner)
 
     class Watch(Listening):
@@ -518,7 +515,7 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
             torch.cuda.set_sync_debug_mode("error")
 
     def epoch(number: int, observer: Listening) -> None:
-        trainer.train_epoch(taken, job.config, number, observer)
+        trainer.train_epoch(taken, job.config, number, observer.step)
 
     epoch(1, Listening())
     watch = Watch()

@@ -1,0 +1,67 @@
+"""What is told of a run as it goes, and to whom: who shows it, or keeps a record of it elsewhere.
+
+Nothing slow is imported here.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from cifar100cli.schema import Config
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """What a user is told about a stage. `norm` says what its batch statistics do, where it has any."""
+
+    name: str
+    parameters: int
+    rate: float | None
+    norm: str
+
+
+@dataclass(frozen=True)
+class Glance:
+    """What is known of an epoch while it runs: images so far, and the mean loss and accuracy of this rank's of them."""
+
+    images: int
+    loss: float
+    top1: float
+
+
+@dataclass
+class TrainState:
+    """Where a run is, between two epochs."""
+
+    epoch: int = 0
+    best_epoch: int = 0
+    best_top1: float = -1.0
+
+
+class Watcher:
+    """One that shows nothing; others take what they want to know."""
+
+    def say(self, text: str) -> None:
+        """A line about what goes on."""
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        """Something of `total` steps begins; what is given takes how many were done since the last call."""
+        return nullcontext(lambda count: None)
+
+    def stages(self, rows: Sequence[StageRow]) -> None:
+        """What of the network learns."""
+
+    def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:
+        """Training starts in the run's folder, or goes on, with `first_epoch`."""
+
+    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing."""
+
+    def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:
+        """An epoch is finished and measured, and on its way to the disk."""
+
+    def finish(self, result: Mapping[str, Any]) -> None:
+        """The run is complete, and this is its result."""
