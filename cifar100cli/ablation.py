@@ -203,17 +203,17 @@ def compare(base: Setting, others: Sequence[tuple[str, bool, Setting]]) -> Ablat
     changes = departures(base.config, ours) if ours is not None else {}
     values = list(base.top1.values())
     return Ablation(
-        base.preset,
-        base.config.data.dataset,
-        base.config.train.select,
-        base.config.train.epochs,
-        {key: value for key, (value, _) in changes.items()},
-        len(values),
-        list(base.top1),
-        fmean(values),
-        noise.deviation(values),
-        list(base.runs),
-        [_effect(base, *other) for other in others],
+        preset=base.preset,
+        dataset=base.config.data.dataset,
+        select=base.config.train.select,
+        epochs=base.config.train.epochs,
+        changes={key: value for key, (value, _) in changes.items()},
+        n=len(values),
+        seeds=list(base.top1),
+        top1_mean=fmean(values),
+        top1_std=noise.deviation(values),
+        runs=list(base.runs),
+        effects=[_effect(base, *other) for other in others],
     )
 
 
@@ -222,20 +222,20 @@ def _effect(base: Setting, block: str, lacks: bool, other: Setting) -> Effect:
     changes = differences(other.config, base.config)
     values = list(other.top1.values())
     return Effect(
-        block,
-        lacks,
-        {key: value for key, (value, _) in changes.items() if key != "seed"},
-        len(values),
-        list(other.top1),
-        fmean(values),
-        noise.deviation(values),
-        gain.mean,
-        gain.deviation,
-        gain.error,
-        gain.interval,
-        gain.paired,
-        gain.within_noise,
-        list(other.runs),
+        block=block,
+        without=lacks,
+        changes={key: value for key, (value, _) in changes.items() if key != "seed"},
+        n=len(values),
+        seeds=list(other.top1),
+        top1_mean=fmean(values),
+        top1_std=noise.deviation(values),
+        gain=gain.mean,
+        gain_std=gain.deviation,
+        gain_error=gain.error,
+        interval=gain.interval,
+        paired=gain.paired,
+        within_noise=gain.within_noise,
+        runs=list(other.runs),
     )
 
 

@@ -17,14 +17,15 @@ import numpy as np
 import torch
 
 from cifar100cli import __version__, devices, machine, metrics, trainer
+from cifar100cli.card import read_card
 from cifar100cli.catalog import DATASETS
-from cifar100cli.checkpoint import load_model
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.flops import step_flops
 from cifar100cli.jobs import Job, Where, evaluation_loader, prepare
 from cifar100cli.loader import Batch, DeviceLoader, Plan, evaluation_batch_size
 from cifar100cli.plain import PlainLoop
+from cifar100cli.runs import find_model
 from cifar100cli.schema import Config
 from cifar100cli.steps import Steps, create_steps
 from cifar100cli.watcher import Watcher
@@ -64,7 +65,7 @@ def noise(config: Config, train: int, test: int) -> Dataset:
     """Images that show nothing, of the preset's data set's classes."""
     classes = tuple(f"class {index}" for index in range(DATASETS[config.data.dataset].classes))
     if config.distillation is not None:
-        classes = load_model(Path(config.distillation.required_teacher())).card.classes
+        classes = read_card(find_model(Path(config.distillation.required_teacher()))).classes
     random = np.random.default_rng(0)
 
     def split(count: int) -> Split:

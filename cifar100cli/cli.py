@@ -360,14 +360,13 @@ def predict(
     from cifar100cli.images import find_images
     from cifar100cli.runs import find_model
 
-    find_model(expand(checkpoint))
-    pictures = [expand(image) for image in images]
-    find_images(pictures)  # what is not there is told before PyTorch is loaded
+    model = find_model(expand(checkpoint))  # what is not there is told before PyTorch is loaded
+    pictures = find_images([expand(image) for image in images])
     where = places.where(None, Path("runs"), device)
     from cifar100cli import workflows
 
     with console.TrainingDisplay("predict") as display:
-        result = workflows.predict(expand(checkpoint), pictures, where, display, top)
+        result = workflows.predict(model, pictures, where, display, top)
     show.prediction(result, json)
     skipped = [f"{show.source(skip['image'])}: {skip['reason']}" for skip in result["skipped"]]
     for line in skipped[1:]:

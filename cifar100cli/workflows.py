@@ -281,12 +281,11 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- predicting
 
 
-def predict(path: Path, sources: Sequence[Path], where: Where, watcher: Watcher, top: int = 5) -> dict[str, Any]:
-    """The `top` most likely classes of pictures; returns what `predict --json` prints.
+def predict(path: Path, files: Sequence[Path], where: Where, watcher: Watcher, top: int = 5) -> dict[str, Any]:
+    """The `top` most likely classes of files of pictures; returns what `predict --json` prints.
 
     A file that is no image is skipped, and stands under `skipped` with the reason.
     """
-    files = images.find_images(sources)
     classifier = Classifier(checkpoint.load_model(path), where)
     found: list[dict[str, Any]] = []
     skipped = []
