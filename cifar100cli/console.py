@@ -227,9 +227,9 @@ def loss(value: float) -> str:
     return f"{value:.4f}" if abs(value) < 1e5 else f"{value:.3e}"
 
 
-def percent(fraction: float | None) -> str:
+def percent(fraction: float | None, digits: int = 2) -> str:
     """0.4426 as 44.26%."""
-    return "-" if fraction is None else f"{100 * fraction:.2f}%"
+    return "-" if fraction is None else f"{100 * fraction:.{digits}f}%"
 
 
 def expected(top1: float, runs: int | None, deviation: float | None = None) -> str:
