@@ -161,7 +161,8 @@ def _notes(report: Report) -> list[str]:
         notes.append("n counts seeds: several runs of one seed, or copies of one run, count as one, their mean.")
     if any(row.changes for row in report.rows):
         notes.append(
-            "in brackets: settings other than the preset's, which published figures are of, or what tells rows apart."
+            "in brackets: settings that differ from the preset's, or between rows; published figures are of the "
+            "preset's own."
         )
     return notes + ablation_notes(report.ablations)
 
