@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 
-class Average:
+class MovingAverage:
     """The average of all weights and batch statistics over the steps of training.
 
     After step t, counted from 0, it moves towards the weights by 1 - min(decay, (1 + t) / (10 + t)): Polyak and

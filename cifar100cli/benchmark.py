@@ -61,7 +61,7 @@ def _without_files(config: Config) -> Config:
     return Config.model_validate(keys)
 
 
-def noise(config: Config, train: int, test: int) -> Dataset:
+def noise_dataset(config: Config, train: int, test: int) -> Dataset:
     """Images that show nothing, of the preset's data set's classes."""
     classes = tuple(f"class {index}" for index in range(DATASETS[config.data.dataset].classes))
     if config.distillation is not None:
@@ -111,7 +111,7 @@ class Sides:
 
     def __init__(self, preset: Preset, where: Where, watcher: Watcher, steps: int) -> None:
         config, count = preset.config, preset.config.data.batch_size * steps
-        self.dataset = noise(
+        self.dataset = noise_dataset(
             config,
             count,
             TEST_BATCHES * evaluation_batch_size(config.data.image_size, devices.select_device(where.device)),
@@ -123,8 +123,8 @@ class Sides:
             job.model, job.task, job.loaders.train, job.groups, job.config, job.precision
         )
         resident = replace(self.training, loader=OneBatch(job.loaders.train))
-        self.loop_steps: Steps = create_steps(self.training, job.manner)
-        self.bare_steps: Steps = create_steps(resident, job.manner)
+        self.loop_steps: Steps = create_steps(self.training, job.step_mode)
+        self.bare_steps: Steps = create_steps(resident, job.step_mode)
         self.bare_steps.begin(1)
         self.test = evaluation_loader(self.dataset.test, job.device, job.loaders.train.preprocessing)
         self.test_inputs = [batch.inputs for batch in self.test.epoch(1)]
@@ -181,13 +181,13 @@ class Sides:
     @contextmanager
     def _whole_network(self) -> Iterator[None]:
         """Evaluate on images, where the frozen front is switched off while the rest trains."""
-        split = self.job.split
-        if split is None:
+        parted = self.job.parted
+        if parted is None:
             yield
             return
-        split.switch_front(on=True)
+        parted.switch_front(on=True)
         yield
-        split.switch_front(on=False)
+        parted.switch_front(on=False)
 
     def phases(self) -> dict[str, float]:
         """Seconds of each part of the steps of an epoch, launched one by one and waited for."""
@@ -257,8 +257,8 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     phases: dict[str, list[float]] = {}
     watcher.say(f"measuring {preset.name} on {job.device}: {repeats} turns of {steps} steps of each side")
-    if job.manner.name != "off":
-        watcher.say(f"steps: {job.manner.name} ({job.manner.reason})")
+    if job.step_mode.name != "off":
+        watcher.say(f"steps: {job.step_mode.name} ({job.step_mode.reason})")
     began = time.perf_counter()
     with watcher.progress("turns, after a first one that warms up", repeats + 1) as advance:
         for turn in range(repeats + 1):
@@ -295,7 +295,7 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
         "device_name": machine.device_name(job.device),
         "threads": torch.get_num_threads(),
         "precision": job.precision,
-        "compile": job.manner.name,
+        "compile": job.step_mode.name,
         "versions": {"cifar100": __version__, "torch": torch.__version__},
         "steps": steps,
         "repeats": repeats,

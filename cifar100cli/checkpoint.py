@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cifar100cli import interrupts
-from cifar100cli.averaging import Average
+from cifar100cli.averaging import MovingAverage
 from cifar100cli.bounded import one_line
 from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
 from cifar100cli.config import parse_config
@@ -130,7 +130,7 @@ class Trained(Protocol):
         """What moves its weights."""
 
     @property
-    def average(self) -> Average:
+    def average(self) -> MovingAverage:
         """Their average."""
 
     @property

@@ -23,7 +23,7 @@ from cifar100cli.policies import create_policy
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config, Distillation, Finetune
 from cifar100cli.stages import Parted, Stage, freeze, learning, stage_rows, stages_of
-from cifar100cli.steps import Manner
+from cifar100cli.steps import StepMode
 from cifar100cli.tasks import DistillationTask, Task, Teacher, create_task
 from cifar100cli.trainer import Loaders
 from cifar100cli.watcher import Watcher
@@ -54,8 +54,8 @@ class Job:
     device: torch.device
     precision: str
     groups: list[Group]
-    split: Parted | None
-    manner: Manner
+    parted: Parted | None
+    step_mode: StepMode
     teacher: str | None
     """The digest of the teacher's weights, where there is one."""
 
@@ -104,9 +104,9 @@ def prepare(
     if config.distillation is not None and saved_teacher is not None:
         teacher = _teacher(saved_teacher, train_loader, precision, where, watcher, config, dry=dry)
         task = DistillationTask(task, teacher, config.distillation)
-    groups, split = everything(model), None
+    groups, parted = everything(model), None
     if config.finetune is not None:
-        groups, split = _finetune(config, config.finetune, model, loaders, precision, where, watcher, dry=dry)
+        groups, parted = _finetune(config, config.finetune, model, loaders, precision, where, watcher, dry=dry)
     return Job(
         config=config,
         preset=preset.name,
@@ -119,8 +119,8 @@ def prepare(
         device=device,
         precision=precision,
         groups=_grouped(groups, model, config, watcher),
-        split=split,
-        manner=_manner(config, model, train_loader, watcher),
+        parted=parted,
+        step_mode=_step_mode(config, model, train_loader, watcher),
         teacher=teachers.digest(saved_teacher) if saved_teacher is not None else None,
     )
 
@@ -183,7 +183,7 @@ def _train_loader(
         image_size_in=config.image_size_in if config.data.first_image_size is not None else lambda epoch: None,
         rank=ranks.rank(),
         ranks=ranks.count(),
-        least=max(2 * apart, ranks.count()),
+        smallest_batch=max(2 * apart, ranks.count()),
     )
     if min(loader.batch_sizes()) < 2 * apart and any(isinstance(m, _BatchNorm) for m in model.modules()):
         raise UsageError(
@@ -210,16 +210,16 @@ def _card(preset: Preset, dataset: Dataset, preprocessing: Preprocessing) -> Car
     )
 
 
-def _manner(config: Config, model: nn.Module, loader: DeviceLoader, watcher: Watcher) -> Manner:
+def _step_mode(config: Config, model: nn.Module, loader: DeviceLoader, watcher: Watcher) -> StepMode:
     """How steps are launched on the loader's device."""
     flops = 0.0  # which decide nothing on a CPU
     if loader.device.type == "cuda":  # a backward pass is about two forward ones, and SAM takes both twice
         passes = 3 if config.optimizer.sam_rho == 0 else 6
         flops = passes * forward_flops(model, loader) * loader.count * config.train.epochs
-    manner = steps.choose(config.train.compile, flops, loader, ranks.count())
-    if loader.device.type == "cuda" or manner.name != "off":
-        watcher.say(f"steps: {manner.name} ({manner.reason})")
-    return manner
+    step_mode = steps.choose(config.train.compile, flops, loader, ranks.count())
+    if loader.device.type == "cuda" or step_mode.name != "off":
+        watcher.say(f"steps: {step_mode.name} ({step_mode.reason})")
+    return step_mode
 
 
 def _starting_point(config: Config, preprocessing: Preprocessing, classes: int) -> str:
@@ -395,7 +395,7 @@ def _finetune(
         )
     if dry or finetune.cache == "off" or len(kept) == len(stages):
         return groups, None
-    split = Parted(model, kept[0].start)
+    parted = Parted(model, kept[0].start)
     sample = loaders.train.preprocessing(loaders.train.images[:2])
     obstacle = None
     if not isinstance(loaders.train.policy, Views):
@@ -406,7 +406,7 @@ def _finetune(
         obstacle = "a teacher wants to see the images"
     elif config.data.first_image_size is not None:
         obstacle = "the images grow (data.first_image_size)"
-    elif not split.is_exact(sample):
+    elif not parted.is_exact(sample):
         obstacle = f"{name} is no chain of stages that could be entered at {kept[0].name}"
     if obstacle is not None:
         if finetune.cache == "on":
@@ -417,7 +417,7 @@ def _finetune(
 
     def front(images: torch.Tensor) -> torch.Tensor:
         with cast():
-            features = split.front(loaders.train.preprocessing(images))
+            features = parted.front(loaders.train.preprocessing(images))
         return features.permute(0, 2, 3, 1) if features.ndim == 4 else features
 
     dtype = _features_type(finetune.cache_dtype, front(loaders.train.images[:1]).dtype)
@@ -441,8 +441,8 @@ def _finetune(
             watcher=watcher,
         )
         loader.features = Features(found, loader.device)
-    split.switch_front(on=False)
-    return groups, split
+    parted.switch_front(on=False)
+    return groups, parted
 
 
 def _features_type(name: str, computed_in: torch.dtype) -> torch.dtype:

@@ -147,7 +147,7 @@ class DeviceLoader:
     `images` are (N, 3, H, W) uint8 and `labels` (N,) int64, on `device`; `shares` are this rank's rows of each batch.
 
     Of several `ranks`, each makes its own share of every batch, and together they make the batches of one. A last
-    batch of fewer than `least` images joins the one before.
+    batch of fewer than `smallest_batch` images joins the one before.
     """
 
     def __init__(
@@ -163,7 +163,7 @@ class DeviceLoader:
         image_size_in: Callable[[int], int | None] = lambda epoch: None,
         rank: int = 0,
         ranks: int = 1,
-        least: int = 2,  # batch norm cannot train on one image alone
+        smallest_batch: int = 2,  # batch norm cannot train on one image alone
     ) -> None:
         self.images = torch.from_numpy(split.images).to(device)
         self.labels = torch.from_numpy(split.labels).to(device)
@@ -173,7 +173,7 @@ class DeviceLoader:
         self.features: Features | None = None
         count = len(split)
         starts = list(range(0, count, batch_size))
-        if len(starts) > 1 and count - starts[-1] < least:
+        if len(starts) > 1 and count - starts[-1] < smallest_batch:
             starts.pop()
         self.bounds = list(zip(starts, [*starts[1:], count], strict=True))
         self.shares = [
@@ -181,7 +181,7 @@ class DeviceLoader:
             for start, end in self.bounds
         ]
         # A batch's loss is the mean over its images, and that of the means of shares when these are weighted.
-        self.weights = [
+        self.loss_weights = [
             (share.stop - share.start) * ranks / (end - start)
             for share, (start, end) in zip(self.shares, self.bounds, strict=True)
         ]

@@ -34,7 +34,7 @@ def create_optimizer(config: Optimizer, groups: Sequence[Group], precision: str 
     if not others:
         return muon
     rest = _parameter_groups(config, config.rate_of_others, others)
-    return Together([muon, _of_torch(config.auxiliary, config, rest)])
+    return CombinedOptimizer([muon, _of_torch(config.auxiliary, config, rest)])
 
 
 def _parameter_groups(config: Optimizer, rate: float, groups: Sequence[Group]) -> list[dict[str, Any]]:
@@ -70,7 +70,7 @@ def _of_torch(name: str, config: Optimizer, groups: list[dict[str, Any]]) -> tor
     return kind(groups, lr=config.lr, betas=config.betas, fused=True, capturable=on_cuda)
 
 
-class Together(torch.optim.Optimizer):
+class CombinedOptimizer(torch.optim.Optimizer):
     """Optimizers that step together, each over its own groups; their groups and their state are those of one."""
 
     def __init__(self, parts: Sequence[torch.optim.Optimizer]) -> None:

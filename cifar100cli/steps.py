@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar100cli.averaging import Average
+from cifar100cli.averaging import MovingAverage
 from cifar100cli.devices import Cast
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.sam import uphill
 from cifar100cli.tasks import StepOutput, Task
-from cifar100cli.watcher import Glance
+from cifar100cli.watcher import EpochProgress
 
 WARM_UP = 3  # steps that are taken one operation at a time before one is captured: libraries set themselves up in them
 MOST_SHAPES = 256  # of batches, for which a network is compiled
@@ -36,7 +36,7 @@ class Training:
     optimizer: torch.optim.Optimizer
     grad_clip: float
     cast: Cast
-    average: Average
+    average: MovingAverage
     scaler: torch.amp.GradScaler
     sam_rho: float = 0.0
     sam_adaptive: bool = False
@@ -105,10 +105,10 @@ class Steps:
     def _issue(self, index: int) -> None:
         loader = self.training.loader
         self.losses[index], self.correct[index] = self.training.step(
-            self.plan, loader.shares[index], loader.weights[index]
+            self.plan, loader.shares[index], loader.loss_weights[index]
         )
 
-    def glance(self, taken: int) -> Glance | None:
+    def glance(self, taken: int) -> EpochProgress | None:
         """How the epoch goes, of which `taken` steps were issued, as far as it is known without waiting for the device.
 
         A CUDA device is asked for a copy, and what the last copy that has arrived says is returned.
@@ -125,10 +125,12 @@ class Steps:
         self._copies = _Copies.ask(self.losses, self.correct, taken, known)
         return known
 
-    def _glance(self, losses: Tensor, correct: Tensor, taken: int) -> Glance:
+    def _glance(self, losses: Tensor, correct: Tensor, taken: int) -> EpochProgress:
         loader = self.training.loader
         own = sum(share.stop - share.start for share in loader.shares[:taken])
-        return Glance(loader.bounds[taken - 1][1], losses[:taken].mean().item(), correct[:taken].sum().item() / own)
+        return EpochProgress(
+            loader.bounds[taken - 1][1], losses[:taken].mean().item(), correct[:taken].sum().item() / own
+        )
 
 
 @dataclass(frozen=True)
@@ -139,10 +141,10 @@ class _Copies:
     correct: Tensor
     taken: int
     arrived: torch.cuda.Event
-    last: Glance | None
+    last: EpochProgress | None
 
     @classmethod
-    def ask(cls, losses: Tensor, correct: Tensor, taken: int, last: Glance | None) -> "_Copies":
+    def ask(cls, losses: Tensor, correct: Tensor, taken: int, last: EpochProgress | None) -> "_Copies":
         def copy(tensor: Tensor) -> Tensor:
             return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
@@ -218,7 +220,7 @@ class CapturedSteps(Steps):
 
 
 @dataclass(frozen=True)
-class Manner:
+class StepMode:
     """How steps are taken (off, graph or inductor), and why."""
 
     name: str
@@ -228,7 +230,7 @@ class Manner:
 PAYS_FROM = 2e16  # floating-point operations of a run: some minutes of a data-centre GPU, several times a compilation
 
 
-def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) -> Manner:
+def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) -> StepMode:
     """What `train.compile` means for this run: a function of the preset and the machine's kind, and of no clock.
 
     So a run that goes on takes its steps as it took them before. Raises `UsageError` for what is not possible here.
@@ -236,14 +238,14 @@ def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) 
     obstacle = _obstacle_to_capture(loader, ranks)
     if asked == "auto":
         if loader.device.type != "cuda":
-            return Manner("off", f"compiled steps are no faster on {loader.device.type}")
+            return StepMode("off", f"compiled steps are no faster on {loader.device.type}")
         if obstacle is not None:
-            return Manner("off", obstacle)
+            return StepMode("off", obstacle)
         if training_flops < PAYS_FROM:
-            return Manner("graph", f"{training_flops:.1e} operations are too few to pay for compiling kernels")
+            return StepMode("graph", f"{training_flops:.1e} operations are too few to pay for compiling kernels")
         if not _can_compile(loader.device):
-            return Manner("graph", "compiling kernels needs Triton and a C compiler, which are not here")
-        return Manner("inductor", f"{training_flops:.1e} operations pay for compiling kernels")
+            return StepMode("graph", "compiling kernels needs Triton and a C compiler, which are not here")
+        return StepMode("inductor", f"{training_flops:.1e} operations pay for compiling kernels")
     if asked == "graph" and obstacle is not None:
         raise UsageError(f"train.compile = graph is not possible: {obstacle}; use auto or off")
     if asked == "inductor" and ranks > 1:
@@ -253,7 +255,7 @@ def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) 
             "train.compile = inductor needs a C++ compiler (and Triton on a GPU), and there is none; "
             "use --set train.compile=off"
         )
-    return Manner(asked, "as the preset says")
+    return StepMode(asked, "as the preset says")
 
 
 def _can_compile(device: torch.device) -> bool:
@@ -279,9 +281,9 @@ def _obstacle_to_capture(loader: DeviceLoader, ranks: int) -> str | None:
     return None
 
 
-def create_steps(training: Training, manner: Manner) -> Steps:
+def create_steps(training: Training, step_mode: StepMode) -> Steps:
     """Steps of that kind."""
-    if manner.name == "inductor":
+    if step_mode.name == "inductor":
         # The kernels of one size of images do not depend on what was compiled before: a run that is gone on with would
         # have others, and other bits.
         torch.compiler.reset()
@@ -289,7 +291,7 @@ def create_steps(training: Training, manner: Manner) -> Steps:
         torch._dynamo.config.recompile_limit = MOST_SHAPES
         compiled: Any = torch.compile(training.network, dynamic=False)
         training = replace(training, network=compiled)
-    captured = manner.name == "graph" or (manner.name == "inductor" and training.loader.device.type == "cuda")
+    captured = step_mode.name == "graph" or (step_mode.name == "inductor" and training.loader.device.type == "cuda")
     if captured and _obstacle_to_capture(training.loader, ranks=1) is None:
         return CapturedSteps(training)
     return Steps(training)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from cifar100cli.bounded import one_line
 from cifar100cli.errors import UsageError, did_you_mean
-from cifar100cli.watcher import Glance, StageRow, TrainState, Watcher
+from cifar100cli.watcher import EpochProgress, StageRow, TrainState, Watcher
 
 if TYPE_CHECKING:
     from cifar100cli.schema import Config
@@ -169,7 +169,7 @@ class Tracked(Watcher):
     def stages(self, rows: Sequence[StageRow]) -> None:
         self._watcher.stages(rows)
 
-    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+    def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
         self._watcher.step(taken, glance)
 
     def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cifar100cli import batch_norm, checkpoint, metrics, ranks
-from cifar100cli.averaging import Average
+from cifar100cli.averaging import MovingAverage
 from cifar100cli.card import Card
 from cifar100cli.devices import autocast, peak_memory
 from cifar100cli.errors import DataError, DivergedError
@@ -20,9 +20,9 @@ from cifar100cli.runs import LARGEST, STATE, RunDir
 from cifar100cli.saving import Saver
 from cifar100cli.schedule import learning_rate
 from cifar100cli.schema import SPLIT_OF, Config
-from cifar100cli.steps import Manner, Steps, Training, create_steps
+from cifar100cli.steps import StepMode, Steps, Training, create_steps
 from cifar100cli.tasks import Task
-from cifar100cli.watcher import Glance, TrainState, Watcher
+from cifar100cli.watcher import EpochProgress, TrainState, Watcher
 
 TOLERATED_OVERFLOWS = 0.5  # of an epoch's steps, in fp16
 
@@ -48,7 +48,7 @@ def fit(
     *,
     groups: Sequence[Group],
     precision: str,
-    manner: Manner,
+    step_mode: StepMode,
     watcher: Watcher,
 ) -> TrainState:
     """Train `model` to the end of its run, from wherever the run folder says that it is.
@@ -64,12 +64,12 @@ def fit(
     if saved is not None:
         state = checkpoint.restore(saved, training)
     ranks.on_first(lambda: run.forget_after(state.epoch))
-    steps = create_steps(training, manner)
+    steps = create_steps(training, step_mode)
     watcher.begin(config, run.path, state.epoch + 1, len(loaders.train))
 
     with Saver(run, card) as saver:
 
-        def on_step(taken: int, glance: Callable[[int], Glance | None]) -> None:
+        def on_step(taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
             if ranks.count() == 1:  # several ranks end together, after the epoch
                 saver.check()  # raises what went wrong with saving the one before
             watcher.step(taken, glance)
@@ -120,7 +120,7 @@ def prepare_steps(
         optimizer=create_optimizer(config.optimizer, groups, precision),
         grad_clip=config.optimizer.grad_clip,
         cast=cast,
-        average=Average(model, config.train.ema),
+        average=MovingAverage(model, config.train.ema),
         scaler=torch.amp.GradScaler(loader.device.type, enabled=precision == "fp16"),
         sam_rho=config.optimizer.sam_rho,
         sam_adaptive=config.optimizer.sam_adaptive,
@@ -128,7 +128,7 @@ def prepare_steps(
 
 
 def train_epoch(
-    steps: Steps, config: Config, epoch: int, on_step: Callable[[int, Callable[[int], Glance | None]], None]
+    steps: Steps, config: Config, epoch: int, on_step: Callable[[int, Callable[[int], EpochProgress | None]], None]
 ) -> dict[str, float]:
     """One pass over the training images. The host waits for the device once, at the end, for the sums.
 

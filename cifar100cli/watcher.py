@@ -24,7 +24,7 @@ class StageRow:
 
 
 @dataclass(frozen=True)
-class Glance:
+class EpochProgress:
     """What is known of an epoch while it runs: images so far, and the mean loss and accuracy of this rank's of them."""
 
     images: int
@@ -57,7 +57,7 @@ class Watcher:
     def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:
         """Training starts in the run's folder, or goes on, with `first_epoch`."""
 
-    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+    def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
         """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing."""
 
     def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:

@@ -128,7 +128,7 @@ def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
             job.card,
             groups=job.groups,
             precision=job.precision,
-            manner=job.manner,
+            step_mode=job.step_mode,
             watcher=watcher,
         )
         result = _result(job, run, state)
@@ -199,8 +199,8 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     """Measure the test set with the selected weights, and gather the run's figures."""
     saved = ranks.on_first(lambda: checkpoint.read(run.path / MODEL))
     checkpoint.load_weights(job.model, saved.tensors, saved.path)
-    if job.split is not None:  # the result is the whole network's, on images
-        job.split.switch_front(on=True)
+    if job.parted is not None:  # the result is the whole network's, on images
+        job.parted.switch_front(on=True)
         for loader in (job.loaders.train, *job.loaders.evaluation.values()):
             loader.features = None
     cast = devices.autocast(job.device, job.precision)
@@ -234,7 +234,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         "peak_memory_bytes": max(row.get("peak_memory_bytes", 0) for row in rows),
         "device": str(job.device),
         "precision": job.precision,
-        "compile": job.manner.name,
+        "compile": job.step_mode.name,
         "ranks": ranks.count(),
     }
     if held_out is not None:
@@ -256,7 +256,7 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     training = trainer.prepare_steps(job.model, job.task, loader, job.groups, job.config, job.precision)
     job.model.train()
     plan = replace(loader.plan(1), image_size=None)  # the images as large as they get
-    loss, _ = training.step(plan, loader.shares[0], loader.weights[0])
+    loss, _ = training.step(plan, loader.shares[0], loader.loss_weights[0])
     if not abs(loss.item()) < LARGEST:
         raise DivergedError(f"the loss of the first step was {loss.item():g}: look at the weights to start from")
     return {

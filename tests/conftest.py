@@ -20,12 +20,12 @@ from torch import Tensor, nn
 
 from cifar100cli import cli, console, fetch, interrupts, runs, synthetic
 from cifar100cli.augment import Epoch, Policy, flip, in_turn, random_crop
-from cifar100cli.averaging import Average
+from cifar100cli.averaging import MovingAverage
 from cifar100cli.config import Preset
 from cifar100cli.jobs import Where
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
-from cifar100cli.watcher import Glance, StageRow, Watcher
+from cifar100cli.watcher import EpochProgress, StageRow, Watcher
 from tests.weather import Server
 
 TINY = (
@@ -156,7 +156,7 @@ class Trained:
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
-    average: Average = field(default_factory=lambda: Average(nn.Identity(), 0))
+    average: MovingAverage = field(default_factory=lambda: MovingAverage(nn.Identity(), 0))
     scaler: torch.amp.GradScaler = field(default_factory=lambda: torch.amp.GradScaler("cpu", enabled=False))
 
 
@@ -218,7 +218,7 @@ class StopAfter(Listening):
         super().__init__()
         self.left = steps
 
-    def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+    def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt

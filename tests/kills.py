@@ -241,7 +241,7 @@ def last_words(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Manner:
+class StepMode:
     """How runs are disturbed: each at most `most` times; by signals that can be heard, or by SIGKILL."""
 
     most: int
@@ -250,7 +250,7 @@ class Manner:
 
 
 def disturb(
-    recipe: Sequence[str], folder: Path, seconds: float, chance: random.Random, tally: Tally, how: Manner
+    recipe: Sequence[str], folder: Path, seconds: float, chance: random.Random, tally: Tally, how: StepMode
 ) -> None:
     """Run a recipe to its end through at most `how.most` kills, or fewer where it ends before."""
     tally.runs += 1
@@ -306,7 +306,7 @@ def disturb(
     raise AssertionError(f"does not end: {(folder / 'log').read_text()[-2000:]}")
 
 
-def _before(folder: Path, fatal: int | None, how: Manner) -> None:
+def _before(folder: Path, fatal: int | None, how: StepMode) -> None:
     if fatal is not None:
         sys.addaudithook(killer(folder / "runs", fatal))
     if how.signals:  # tables are computed, and this can be stopped too
@@ -386,7 +386,7 @@ def reference(command: Sequence[str], root: Path, ranks: int = 1) -> tuple[Path,
     return folder, time.monotonic() - began
 
 
-def torment(kills: int, how: Manner, seed: int, root: Path, say: Callable[[str], None]) -> Tally:
+def torment(kills: int, how: StepMode, seed: int, root: Path, say: Callable[[str], None]) -> Tally:
     """Kill runs of the recipes in turn, so often in all."""
     load()
     chance = random.Random(seed)
@@ -424,7 +424,7 @@ def main() -> None:
     parser.add_argument("--signals", action="store_true", help="SIGINT, SIGTERM and two SIGINT in place of SIGKILL")
     parser.add_argument("--ranks", type=int, default=1, help="processes of each run, under torchrun's agent")
     options = parser.parse_args()
-    how = Manner(options.most, options.signals, options.ranks)
+    how = StepMode(options.most, options.signals, options.ranks)
     with tempfile.TemporaryDirectory() as root:
         print(torment(options.kills, how, options.seed, Path(root), print))
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cifar100cli import checkpoint, runs
-from cifar100cli.averaging import Average
+from cifar100cli.averaging import MovingAverage
 from cifar100cli.card import KEY, Card
 from cifar100cli.errors import ChangedWeights, DataError
 from cifar100cli.groups import everything
@@ -244,7 +244,7 @@ def test_a_state_without_the_average_or_the_scale_that_the_run_has(tmp_path: Pat
     checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(), Trained(model, optimizer)))
     saved = checkpoint.read_state(tmp_path / "state")
     with pytest.raises(DataError, match=r"does not fit the model: it lacks conv1\."):
-        checkpoint.restore(saved, Trained(model, optimizer, average=Average(model, 0.9)))
+        checkpoint.restore(saved, Trained(model, optimizer, average=MovingAverage(model, 0.9)))
     with pytest.raises(DataError, match="not a training state of this run"):
         checkpoint.restore(saved, Trained(model, optimizer, scaler=torch.amp.GradScaler("cpu")))
 

@@ -119,7 +119,7 @@ def test_a_graph_that_is_wrong_gets_no_name(plain: str, run_cli: Cli, monkeypatc
 def test_what_cannot_be_exported_is_told_at_once(plain: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments, code, words in (
         ((plain, "--out", "model.pt"), 2, "must end in .onnx"),
-        ((plain, "--out", "nowhere/model.onnx"), 2, "no such folder"),
+        ((plain, "--out", "nowhere/model.onnx"), 2, "its folder does not exist"),
         ((plain,), 2, "--out"),
         (("nowhere", "--out", "model.onnx"), 3, "no such run"),
     ):

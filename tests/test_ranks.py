@@ -37,7 +37,7 @@ def test_shares_make_the_batches_of_one(count: int, batch_size: int, number: int
 
     def loader(**keys: Any) -> DeviceLoader:
         return DeviceLoader(
-            split, batch_size, CPU, Preprocessing(32), shuffle=True, policy=CROP_FLIP, least=number, **keys
+            split, batch_size, CPU, Preprocessing(32), shuffle=True, policy=CROP_FLIP, smallest_batch=number, **keys
         )
 
     alone, parts = loader(), [loader(rank=rank, ranks=number) for rank in range(number)]
@@ -49,7 +49,7 @@ def test_shares_make_the_batches_of_one(count: int, batch_size: int, number: int
             for name in ("inputs", "labels", "images", "positions"):
                 together = torch.cat([getattr(share, name) for share in shares])
                 assert torch.equal(together, getattr(whole, name)), name
-            weights = [part.weights[index] for part in parts]
+            weights = [part.loss_weights[index] for part in parts]
             assert weights == [len(share.labels) * number / len(whole.labels) for share in shares]
             seen += whole.labels.tolist()
         assert sorted(seen) == list(range(count))
@@ -358,7 +358,7 @@ def test_a_rank_that_dies_ends_the_others_with_a_word(tmp_path: Path) -> None:
     told = [line for line in dead.err.splitlines() if line.startswith("error: ")]
     assert len(told) == 1
     # Of the lost connection; or, on a busy machine, of the signal by which torchrun ends the others.
-    assert "another rank stopped" in told[0] or "interrupted" in told[0]
+    assert "another rank failed" in told[0] or "interrupted" in told[0]
     assert "1 of 3 epochs are done" in told[0]
     assert f"--resume runs/quickstart/{dead.run.path.name}" in told[0]
     assert "cifar100cli/" not in dead.err, "no traceback through our code"

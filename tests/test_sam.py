@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from cifar100cli.averaging import Average
+from cifar100cli.averaging import MovingAverage
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
@@ -55,7 +55,7 @@ def training(model: nn.Module, optimizer: torch.optim.Optimizer, ready: list[Bat
         loader=Ready(ready),
         optimizer=optimizer,
         cast=contextlib.nullcontext,
-        average=Average(model, 0),
+        average=MovingAverage(model, 0),
         scaler=torch.amp.GradScaler("cpu", enabled=False),
         **{"grad_clip": 0.0, **keys},
     )

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cifar100cli import checkpoint, interrupts, runs
-from cifar100cli.averaging import Average
+from cifar100cli.averaging import MovingAverage
 from cifar100cli.runs import RunDir
 from cifar100cli.saving import Saver
 from cifar100cli.watcher import TrainState
@@ -88,7 +88,7 @@ def test_what_is_written_is_the_epoch_though_training_has_moved_on(run: RunDir, 
 
 def test_the_average_is_the_model_that_is_kept(run: RunDir) -> None:
     model = make_model()
-    average = Average(model, 0.9)
+    average = MovingAverage(model, 0.9)
     training = Trained(model, trained(model).optimizer, average)
     moved(training)
     with Saver(run, make_card()) as saver:

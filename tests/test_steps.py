@@ -19,7 +19,7 @@ from cifar100cli.groups import everything
 from cifar100cli.loader import DeviceLoader, Plan
 from cifar100cli.optim import set_learning_rate
 from cifar100cli.schema import Distillation
-from cifar100cli.steps import CapturedSteps, Manner, Steps, Training
+from cifar100cli.steps import CapturedSteps, StepMode, Steps, Training
 from cifar100cli.tasks import DistillationTask
 from tests.conftest import EVERYTHING, Listening, make_preset, where
 
@@ -204,7 +204,7 @@ def test_every_size_of_images_is_compiled(tmp_path: Path, monkeypatch: pytest.Mo
     counter = CompileCounter()
     compile_as_ever = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **more: compile_as_ever(network, backend=counter, **more))
-    taken = steps.create_steps(job, Manner("inductor", ""))
+    taken = steps.create_steps(job, StepMode("inductor", ""))
     epochs(taken, preset, 5)
     assert counter.frame_count == 10
 
@@ -235,17 +235,17 @@ def test_auto_asks_how_long_the_run_is(
 ) -> None:
     monkeypatch.setattr(steps, "_can_compile", lambda device: True)
     monkeypatch.setattr(steps, "_on_device", lambda tensor: True)
-    manner = steps.choose(asked, flops, loader_on(device), ranks)
-    assert manner.name == expected
-    assert manner.reason
+    step_mode = steps.choose(asked, flops, loader_on(device), ranks)
+    assert step_mode.name == expected
+    assert step_mode.reason
 
 
 def test_without_a_compiler_auto_captures_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(steps, "_can_compile", lambda device: False)
     monkeypatch.setattr(steps, "_on_device", lambda tensor: True)
-    manner = steps.choose("auto", 1e17, loader_on("cuda"), 1)
-    assert manner.name == "graph"
-    assert "Triton" in manner.reason
+    step_mode = steps.choose("auto", 1e17, loader_on("cuda"), 1)
+    assert step_mode.name == "graph"
+    assert "Triton" in step_mode.reason
     with pytest.raises(UsageError, match=r"compiler.*train\.compile=off"):
         steps.choose("inductor", 1e17, loader_on("cpu"), 1)
 
@@ -260,7 +260,9 @@ def test_what_is_not_possible_is_refused(asked: str, device: str, ranks: int, me
 
 
 def test_augmentation_on_the_host_is_not_captured() -> None:
-    assert steps.choose("auto", 0.0, loader_on("cuda", "cpu"), 1) == Manner("off", "the augmentation runs on the host")
+    assert steps.choose("auto", 0.0, loader_on("cuda", "cpu"), 1) == StepMode(
+        "off", "the augmentation runs on the host"
+    )
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -268,10 +270,10 @@ def test_augmentation_on_the_host_is_not_captured() -> None:
 def test_a_captured_run_on_cuda_is_the_eager_one(tmp_path: Path, recipe: str) -> None:
     preset = make_preset(**RECIPES[recipe])
 
-    def curve(manner: str) -> list[float]:
+    def curve(step_mode: str) -> list[float]:
         job = jobs.prepare(preset, jobs.Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
         training = trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
-        return [row["train_loss"] for row in epochs(steps.create_steps(training, Manner(manner, "")), preset, 2)]
+        return [row["train_loss"] for row in epochs(steps.create_steps(training, StepMode(step_mode, "")), preset, 2)]
 
     # Sums of many threads come out in another order each time, and training grows the difference: 2e-4 were seen.
     assert curve("graph") == pytest.approx(curve("off"), rel=1e-3)

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, load_file
 
 from cifar100cli import checkpoint, devices, evaluation, jobs, report, runs, steps, synthetic, trainer, workflows
-from cifar100cli.averaging import Average
+from cifar100cli.averaging import MovingAverage
 from cifar100cli.config import Preset
 from cifar100cli.errors import DataError, DivergedError, RunInterrupted, UsageError
 from cifar100cli.groups import everything
@@ -24,7 +24,7 @@ from cifar100cli.jobs import Where
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
-from cifar100cli.watcher import Glance, TrainState
+from cifar100cli.watcher import EpochProgress, TrainState
 from tests.conftest import EVERYTHING, Listening, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
@@ -237,7 +237,7 @@ def diverge_after(taken: int, preset: Preset, folder: Path, monkeypatch: pytest.
     class Spoil(Listening):
         steps = 0
 
-        def step(self, _: int, glance: Callable[[int], Glance | None]) -> None:
+        def step(self, _: int, glance: Callable[[int], EpochProgress | None]) -> None:
             self.steps += 1
             if self.steps == taken:
                 with torch.no_grad():
@@ -278,7 +278,7 @@ def test_shared_weights_have_one_average() -> None:
     first, second = torch.nn.Linear(3, 3), torch.nn.Linear(3, 3)
     second.weight = first.weight
     model = torch.nn.Sequential(first, second)
-    average = Average(model, 0.9)
+    average = MovingAverage(model, 0.9)
     expected = first.weight.detach().double().clone()
     for step in range(3):
         with torch.no_grad():
@@ -302,7 +302,7 @@ def test_the_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
     made: list[jobs.Job] = []
 
     class Collect(Listening):
-        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
             weights.append({name: t.double().clone() for name, t in made[0].model.state_dict().items()})
 
     job = jobs.prepare(make_preset(train={"ema": 0.7}), where(tmp_path), Listening())
@@ -313,7 +313,7 @@ def test_the_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
         *(job.model, job.task, job.loaders, job.config, run, job.card),
         groups=job.groups,
         precision=job.precision,
-        manner=job.manner,
+        step_mode=job.step_mode,
         watcher=Collect(),
     )
     assert len(weights) == 21
@@ -504,12 +504,12 @@ def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     preset = make_preset(augment=EVERYTHING, data={"normalize": "dataset"})
     job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
     training = trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
-    taken = steps.create_steps(training, job.manner)
+    taken = steps.create_steps(training, job.step_mode)
 
     class Watch(Listening):
         steps = 0
 
-        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
             self.steps += 1
             glance(taken)
             torch.cuda.set_sync_debug_mode("error")
@@ -535,7 +535,7 @@ def test_deterministic_mode(tmp_path: Path, augment: dict[str, Any]) -> None:
     seen: list[bool] = []
 
     class Watch(Listening):
-        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
             seen.append(torch.are_deterministic_algorithms_enabled())
 
     ends = []
@@ -550,11 +550,11 @@ def test_deterministic_mode(tmp_path: Path, augment: dict[str, Any]) -> None:
 
 
 def test_a_glance_is_what_the_epoch_says_in_the_end(tmp_path: Path) -> None:
-    glances: list[Glance | None] = []
+    glances: list[EpochProgress | None] = []
     rows: list[Mapping[str, Any]] = []
 
     class Looking(Listening):
-        def step(self, taken: int, glance: Callable[[int], Glance | None]) -> None:
+        def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
             glances.append(glance(taken))
 
         def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:
