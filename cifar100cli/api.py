@@ -121,8 +121,9 @@ def load_model(run: AnyPath, *, device: str = "auto") -> Classifier:
 
     Raises `DataError` for a file that is missing, broken or foreign, `UsageError` for a device that is not here.
     """
+    where = _where(device)
     with torch.random.fork_rng(devices=[]):
-        return Classifier(checkpoint.load_model(_path("run", run)), _where(device))
+        return Classifier(checkpoint.load_model(_path("run", run)), where)
 
 
 # ------------------------------------------------------------------------------------------------ within

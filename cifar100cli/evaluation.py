@@ -155,7 +155,7 @@ def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
 
 def write_predictions(path: Path, classes: tuple[str, ...], logits: Tensor, labels: Tensor) -> None:
     """A line an image, from logits (N, classes) and labels (N,)."""
-    found = metrics.judged(logits, labels)
+    found = metrics.with_confidence(logits, labels)
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)

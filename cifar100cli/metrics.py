@@ -129,7 +129,7 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
     )
 
 
-def judged(logits: Tensor, labels: Tensor) -> Predictions:
+def with_confidence(logits: Tensor, labels: Tensor) -> Predictions:
     """The predictions of logits (N, classes), each with its confidence, beside the labels (N,)."""
     confidence = logits.double().softmax(1).amax(1)
     return Predictions(labels.numpy(), predictions(logits).numpy(), confidence.numpy())
@@ -140,22 +140,14 @@ def evaluate(logits: Tensor, labels: Tensor, superclass_of: tuple[int, ...] = ()
 
     A prediction's superclass is that of the predicted class. A class without images has no accuracy.
     """
-    found = judged(logits, labels)
+    found = with_confidence(logits, labels)
     matrix = analysis.confusion_matrix(found.true, found.predicted, logits.shape[1])
     group = np.array(superclass_of)
     pairs = [(int(true), int(guess), int(matrix[true, guess])) for true, guess in np.argwhere(matrix) if true != guess]
     return EvalResult(
         **vars(score(logits, labels)),
-        ece=expected_calibration_error(logits, labels),
+        ece=analysis.calibration_error(analysis.calibration(found)),
         superclass_top1=float((group[found.predicted] == group[found.true]).mean()) if superclass_of else None,
         per_class=tuple(analysis.accuracies(matrix)),
         confusions=tuple(sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))),
     )
-
-
-def expected_calibration_error(logits: Tensor, labels: Tensor) -> float:
-    """The mean gap between confidence and accuracy over 15 equal bins of confidence, weighted by their images.
-
-    Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599.
-    """
-    return analysis.calibration_error(analysis.calibration(judged(logits, labels)))

@@ -90,7 +90,10 @@ def parse(text: str, where: str, loader: Any = Loader) -> object:
 
 def dump(keys: object) -> str:
     """YAML that `parse` reads back to the same, also from a terminal, which shows no character that could steer it."""
-    text = yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
-    if printable(text.replace("\n", "")) == text.replace("\n", ""):
-        return text
-    return yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=110)
+
+    def written(*, allow_unicode: bool) -> str:
+        return yaml.dump(keys, Dumper=_Dumper, sort_keys=False, allow_unicode=allow_unicode, width=110)
+
+    text = written(allow_unicode=True)
+    harmless = all(printable(line) == line for line in text.split("\n"))
+    return text if harmless else written(allow_unicode=False)

@@ -67,11 +67,11 @@ def checksum(tensors: Mapping[str, Tensor]) -> int:
     return found
 
 
-def warn_of_change(path: Path, about: Mapping[str, object], tensors: Mapping[str, Tensor], level: int = 2) -> None:
+def warn_of_change(path: Path, about: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
     """Warn (`ChangedWeights`) where a file of ours holds other numbers than were written; older files do not say."""
     if "crc32" in about and about["crc32"] != checksum(tensors):
         words = f"{path}: its weights are not those that training wrote: they were changed since, or damaged"
-        warnings.warn(words, ChangedWeights, stacklevel=level + 1)
+        warnings.warn(words, ChangedWeights, stacklevel=3)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

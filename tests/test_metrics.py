@@ -37,13 +37,13 @@ def test_scores(answers: tuple[torch.Tensor, torch.Tensor]) -> None:
 def test_calibration_error(answers: tuple[torch.Tensor, torch.Tensor]) -> None:
     logits, labels = answers
     theirs = multiclass_calibration_error(logits.softmax(1), labels, num_classes=100, n_bins=15, norm="l1")
-    assert metrics.expected_calibration_error(logits, labels) == pytest.approx(theirs.item(), abs=1e-5)
+    assert metrics.evaluate(logits, labels).ece == pytest.approx(theirs.item(), abs=1e-5)
 
 
 def test_calibration_error_of_the_certain() -> None:
     logits = torch.eye(4) * 1000
-    assert metrics.expected_calibration_error(logits, torch.arange(4)) == 0
-    assert metrics.expected_calibration_error(logits, torch.tensor([1, 2, 3, 0])) == 1
+    assert metrics.evaluate(logits, torch.arange(4)).ece == 0
+    assert metrics.evaluate(logits, torch.tensor([1, 2, 3, 0])).ece == 1
 
 
 def test_classes_confusions_and_superclasses(answers: tuple[torch.Tensor, torch.Tensor]) -> None:
