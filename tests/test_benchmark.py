@@ -132,11 +132,12 @@ def convolution_flops(model: nn.Module, size: int) -> float:
     return total
 
 
-def test_operations_are_counted(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backbone", ["test_resnet", "test_efficientnet"])
+def test_operations_are_counted(tmp_path: Path, backbone: str) -> None:
     """At 128 pixels no output is a single pixel. A training step takes three forward ones, but for the first layer,
-    whose input needs no gradient."""
-    sides = sides_of(tmp_path, data={"image_size": 128, "batch_size": 4})
-    model = timm.create_model("test_resnet", num_classes=100)
+    whose input needs no gradient; depthwise convolutions count as one group a channel there, too."""
+    sides = sides_of(tmp_path, data={"image_size": 128, "batch_size": 4}, model={"backbone": backbone})
+    model = timm.create_model(backbone, num_classes=100)
     forward = convolution_flops(model, 128)
     first = convolution_flops(nn.Sequential(next(m for m in model.modules() if isinstance(m, nn.Conv2d))), 128)
     assert flops.forward_flops(sides.job.model, sides.job.loaders.train) == forward
