@@ -40,8 +40,8 @@ def step_flops(training: Training) -> float:
 def _counting() -> FlopCounterMode:
     """PyTorch's counter, with gradients of grouped convolutions as they are.
 
-    Its own formula takes the gradient of a filter for one between all channels, as if there were one group: EfficientNet
-    would be said to compute nine times what it does.
+    Its own formula takes the gradient of a filter for one between all channels, as if there were one group:
+    EfficientNet would be said to compute nine times what it does.
     """
     return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _of_gradients})
 
