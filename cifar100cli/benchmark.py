@@ -11,12 +11,13 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 from cifar100cli import __version__, devices, machine, metrics, trainer
+from cifar100cli.augment import Views
 from cifar100cli.card import read_card
 from cifar100cli.catalog import DATASETS
 from cifar100cli.config import Preset
@@ -171,6 +172,14 @@ class Sides:
         with self._whole_network():
             metrics.predict(self.job.model, self.test, self.training.cast)
 
+    def front(self) -> None:
+        """The frozen part alone, as it is run once for all epochs."""
+        assert self.job.parted is not None
+        with self._whole_network(), self.training.cast():
+            for inputs in self.test_inputs:
+                self.job.parted.front(inputs)
+        self._wait()
+
     def bare_evaluation(self) -> None:
         """Forward passes of the same images that are ready."""
         with self._whole_network(), torch.inference_mode(), self.training.cast():
@@ -252,6 +261,8 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
         "bare_evaluation": sides.bare_evaluation,
         "peak": peak,
     }
+    if job.parted is not None:
+        parts["front"] = sides.front
     if sides.plain_loop is not None:
         parts["plain"] = sides.plain
     seconds: dict[str, list[float]] = {name: [] for name in parts}
@@ -286,6 +297,11 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
     flops = step_flops(sides.training)
     loop = rate("loop", images)
     highest = peak.flops / median(seconds["peak"])
+    once = None
+    if job.parted is not None:
+        policy = job.loaders.train.policy
+        assert isinstance(policy, Views)
+        once = _Once(len(policy.versions), rate("front", tested)["median"])
     result: dict[str, Any] = {
         "preset": preset.name,
         "backbone": job.config.model.backbone,
@@ -314,9 +330,11 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
         "flops_per_image": flops,
         "peak_flops_per_second": highest,
         "utilization": flops * loop["median"] / highest,
-        "full_run": _full_run(preset.config, loop["median"], rate("evaluation", tested)["median"]),
+        "full_run": _full_run(preset.config, loop["median"], rate("evaluation", tested)["median"], once),
         "peak_memory_bytes": devices.peak_memory(job.device),
     }
+    if once is not None:
+        result["images_per_second"]["frozen_part"] = rate("front", tested)
     if sides.plain_loop is not None:
         result["images_per_second"]["plain"] = rate("plain", images)
         result["ratios"]["speedup_over_plain"] = ratio("plain", "loop")
@@ -324,10 +342,20 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
     return result
 
 
-def _full_run(config: Config, training_rate: float, evaluation_rate: float) -> dict[str, float]:
+class _Once(NamedTuple):
+    """A frozen part that is run once: on how many versions of each training image, and images a second."""
+
+    versions: int
+    rate: float
+
+
+def _full_run(
+    config: Config, training_rate: float, evaluation_rate: float, once: _Once | None = None
+) -> dict[str, float]:
     """What the preset's whole run comes to, on all of its images.
 
-    Rates are those of images as large as they get.
+    Rates are those of images as large as they get. What was run `once` is not run again to look at images in an epoch;
+    the result is the whole network's.
     """
     about = DATASETS[config.data.dataset]
     training, tested = about.training_images, about.test_images
@@ -336,10 +364,15 @@ def _full_run(config: Config, training_rate: float, evaluation_rate: float) -> d
     looks = held_out + (tested if config.train.select == "best_test" or config.train.watch_test else 0)
     epochs = config.train.epochs
     work = fmean(config.work_in(epoch) for epoch in range(1, epochs + 1))
-    epoch = work * images / training_rate + looks / evaluation_rate
+    look, before = 1 / evaluation_rate, 0.0
+    if once is not None:
+        look = max(0.0, look - 1 / once.rate)
+        before = (once.versions * images + looks) / once.rate
+    epoch = work * images / training_rate + looks * look
     return {
         "epochs": epochs,
         "training_images": images,
+        "seconds_of_frozen_part": before,
         "seconds_per_epoch": epoch,
-        "seconds": epochs * epoch + tested / evaluation_rate,
+        "seconds": before + epochs * epoch + tested / evaluation_rate,
     }

@@ -258,6 +258,7 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
         "plain": "... the plain way",
         "evaluation": "evaluation",
         "bare_evaluation": "... forward passes alone",
+        "frozen_part": "... its frozen part, run once",
     }
     rates = result["images_per_second"]
     console.table(
@@ -295,6 +296,7 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
         right=(1, 2, 3),
     )
     run = result["full_run"]
+    before = run["seconds_of_frozen_part"]
     console.result(
         f"{result['flops_per_image'] / 1e9:.3g} GFLOP an image; {100 * result['utilization']:.1f}% of the "
         f"{result['peak_flops_per_second'] / 1e12:.3g} TFLOP/s of a large matrix product"
@@ -302,7 +304,8 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
     console.result(f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB; steps: {result['compile']}")
     console.result(
         f"the full run, {run['epochs']} epochs of {run['training_images']:,} images: "
-        f"{console.duration(run['seconds'])} ({run['seconds_per_epoch']:.1f} s an epoch, measuring included)"
+        f"{console.duration(run['seconds'])} ({run['seconds_per_epoch']:.1f} s an epoch, measuring included"
+        f"{f', after {console.duration(before)} of the frozen part' if before else ''})"
     )
 
 

@@ -177,11 +177,22 @@ def test_a_full_run_of_few_or_growing_images() -> None:
     kept = round(10_000 * (1 - drawn.data.val_fraction))
     assert run["training_images"] == kept
     assert run["seconds"] == pytest.approx(drawn.train.epochs * (kept / 100 + (10_000 - kept) / 1000) + 2, rel=1e-3)
-    growing = load_preset("laptop-pretrained").config
+    growing = load_preset("laptop").config
     sizes = [growing.image_size_in(epoch) for epoch in range(1, growing.train.epochs + 1)]
     assert sizes[0] < sizes[-1] == growing.data.image_size
     seconds = sum(50_000 / (58 * (sizes[-1] / size) ** 2) for size in sizes)
     assert benchmark._full_run(growing, 58.0, 1e9)["seconds"] == pytest.approx(seconds)
+
+
+def test_a_full_run_whose_frozen_part_is_run_once() -> None:
+    """Both versions of each image and the images that are looked at go through the frozen part at 200 a second, once;
+    a look at images in an epoch is then what else a forward pass takes, and the last one is the whole network's."""
+    config = load_preset("finetune-layer4").config
+    assert config.train.watch_test
+    run = benchmark._full_run(config, 1000.0, 100.0, benchmark._Once(2, 200.0))
+    assert run["seconds_of_frozen_part"] == pytest.approx(110_000 / 200)
+    assert run["seconds_per_epoch"] == pytest.approx(50 + 10_000 * (1 / 100 - 1 / 200))
+    assert run["seconds"] == pytest.approx(550 + 10 * 100 + 100)
 
 
 def test_bench_in_words(run_cli: Cli) -> None:
@@ -202,7 +213,12 @@ def test_fine_tuning_is_measured_with_its_cached_features(tmp_path: Path) -> Non
     result = benchmark.bench(preset, where(tmp_path), Listening(), steps=1, repeats=1)
     whole = benchmark.bench(make_preset(data={"image_size": 64}), where(tmp_path), Listening(), steps=1, repeats=1)
     assert result["flops_per_image"] < whole["flops_per_image"] / 20
-    assert set(result["images_per_second"]) == set(whole["images_per_second"])
+    assert set(result["images_per_second"]) == {*whole["images_per_second"], "frozen_part"}
+    run = result["full_run"]
+    assert run["seconds_of_frozen_part"] == pytest.approx(
+        2 * run["training_images"] / result["images_per_second"]["frozen_part"]["median"]
+    )
+    assert whole["full_run"]["seconds_of_frozen_part"] == 0
 
 
 def test_a_wrong_preset_and_torchrun_are_refused(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
