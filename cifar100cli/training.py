@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar100cli import console, options, places, ranks, show, trackers
 from cifar100cli.bounded import look
@@ -243,7 +243,8 @@ def _check_weights(path: Path) -> None:
 def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str) -> None:
     if given["dry_run"] or given["print_config"]:
         raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
-    run, asked, own, data_dir, device = ranks.on_first(lambda: _run_to_resume(given, overrides))
+    meant = ranks.on_first(lambda: _run_to_resume(given, overrides))
+    run, own = meant.run, meant.own
     if command in SECTIONS and getattr(own, SECTIONS[command][0]) is None:
         raise UsageError(
             f"{command}: {run.path} is a run of {run.preset}, which {SECTIONS[command][1]}; "
@@ -253,15 +254,17 @@ def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str)
         _check_result(run)
         console.log(f"{run.path} is complete already; nothing is left to train")
     try:
-        where = places.where(data_dir, given["out"], device)
+        where = places.where(meant.data_dir, given["out"], meant.device)
     except UsageError as error:
-        if device == given["device"]:
+        if meant.device == given["device"]:
             raise
         reason = str(error).partition(": ")[2].partition(";")[0]
-        raise UsageError(f"{run.path}: was begun on {device}, and {reason}; --device cpu goes on without it") from None
+        raise UsageError(
+            f"{run.path}: was begun on {meant.device}, and {reason}; --device cpu goes on without it"
+        ) from None
     from cifar100cli import workflows
 
-    workflows.refuse_other_settings(run, asked, own)
+    workflows.refuse_other_settings(run, meant.asked, own)
     with console.TrainingDisplay(run.preset) as display, _tracked(display, given["log"]) as watcher:
         result = workflows.resume(run, where, watcher, own.distillation.teacher if own.distillation else None)
     show.training(result, own, given["json"])
@@ -274,10 +277,17 @@ def _check_result(run: "RunDir") -> None:
         raise DataError(f"{error}; without this file, --resume measures the run again and writes it") from None
 
 
-def _run_to_resume(
-    given: Mapping[str, Any], overrides: list["Override"]
-) -> tuple["RunDir", "Config", "Config", Path, str]:
-    """The run that is meant, the settings that are asked for and those that it has, its data folder and device."""
+class _Meant(NamedTuple):
+    """The run to go on with: the settings that are asked for, those that it has, its data folder and its device."""
+
+    run: "RunDir"
+    asked: "Config"
+    own: "Config"
+    data_dir: Path
+    device: str
+
+
+def _run_to_resume(given: Mapping[str, Any], overrides: list["Override"]) -> _Meant:
     from cifar100cli.config import Override, differences, load_preset, with_teacher
     from cifar100cli.runs import CONFIG, RunDir, latest_unfinished
 
@@ -311,4 +321,4 @@ def _run_to_resume(
             raise DataError(f"{teacher}: the run's teacher is not there: --teacher says where it is now")
     if device == "auto" and ranks.count() == 1:
         device = run.recorded("device") or device
-    return run, asked, own, places.data_folder(given["data_dir"], run.path), device
+    return _Meant(run, asked, own, places.data_folder(given["data_dir"], run.path), device)

@@ -5,7 +5,7 @@ import errno
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -51,20 +51,19 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
 
 def resume(run: RunDir, where: Where, watcher: Watcher, teacher: str | None = None) -> dict[str, Any]:
     """Go on with a run that was stopped; a complete one is only read. `teacher` is where the run's teacher is now."""
-    done, config, name, began_in, saved = ranks.on_first(lambda: _where_it_is(run))
-    if teacher is not None:
-        config = with_teacher(config, teacher)
-    if done is not None:
-        return {**done, "run_dir": str(run.path)}  # which may have been moved since
+    left = ranks.on_first(lambda: _what_is_left(run))
+    if left.result is not None:
+        return {**left.result, "run_dir": str(run.path)}  # which may have been moved since
+    config = left.config if teacher is None else with_teacher(left.config, teacher)
     try:
         with devices.deterministic(config.train.deterministic):
-            job = prepare(Preset(name, config), where, watcher, state=saved)
-            if began_in is None:
+            job = prepare(Preset(run.preset, config), where, watcher, state=left.state)
+            if left.precision is None:
                 raise DataError(f"{run.path / ENVIRONMENT}: does not say in which precision the run was begun")
-            if job.config.train.precision == "auto" and began_in != job.precision:
+            if job.config.train.precision == "auto" and left.precision != job.precision:
                 raise UsageError(
-                    f"{run.path}: was begun in {began_in}, and here `train.precision: auto` means {job.precision}; "
-                    "resume it on the kind of machine that it was begun on"
+                    f"{run.path}: was begun in {left.precision}, and here `train.precision: auto` means "
+                    f"{job.precision}; resume it on the kind of machine that it was begun on"
                 )
             _refuse_other_teacher(job, run)
             return _fit(job, run, watcher)
@@ -89,12 +88,20 @@ def _interrupted(run: RunDir | None, config: Config, stop: KeyboardInterrupt) ->
     return RunInterrupted(run.path if run is not None else None, finished, config.train.epochs, stop)
 
 
-def _where_it_is(run: RunDir) -> tuple[dict[str, Any] | None, Config, str, object, checkpoint.Saved | None]:
-    """A run's result, if it has one; its configuration, preset, precision, and the state that it can go on from."""
-    state = run.path / STATE
-    done, config = run.result() if run.complete else None, run.config()
-    saved = checkpoint.read_state(state) if done is None and state.is_file() else None
-    if saved is not None and (SPLIT_OF[config.train.select] or saved.about["epoch"] == config.train.epochs):
+class _Left(NamedTuple):
+    """What is in a run's folder: a result, if it is complete, and else the state that it can go on from, if any."""
+
+    result: dict[str, Any] | None
+    config: Config
+    precision: object
+    state: checkpoint.Saved | None
+
+
+def _what_is_left(run: RunDir) -> _Left:
+    path = run.path / STATE
+    result, config = run.result() if run.complete else None, run.config()
+    state = checkpoint.read_state(path) if result is None and path.is_file() else None
+    if state is not None and (SPLIT_OF[config.train.select] or state.about["epoch"] == config.train.epochs):
         try:
             checkpoint.read(run.path / MODEL)
         except DataError as error:
@@ -102,7 +109,7 @@ def _where_it_is(run: RunDir) -> tuple[dict[str, Any] | None, Config, str, objec
                 f"{error}; it held the epoch that was the best so far, and the run cannot end without: bring the file "
                 "back, or train anew"
             ) from None
-    return done, config, run.preset, run.recorded("precision"), saved
+    return _Left(result, config, run.recorded("precision"), state)
 
 
 def refuse_other_settings(run: RunDir, asked: Config, own: Config) -> None:
