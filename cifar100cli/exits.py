@@ -24,6 +24,7 @@ from cifar100cli.errors import (
     RunInterrupted,
     Terminated,
     UsageError,
+    did_you_mean,
 )
 
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
@@ -182,9 +183,25 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
 def _usage_message(error: Any) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else getattr(error, "command", "cifar100")
-    near = getattr(error, "possibilities", None)
-    message = f"{error.message}; did you mean {near[0]}?" if near else error.format_message()
+    option = getattr(error, "option_name", None)
+    message = error.format_message()
+    if option is not None and context is not None:
+        message = f"No such option: {option}{_another_option(option, context)}"
     return f"{message.replace('Value error, ', '').rstrip('.')} (`{command} --help` lists what there is)"
+
+
+def _another_option(option: str, context: Any) -> str:
+    """What may have been meant by an unknown option: that of another command, or the nearest of this one."""
+
+    def options(command: Any) -> list[str]:
+        return [name for one in command.params for name in (*one.opts, *one.secondary_opts) if name.startswith("--")]
+
+    commands = getattr(context.find_root().command, "commands", {})
+    others = [name for name, other in commands.items() if option in options(other)]
+    if others:
+        return f", which is one of `cifar100 {' | '.join(others)}`"
+    near = did_you_mean(option.lstrip("-"), [name.lstrip("-") for name in options(context.command)])
+    return near.replace("did you mean ", "did you mean --")
 
 
 def _os_message(error: OSError) -> str:

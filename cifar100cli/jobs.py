@@ -387,6 +387,11 @@ def _finetune(
     }
     watcher.stages(stage_rows(model, stages, rates, finetune.bn))
     first = kept[0].name
+    if len(kept) < len(stages) and not config.model.pretrained:
+        watcher.say(
+            f"the frozen stages in front of {first} have random weights, which say little about images: name trained "
+            "ones with --weights FILE, or let everything learn with --set finetune.unfreeze=all"
+        )
     if scales[first] < STANDS_STILL:
         watcher.say(
             f"{first} learns at {scales[first]:.0e} of the head's rate, which is practically zero: finetune.stage_decay"

@@ -113,6 +113,19 @@ def test_the_result_is_what_evaluate_measures(tmp_path: Path, weights: Path) -> 
     assert {key: measured[key] for key in result["test"]} == result["test"]
 
 
+def test_frozen_random_weights_are_told(tmp_path: Path, weights: Path) -> None:
+    def told(unfreeze: str, **model: Any) -> list[str]:
+        watcher = Listening()
+        job = make_preset(finetune={"unfreeze": unfreeze}, model={"backbone": "test_resnet", **model})
+        workflows.dry_run(job, where(tmp_path), watcher)
+        return [line for line in watcher.said if "random weights" in line]
+
+    (line,) = told("layer4", pretrained=False)
+    assert "in front of layer4" in line
+    assert not told("all", pretrained=False)
+    assert not told("layer4", pretrained=True, weights=str(weights))
+
+
 def told_of_stages(tmp_path: Path, **keys: Any) -> list[str]:
     """What is said, at once, about stages of a transformer of six blocks that hardly learn."""
     watcher = Listening()
