@@ -1,9 +1,10 @@
 """Depthwise convolutions on a CPU, with gradients that are not the slowest part of a step.
 
 oneDNN has quick kernels for them forward and for most gradients. In bfloat16, for a stride of 2 and for the gradient of
-filters larger than 3x3, and in float32 for the gradient of a filter that is larger than the maps it makes, PyTorch
-falls to ones that are up to a hundred times slower; EfficientNets and MobileNets spend most of a step there, with
-small images above all. `cifar100 bench --backbone tf_efficientnet_lite0` shows what a step takes.
+filters larger than 3x3, and in float32 for the gradient of a filter that is wider than three columns or larger than
+the maps it makes, PyTorch falls to ones that are up to a hundred times slower; EfficientNets, MobileNets and ConvNeXts
+spend much of a step there, with small images above all. `cifar100 bench --backbone tf_efficientnet_lite0` shows what a
+step takes.
 """
 
 import contextlib
@@ -17,6 +18,11 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_input, conv2d_weight
 from torch.overrides import TorchFunctionMode
+
+# In float32, where oneDNN's own gradient of a filter is slow, and what else is quick:
+WIDEST = 3  # columns of a filter for which it has a quick kernel
+SHORT = 8  # outputs in a row for which the other one is slow even where a stride leaves much to copy
+FEW = 9  # outputs of a filter that are multiplied sooner one weight after the other
 
 
 def fp32_on_cpu() -> AbstractContextManager[object]:
@@ -78,7 +84,9 @@ def _is_slow(
     if precision == torch.bfloat16:
         return stride != (1, 1) or kernel.numel() > 9
     sides = zip(input.shape[2:], kernel, stride, padding, strict=True)
-    return any((side + 2 * p - k) // s + 1 < k for side, k, s, p in sides)
+    outputs = [(side + 2 * p - k) // s + 1 for side, k, s, p in sides]
+    larger = any(output < k for output, k in zip(outputs, kernel, strict=True))
+    return larger or (kernel[1] > WIDEST and (stride[1] == 1 or outputs[1] < SHORT))
 
 
 def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
@@ -135,24 +143,80 @@ def _to_input(passed: _Passed) -> Tensor:
 
 
 def _to_weight(passed: _Passed) -> Tensor:
+    return _by_weights(passed) if passed.gradient[0, 0].numel() <= FEW else _by_columns(passed)
+
+
+def _by_weights(passed: _Passed) -> Tensor:
     """One weight of all filters after the other: where it met the image, and what came of it."""
     gradient, input, weight, stride, padding = passed  # noqa: A001
     whole = torch.zeros_like(weight)
     for row in range(weight.shape[2]):
-        rows_in, rows_out = _met(row - padding[0], stride[0], input.shape[2], gradient.shape[2])
+        rows_in, rows_out = _met(range(row, row + 1), stride[0], padding[0], input.shape[2], gradient.shape[2])
         for column in range(weight.shape[3]):
-            columns_in, columns_out = _met(column - padding[1], stride[1], input.shape[3], gradient.shape[3])
-            products = input[:, :, rows_in, columns_in] * gradient[:, :, rows_out, columns_out]
+            columns_in, columns_out = _met(
+                range(column, column + 1), stride[1], padding[1], input.shape[3], gradient.shape[3]
+            )
+            seen = input[:, :, rows_in.start : rows_in.stop : stride[0], columns_in.start : columns_in.stop : stride[1]]
+            products = seen * gradient[:, :, rows_out.start : rows_out.stop, columns_out.start : columns_out.stop]
             whole[:, 0, row, column] = products.sum((0, 2, 3))
     return whole
 
 
-def _met(offset: int, stride: int, inputs: int, outputs: int) -> tuple[slice, slice]:
-    """The inputs `stride * output + offset` that there are, and their outputs; the rest was padding."""
-    first = max(0, -(offset // stride))
-    last = max(first, min(outputs, (inputs - 1 - offset) // stride + 1))
-    begin = stride * first + offset
-    return slice(begin, begin + stride * (last - first), stride), slice(first, last)
+def _by_columns(passed: _Passed) -> Tensor:
+    """By kernels for three columns, which are quick where the map is no lower than the filter.
+
+    So a lower map is made higher with zeros, and of a wider filter it is one part of its columns after the other.
+    """
+    gradient, input, weight, stride, padding = passed  # noqa: A001
+    height = max(input.shape[2], weight.shape[2])
+    rows = (height + 2 * padding[0] - weight.shape[2]) // stride[0] + 1
+    input = _last(F.pad(input, (0, 0, 0, height - input.shape[2])))  # noqa: A001
+    gradient = _last(F.pad(gradient, (0, 0, 0, rows - gradient.shape[2])))
+    whole = torch.zeros_like(weight)
+    for part in _columns(weight.shape[3], padding[1]):
+        seen, met = _met(part, stride[1], padding[1], input.shape[3], gradient.shape[3])
+        if not met:
+            continue
+        before, after = max(0, -seen.start), max(0, seen.stop - input.shape[3])
+        columns = input[..., max(0, seen.start) : seen.stop]
+        if before != after:
+            columns, before = F.pad(columns, (before, after)), 0
+        filters = whole[..., part.start : part.stop]
+        filters.copy_(
+            conv2d_weight(  # type: ignore[no-untyped-call]
+                _last(columns),
+                filters.shape,
+                _last(gradient[..., met.start : met.stop]),
+                stride,
+                (padding[0], before),
+                1,
+                len(weight),
+            )
+        )
+    return whole
+
+
+def _last(maps: Tensor) -> Tensor:
+    return maps.contiguous(memory_format=torch.channels_last)
+
+
+def _columns(width: int, padding: int) -> list[range]:
+    """A filter's columns by threes; those in the middle, which need no more than one of padding, together."""
+    middle = max(0, padding - 1)
+    last = min(width, middle + 3)
+    parts = [range(start, min(start + 3, middle)) for start in range(0, middle, 3)]
+    return [*parts, range(middle, last), *(range(start, min(start + 3, width)) for start in range(last, width, 3))]
+
+
+def _met(part: range, stride: int, padding: int, inputs: int, outputs: int) -> tuple[range, range]:
+    """Along one side, the inputs that a part of a filter sees, and the outputs that any of them has a share in.
+
+    The first and the last may lie in the padding. Both ranges are empty where all of them do.
+    """
+    first = max(0, -((part.stop - 1 - padding) // stride))
+    last = max(first, min(outputs, (inputs - 1 + padding - part.start) // stride + 1))
+    begin = stride * first + part.start - padding
+    return range(begin, begin + stride * (last - first - 1) + len(part) if last > first else begin), range(first, last)
 
 
 def _bf16_to_input(passed: _Passed) -> Tensor:

@@ -69,6 +69,9 @@ def both_ways(layer: nn.Conv2d, images: Tensor, precision: str) -> list[tuple[Te
         (5, 1, 2, 4, 1, False),
         (5, 2, 2, 7, 1, True),
         (7, 2, 2, 4, 1, False),
+        (9, 1, 4, 3, 1, False),
+        (9, 3, 4, 7, 1, False),
+        (5, 3, 1, 9, 1, True),
         (3, 2, 3, 8, 1, False),  # more padding than the filter is wide
     ],
 )
@@ -84,9 +87,19 @@ def test_gradients_are_those_of_pytorch(
 
 @pytest.mark.parametrize(
     ("kernel", "stride", "height", "width", "ours"),
-    [(3, 1, 2, 9, True), (5, 1, 9, 4, True), (5, 2, 8, 8, True), (5, 1, 5, 5, False), (3, 2, 5, 6, False)],
+    [
+        (3, 1, 2, 9, True),
+        (5, 1, 9, 4, True),
+        (5, 2, 8, 8, True),
+        (5, 1, 5, 5, True),
+        (7, 1, 12, 12, True),
+        (5, 2, 14, 14, True),
+        (5, 2, 16, 16, False),
+        (3, 2, 5, 6, False),
+        (3, 1, 3, 3, False),
+    ],
 )
-def test_in_float32_only_filters_larger_than_their_maps_are_ours(
+def test_in_float32_only_wide_filters_and_those_larger_than_their_maps_are_ours(
     kernel: int, stride: int, height: int, width: int, ours: bool
 ) -> None:
     torch.manual_seed(0)
