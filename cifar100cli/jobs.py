@@ -16,6 +16,7 @@ from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.flops import forward_flops
+from cifar100cli.folded import fold
 from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.loader import DeviceLoader, Features, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone, classifiers, create_model, initialize
@@ -331,6 +332,8 @@ def _teacher(
     """The teacher of a run: looked up where an image has few versions, else run in every step."""
     device = loader.device
     model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if precision == "fp32":
+        model = fold(model, saved.preprocessing(loader.images[:2]))
     online = teachers.OnlineTeacher(model, saved.preprocessing, devices.autocast(device, precision))
     metrics.refuse_no_answer(online.logits(loader.images[:2]), saved.path)
     if dry:
@@ -419,6 +422,8 @@ def _finetune(
         watcher.say(f"the frozen part runs in every epoch, because {obstacle}")
         return groups, None
     cast = devices.autocast(loaders.train.device, precision)
+    if precision == "fp32":  # in others, a folded weight is rounded otherwise than the two that it is made of
+        parted.fold(sample)
 
     def front(images: torch.Tensor) -> torch.Tensor:
         with cast():

@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from cifar100cli.errors import UsageError, did_you_mean
+from cifar100cli.folded import fold
 from cifar100cli.watcher import StageRow
 
 HEAD, LAST, LAST_TWO, ALL = "fc", "layer4", "layer3", "all"  # as in ResNet-18, for any network
@@ -168,6 +169,7 @@ class Parted:
 
     def __init__(self, model: nn.Module, start: str) -> None:
         self.model, self.start = model, start
+        self._looking = model
         self._front: list[nn.Module] = []
         parts = start.split(".")
         for depth, part in enumerate(parts):
@@ -178,6 +180,10 @@ class Parted:
                 if not isinstance(module, _DropoutNd):  # it varies features, and so comes after them
                     self._front.append(module)
 
+    def fold(self, sample: Tensor) -> None:
+        """From now on, `front` is computed by a copy with folded batch norms; the frozen part does not move."""
+        self._looking = fold(self.model, sample)
+
     def front(self, inputs: Tensor) -> Tensor:
         """What the first learning stage is given for `inputs`, in evaluation mode, without gradients."""
         seen: list[Tensor] = []
@@ -186,17 +192,17 @@ class Parted:
             seen.append(given[0])
             raise _Enough
 
-        training = self.model.training
-        handle = self.model.get_submodule(self.start).register_forward_pre_hook(keep)
-        self.model.eval()
+        training = self._looking.training
+        handle = self._looking.get_submodule(self.start).register_forward_pre_hook(keep)
+        self._looking.eval()
         try:
             with torch.no_grad():
-                self.model(inputs)
+                self._looking(inputs)
         except _Enough:
             pass
         finally:
             handle.remove()
-            self.model.train(training)
+            self._looking.train(training)
         return seen[0]
 
     def switch_front(self, *, on: bool) -> None:
