@@ -32,14 +32,16 @@ def fold(model: nn.Module, sample: Tensor) -> nn.Module:
 
 def _followed(model: nn.Module, sample: Tensor) -> dict[str, str]:
     """The batch norms that are given what a convolution gives, each with the name of this convolution."""
-    made: list[tuple[Tensor, str]] = []
-    pairs: list[tuple[str, str]] = []
+    last: tuple[Tensor, str] | None = None
+    pairs = {}
 
     def keep(name: str, output: Tensor) -> None:
-        made.append((output, name))
+        nonlocal last
+        last = output, name
 
     def find(name: str, given: Tensor) -> None:
-        pairs.extend((name, before) for output, before in made[-1:] if output is given)
+        if last is not None and last[0] is given:
+            pairs[name] = last[1]
 
     handles = []
     for name, module in model.named_modules():
@@ -52,7 +54,7 @@ def _followed(model: nn.Module, sample: Tensor) -> dict[str, str]:
     finally:
         for handle in handles:
             handle.remove()
-    return dict(pairs)
+    return pairs
 
 
 def _fold(model: nn.Module, convolution: str, norm: str) -> None:
