@@ -5,11 +5,17 @@ from collections.abc import Iterable
 from pathlib import Path
 
 
-def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence about a name that does not exist: the nearest one that does, if any is near."""
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name that is nearest to one that does not exist, if any is near."""
     names = {one.lower(): one for one in known}
     near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
-    return f"; did you mean {names[near[0]]}?" if near else ""
+    return names[near[0]] if near else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a sentence about a name that does not exist."""
+    near = nearest(name, known)
+    return f"; did you mean {near}?" if near is not None else ""
 
 
 class CifarError(ValueError):

@@ -24,7 +24,7 @@ from cifar100cli.errors import (
     RunInterrupted,
     Terminated,
     UsageError,
-    did_you_mean,
+    nearest,
 )
 
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
@@ -200,8 +200,8 @@ def _another_option(option: str, context: Any) -> str:
     others = [name for name, other in commands.items() if option in options(other)]
     if others:
         return f", which is one of `cifar100 {' | '.join(others)}`"
-    near = did_you_mean(option.lstrip("-"), [name.lstrip("-") for name in options(context.command)])
-    return near.replace("did you mean ", "did you mean --")
+    near = nearest(option.lstrip("-"), [name.lstrip("-") for name in options(context.command)])
+    return f"; did you mean --{near}?" if near is not None else ""
 
 
 def _os_message(error: OSError) -> str:

@@ -405,17 +405,7 @@ def _finetune(
         return groups, None
     parted = Parted(model, kept[0].start)
     sample = loaders.train.preprocessing(loaders.train.images[:2])
-    obstacle = None
-    if not isinstance(loaders.train.policy, Views):
-        obstacle = f"no two views are the same under {config.augment.unbounded()}"
-    elif finetune.bn == "adapt":
-        obstacle = "the frozen stages' batch statistics move (--bn adapt)"
-    elif config.distillation is not None:
-        obstacle = "a teacher wants to see the images"
-    elif config.data.first_image_size is not None:
-        obstacle = "the images grow (data.first_image_size)"
-    elif not parted.is_exact(sample):
-        obstacle = f"{name} is no chain of stages that could be entered at {kept[0].name}"
+    obstacle = _obstacle_to_features(config, finetune, loaders, parted, first, sample)
     if obstacle is not None:
         if finetune.cache == "on":
             raise UsageError(f"finetune.cache = on is not possible: {obstacle}; leave --cache out")
@@ -453,6 +443,23 @@ def _finetune(
         loader.features = Features(found, loader.device)
     parted.switch_front(on=False)
     return groups, parted
+
+
+def _obstacle_to_features(
+    config: Config, finetune: Finetune, loaders: Loaders, parted: Parted, first: str, sample: torch.Tensor
+) -> str | None:
+    """Why the frozen part cannot be run once for all epochs, or None."""
+    if not isinstance(loaders.train.policy, Views):
+        return f"no two views are the same under {config.augment.unbounded()}"
+    if finetune.bn == "adapt":
+        return "the frozen stages' batch statistics move (--bn adapt)"
+    if config.distillation is not None:
+        return "a teacher wants to see the images"
+    if config.data.first_image_size is not None:
+        return "the images grow (data.first_image_size)"
+    if not parted.is_exact(sample):
+        return f"{config.model.backbone} is no chain of stages that could be entered at {first}"
+    return None
 
 
 def _features_type(name: str, computed_in: torch.dtype) -> torch.dtype:

@@ -50,7 +50,8 @@ def test_no_batch_norm_is_left_and_the_result_is_the_same(name: str) -> None:
 @pytest.mark.parametrize("name", [*NAMES, "test_vit", "densenet121", "test_convnext"])
 def test_whatever_the_network_nothing_else_comes_out(name: str) -> None:
     model = network(name)
-    images = torch.randn(2, 3, 160 if name == "test_vit" else 32, 160 if name == "test_vit" else 32)
+    side = 160 if name == "test_vit" else 32
+    images = torch.randn(2, 3, side, side)
     folded = fold(model, images)
     with torch.no_grad():
         expected = model(images)
