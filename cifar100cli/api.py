@@ -85,6 +85,7 @@ def evaluate(
     split: str = "test",
     tta: bool = False,
     predictions: AnyPath | None = None,
+    near_duplicates: AnyPath | None = None,
     data_dir: AnyPath | None = None,
     device: str = "auto",
     progress: bool = False,
@@ -93,7 +94,8 @@ def evaluate(
 
     Returns what `evaluate --json` prints: `count`, `top1`, `top5`, `loss`, `ece`, `superclass_top1`,
     `per_class` {name: top1}, `confusions`, ... `split` is test, val (what the run held out) or train. `tta` averages
-    over six views of each image. `predictions` names a CSV file to be written, a line an image.
+    over six views of each image. `predictions` names a CSV file to be written, a line an image; `near_duplicates` a
+    PNG file, with the pairs of a training image and one that is nearly the same, which are measured apart, too.
 
     Raises `UsageError` for a split that there is not, `DataError` for models or images that are missing, broken, or
     do not go together.
@@ -105,11 +107,16 @@ def evaluate(
         raise UsageError("models: name at least one run folder or .safetensors file")
     files = [runs.find_model(path) for path in paths]
     table = places.check_output("predictions", Path(predictions), files) if predictions is not None else None
+    drawing = None
+    if near_duplicates is not None:
+        drawing = places.check_pairs("near_duplicates", Path(near_duplicates), split)
     where = _where(device, data_dir, run=paths[0])
     with _watcher("evaluate", progress) as watcher:
-        measured = evaluation.measure(paths, where, watcher, split, tta=tta)
+        measured = evaluation.measure(paths, where, watcher, split, tta=tta, near_duplicates=drawing is not None)
     if table is not None:
         measured.write(table)
+    if drawing is not None:
+        measured.draw_near_duplicates(drawing)
     return measured.result
 
 

@@ -306,6 +306,14 @@ def evaluate(
     predictions: Annotated[
         Path | None, typer.Option(metavar="FILE.csv", help="Write every image's prediction.", readable=False)
     ] = None,
+    near_duplicates: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.png",
+            help="Find images that are nearly training images, measure without them, and draw the pairs.",
+            readable=False,
+        ),
+    ] = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
     json: options.Json = False,
@@ -323,15 +331,22 @@ def evaluate(
     models = [expand(checkpoint) for checkpoint in checkpoints]
     files = [find_model(model) for model in models]
     csv_file = places.check_output("--predictions", predictions, files) if predictions is not None else None
+    drawing = places.check_pairs("--near-duplicates", near_duplicates, split) if near_duplicates is not None else None
     where = places.where(data_dir, Path("runs"), device, models[0])
     from cifar100cli import evaluation
 
     with console.TrainingDisplay("evaluate") as display:
-        measured = evaluation.measure(models, where, display, split, tta=tta)
+        measured = evaluation.measure(models, where, display, split, tta=tta, near_duplicates=drawing is not None)
     show.evaluation(measured.result, json)
     if csv_file is not None:
         measured.write(csv_file)  # last, so that a full disk costs no figures
         console.log(f"predictions are in {csv_file}")
+    if drawing is not None:
+        measured.draw_near_duplicates(drawing)
+        if measured.result["near_duplicates"]["count"]:
+            console.log(f"the pairs are in {drawing}, the closest first; those of two classes have a red frame")
+        else:
+            console.log(f"no image is nearly one that was trained on: {drawing} is not written")
 
 
 @app.command()

@@ -5,10 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor, nn
 
-from cifar100cli import checkpoint, datasets, devices, metrics, ranks
+from cifar100cli import checkpoint, datasets, devices, duplicates, metrics, ranks
 from cifar100cli.analysis import COLUMNS
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.datasets import Dataset, Split
@@ -22,12 +25,16 @@ PARTING = {"test": (), "val": ("val_fraction",), "train": ("val_fraction", "frac
 
 
 class Measured(NamedTuple):
-    """What was found: what `evaluate --json` prints, and what it comes from, logits (N, classes) and labels (N,)."""
+    """What was found: what `evaluate --json` prints, and what it comes from, logits (N, classes) and labels (N,).
+
+    `pairs` (P, 2, 3, 32, 32) uint8 are near-duplicates, each with its training image, where these were looked for.
+    """
 
     result: dict[str, Any]
     classes: tuple[str, ...]
     logits: Tensor
     labels: Tensor
+    pairs: NDArray[np.uint8] | None = None
 
     def write(self, path: Path) -> None:
         """A CSV file with one line an image: index, true class, predicted class, confidence, and whether it is right.
@@ -37,15 +44,31 @@ class Measured(NamedTuple):
         if ranks.rank() == 0:
             write_predictions(path, self.classes, self.logits, self.labels)
 
+    def draw_near_duplicates(self, path: Path) -> None:
+        """A PNG file with the near-duplicates that were found, if any. Of several ranks, the first writes it."""
+        assert self.pairs is not None
+        if ranks.rank() == 0 and len(self.pairs):
+            other_class = [not pair["same_class"] for pair in self.result["near_duplicates"]["pairs"]]
+            drawn = Image.fromarray(duplicates.picture(self.pairs, other_class))
+            with replacing(path) as temporary:
+                drawn.save(temporary, "PNG", optimize=True)
+
 
 def measure(
-    paths: Sequence[Path], where: Where, watcher: Watcher, split: str = "test", *, tta: bool = False
+    paths: Sequence[Path],
+    where: Where,
+    watcher: Watcher,
+    split: str = "test",
+    *,
+    tta: bool = False,
+    near_duplicates: bool = False,
 ) -> Measured:
     """Measure a run or checkpoint, or the mean of several models' probabilities.
 
-    Each model sees the images at its own size and normalisation; `tta` shows it six views of each. Raises `DataError`
-    for models of different data sets or classes, and `UsageError` where these were not trained and held out on the
-    same images and `split` is not the test set.
+    Each model sees the images at its own size and normalisation; `tta` shows it six views of each. With
+    `near_duplicates`, images that are nearly one of those that were trained on are looked for, and measured apart.
+    Raises `DataError` for models of different data sets or classes, and `UsageError` where these were not trained and
+    held out on the same images and `split` is not the test set.
     """
     members = [checkpoint.load_model(path) for path in paths]
     _check_alike(members, split)
@@ -79,7 +102,16 @@ def measure(
             for true, predicted, count in result.confusions
         ],
     }
-    return Measured(figures, classes, together, labels)
+    if not near_duplicates:
+        return Measured(figures, classes, together, labels)
+    known = _trained_on(members, dataset)
+    device = devices.select_device(where.device)
+    with watcher.progress("near-duplicates", len(images)) as advance:
+        twins = ranks.on_first(lambda: duplicates.find(images.images, known.images, device, advance))
+    right = (metrics.predictions(together) == labels).numpy()
+    figures["near_duplicates"] = twins.figures(images.labels, known.labels, right)
+    pairs = np.stack([images.images[twins.images], known.images[twins.twins]], 1)
+    return Measured(figures, classes, together, labels, pairs)
 
 
 def _names(members: Sequence[Checkpoint], answers: Sequence[Tensor], labels: Tensor) -> dict[str, Any]:
@@ -151,6 +183,14 @@ def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
     if held_out is None:
         raise UsageError(f"--split val: {saved.path} comes from a run that held nothing out (data.val_fraction is 0)")
     return held_out
+
+
+def _trained_on(members: Sequence[Checkpoint], dataset: Dataset) -> Split:
+    """The images that a run trained on; of several runs on different ones, all that one of them may have had."""
+    chosen = [(member.config.seed, member.config.data.fraction, member.config.data.val_fraction) for member in members]
+    if chosen.count(chosen[0]) == len(chosen):
+        return training_splits(dataset, members[0].config)[0]
+    return datasets.hold_out(dataset.train, min(share for *_, share in chosen))[0]  # a larger share has a smaller one's
 
 
 def write_predictions(path: Path, classes: tuple[str, ...], logits: Tensor, labels: Tensor) -> None:

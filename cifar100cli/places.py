@@ -43,6 +43,15 @@ def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
     return path
 
 
+def check_pairs(flag: str, path: Path, split: str) -> Path:
+    """A file for a picture of near-duplicates, as `check_output`; of the training images all are their own."""
+    if split == "train":
+        raise UsageError(f"{flag}: looks for images that are nearly training images, and so not with the train split")
+    if path.suffix.lower() != ".png":
+        raise UsageError(f"{flag} {path}: the picture is a PNG file; give it a name that ends in .png")
+    return check_output(flag, path)
+
+
 def _would_be_lost(path: Path, target: Path, inputs: Sequence[Path]) -> str | None:
     """What an existing file is that must not be written over, in words; `target` is what `path` leads to."""
     from cifar100cli.runs import FILES

@@ -180,6 +180,8 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
     if result["superclass_top1"] is not None:
         rows.append(("superclass top-1", percent(result["superclass_top1"])))
     console.table("", ("measure", "value"), rows, right=(1,))
+    if "near_duplicates" in result:
+        _near_duplicates(result["near_duplicates"], result["count"])
     ranked = sorted(
         ((top1, name) for name, top1 in result["per_class"].items() if top1 is not None),
         key=lambda c: (-c[0], c[1]),
@@ -199,6 +201,19 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
         ("true", "predicted", "images"),
         [(c["true"], c["predicted"], str(c["count"])) for c in result["confusions"][:10]],
         right=(2,),
+    )
+
+
+def _near_duplicates(found: Mapping[str, Any], count: int) -> None:
+    console.table(
+        f"Images that are nearly one of the {found['training_images']:,} that were trained on",
+        ("images", "count", "top-1"),
+        [
+            ("near-duplicates", f"{found['count']:,}", percent(found["top1"])),
+            ("... in a class that is not their twin's", f"{found['other_class']:,}", ""),
+            ("all others", f"{count - found['count']:,}", percent(found["top1_without"])),
+        ],
+        right=(1, 2),
     )
 
 

@@ -17,6 +17,7 @@ LEVELS = (
     {"watcher"},
     {
         "config",
+        "duplicates",
         "fetch",
         "synthetic",
         "augment",

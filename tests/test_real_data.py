@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
-from cifar100cli import datasets
+from cifar100cli import datasets, duplicates
 from tests.conftest import Cli
 from tests.test_datasets import assert_equals_torchvision
 from tests.test_page import BROWSER, Page, check_examples, check_form, look_at
@@ -56,6 +57,16 @@ def test_download_and_read(run_cli: Cli, server: str, data_dir: Path, name: str,
     again = json.loads(run_cli("download", *arguments, "--json").out)
     assert (again["fetched_bytes"], again["already_there"]) == (0, True)
     assert_equals_torchvision(name, datasets.load(name, data_dir), data_dir)
+
+
+@pytest.mark.parametrize("name", ["cifar100", "cifar10"])
+def test_near_duplicates(data_dir: Path, name: str) -> None:
+    """As many as published (arXiv 1902.00423: 10% and 3.3%), or fewer; classes, which are not looked at, are alike."""
+    found = datasets.load(name, data_dir)
+    twins = duplicates.find(found.test.images[:1000], found.train.images, torch.device("cpu"))
+    assert 20 < len(twins.images) < 100
+    same = found.test.labels[twins.images] == found.train.labels[twins.twins]
+    assert same.mean() > 0.85
 
 
 def test_train_evaluate_report(run_cli: Cli, data_dir: Path) -> None:
