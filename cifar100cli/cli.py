@@ -293,7 +293,7 @@ def evaluate(
     checkpoints: Annotated[
         list[Path],
         typer.Argument(
-            metavar="RUN|CHECKPOINT...",
+            metavar="RUN|CHECKPOINT",
             help="Run folders or .safetensors files; several are an ensemble.",
             autocompletion=completion.trained,
             readable=False,
@@ -354,9 +354,7 @@ def predict(
     checkpoint: options.Model,
     images: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="IMAGE...", help="Pictures, folders of pictures, or - for standard input.", readable=False
-        ),
+        typer.Argument(metavar="IMAGE", help="Pictures, folders of pictures, or - for standard input.", readable=False),
     ],
     top: Annotated[int, typer.Option(min=1, metavar="K", help="How many classes to show for each picture.")] = 5,
     device: options.Device = "auto",
@@ -497,7 +495,7 @@ def presets(
 def report(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="[RUN|DIR]...", help="Runs, or folders of runs; default: all.", readable=False),
+        typer.Argument(metavar="RUN|DIR", help="Runs, or folders of runs; default: all.", readable=False),
     ] = None,
     out_format: Annotated[
         Literal["table", "markdown", "csv", "json", "html"] | None,
