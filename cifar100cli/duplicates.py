@@ -144,7 +144,7 @@ def _fit(details: Tensor, others: Tensor) -> Tensor:
 def picture(pairs: NDArray[np.uint8], other_class: Sequence[bool]) -> NDArray[np.uint8]:
     """Pairs (P, 2, 3, 32, 32) side by side, as one picture (H, W, 3) in RGB; those of two classes have a red frame."""
     width, height = 2 * SIDE * SCALE + GAP, SIDE * SCALE + GAP
-    rows = max(1, -(-len(pairs) // PAIRS_IN_A_ROW))
+    rows = -(-len(pairs) // PAIRS_IN_A_ROW)
     canvas = np.full((rows * height + GAP, PAIRS_IN_A_ROW * width + GAP, 3), 255, np.uint8)
     for number, (pair, other) in enumerate(zip(pairs, other_class, strict=True)):
         row, column = divmod(number, PAIRS_IN_A_ROW)

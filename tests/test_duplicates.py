@@ -15,7 +15,8 @@ from PIL import Image
 import cifar100cli
 from cifar100cli import datasets, duplicates, synthetic
 from cifar100cli.errors import UsageError
-from tests.conftest import TINY, Cli
+from tests.conftest import Cli
+from tests.test_evaluate import train
 
 CPU = torch.device("cpu")
 Pixels = NDArray[np.uint8]
@@ -145,13 +146,6 @@ def known(few_drawings: synthetic.Drawn, monkeypatch: pytest.MonkeyPatch) -> syn
     return drawn
 
 
-def trained(run_cli: Cli, *arguments: str) -> str:
-    outcome = run_cli("train", *TINY, "--epochs", "2", "--json", *arguments)
-    assert outcome.code == 0, outcome.err
-    run: str = json.loads(outcome.out)["run_dir"]
-    return run
-
-
 def evaluated(run_cli: Cli, *arguments: str) -> tuple[dict[str, Any], list[bool]]:
     outcome = run_cli(
         "evaluate",
@@ -173,7 +167,7 @@ def evaluated(run_cli: Cli, *arguments: str) -> tuple[dict[str, Any], list[bool]
 
 @pytest.mark.usefixtures("known")
 def test_the_command(run_cli: Cli) -> None:
-    run = trained(run_cli, "--set", "data.val_fraction=0", "--set", "train.select=last")
+    run = train(run_cli, "--set", "data.val_fraction=0", "--set", "train.select=last")
     found, right = evaluated(run_cli, run)
     pairs = found.pop("pairs")
     assert found == {
@@ -202,7 +196,7 @@ def test_the_command(run_cli: Cli) -> None:
 def test_only_images_that_the_run_trained_on_count(run_cli: Cli, known: synthetic.Drawn) -> None:
     """Not those that it held out or was not given; of an ensemble, those of any member."""
     runs = [
-        trained(run_cli, "--set", f"data.val_fraction={share}", "--set", f"data.fraction={fraction}")
+        train(run_cli, "--set", f"data.val_fraction={share}", "--set", f"data.fraction={fraction}")
         for share, fraction in ((0.25, 1.0), (0.5, 0.5))
     ]
     whole = datasets.load("synthetic", Path()).train
@@ -221,7 +215,7 @@ def test_only_images_that_the_run_trained_on_count(run_cli: Cli, known: syntheti
 
 @pytest.mark.usefixtures("small_synthetic")
 def test_none_are_told_as_none(run_cli: Cli) -> None:
-    run = trained(run_cli)
+    run = train(run_cli)
     told = run_cli("evaluate", run, "--near-duplicates", "pairs.png", "--device", "cpu", "--json")
     assert told.code == 0
     found = json.loads(told.out)
@@ -234,7 +228,7 @@ def test_none_are_told_as_none(run_cli: Cli) -> None:
 
 @pytest.mark.usefixtures("small_synthetic")
 def test_what_cannot_be_asked(run_cli: Cli) -> None:
-    run = trained(run_cli)
+    run = train(run_cli)
     Path("folder.png").mkdir()
     for arguments, said in (
         (("pairs.jpg",), "a PNG file; give it a name that ends in .png"),
