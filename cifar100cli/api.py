@@ -109,7 +109,7 @@ def evaluate(
     table = places.check_output("predictions", Path(predictions), files) if predictions is not None else None
     drawing = None
     if near_duplicates is not None:
-        drawing = places.check_pairs("near_duplicates", Path(near_duplicates), split)
+        drawing = places.check_pairs("near_duplicates", Path(near_duplicates), split, files, table)
     where = _where(device, data_dir, run=paths[0])
     with _watcher("evaluate", progress) as watcher:
         measured = evaluation.measure(paths, where, watcher, split, tta=tta, near_duplicates=drawing is not None)

@@ -331,7 +331,9 @@ def evaluate(
     models = [expand(checkpoint) for checkpoint in checkpoints]
     files = [find_model(model) for model in models]
     csv_file = places.check_output("--predictions", predictions, files) if predictions is not None else None
-    drawing = places.check_pairs("--near-duplicates", near_duplicates, split) if near_duplicates is not None else None
+    drawing = None
+    if near_duplicates is not None:
+        drawing = places.check_pairs("--near-duplicates", near_duplicates, split, files, csv_file)
     where = places.where(data_dir, Path("runs"), device, models[0])
     from cifar100cli import evaluation
 

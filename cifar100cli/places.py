@@ -43,13 +43,19 @@ def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
     return path
 
 
-def check_pairs(flag: str, path: Path, split: str) -> Path:
-    """A file for a picture of near-duplicates, as `check_output`; of the training images all are their own."""
+def check_pairs(flag: str, path: Path, split: str, inputs: Sequence[Path], taken: Path | None) -> Path:
+    """A file for a picture of near-duplicates, as `check_output`; of the training images all are their own.
+
+    `taken` is where the predictions go, if they are written: one file cannot be both.
+    """
     if split == "train":
         raise UsageError(f"{flag}: looks for images that are nearly training images, and so not with the train split")
     if path.suffix.lower() != ".png":
         raise UsageError(f"{flag} {path}: the picture is a PNG file; give it a name that ends in .png")
-    return check_output(flag, path)
+    path = check_output(flag, path, inputs)
+    if taken is not None and path.resolve() == taken.resolve():
+        raise UsageError(f"{flag} {path}: the predictions go there; choose another name")
+    return path
 
 
 def _would_be_lost(path: Path, target: Path, inputs: Sequence[Path]) -> str | None:

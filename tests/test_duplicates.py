@@ -235,6 +235,7 @@ def test_what_cannot_be_asked(run_cli: Cli) -> None:
         (("pairs.png", "--split", "train"), "not with the train split"),
         (("folder.png",), "is a folder"),
         (("nowhere/pairs.png",), "its folder does not exist"),
+        (("pairs.png", "--predictions", str(Path("folder.png/../pairs.png"))), "the predictions go there"),
     ):
         outcome = run_cli("evaluate", run, "--near-duplicates", *arguments)
         assert outcome.code == 2
