@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cifar100cli import checkpoint, config, console, devices, evaluation, places, runs, workflows
+from cifar100cli import benchmark, checkpoint, config, console, devices, evaluation, places, runs, workflows
 from cifar100cli.classifier import Classifier
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
 from cifar100cli.errors import CifarError, UsageError
@@ -40,6 +40,7 @@ def load_preset(name: AnyPath = DEFAULT_PRESET, overrides: Mapping[str, object] 
 def train(
     preset: Preset | AnyPath,
     *,
+    minutes: float | None = None,
     runs_dir: AnyPath | None = None,
     data_dir: AnyPath | None = None,
     device: str = "auto",
@@ -49,7 +50,8 @@ def train(
 
     `preset` is what `load_preset` gives, or what it takes: the name of a shipped preset, or of a YAML file. Returns
     the content of the run's `result.json`: `["run_dir"]` is the folder, `["test"]["top1"]` the accuracy as a
-    fraction. `device` is auto, cpu, cuda, cuda:N or mps. Presets that distil or fine-tune train here too.
+    fraction. With `minutes` it has as many epochs as fit in this time here, which is measured first, in place of its
+    own. `device` is auto, cpu, cuda, cuda:N or mps. Presets that distil or fine-tune train here too.
 
     Raises `UsageError` for a device or settings that cannot be, `DataError` for images or weights that are missing or
     broken, `DivergedError` where the loss stops being finite, `CifarError` where there is no memory or room, and on
@@ -59,7 +61,11 @@ def train(
         preset = load_preset(preset)
     where = _where(device, data_dir, runs_dir=runs_dir)
     runs.check_writable(where.runs_dir)
+    if minutes is not None:
+        places.check_minutes(minutes, preset.config)
     with _watcher(preset.name, progress) as watcher:
+        if minutes is not None:
+            preset = benchmark.within(preset, minutes, where, watcher)
         return workflows.train(preset, where, watcher)
 
 

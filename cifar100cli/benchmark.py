@@ -6,7 +6,8 @@ are taken within a turn. The images are noise: what they show makes no differenc
 
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,19 +21,22 @@ from cifar100cli import __version__, devices, machine, metrics, trainer
 from cifar100cli.augment import Views
 from cifar100cli.card import read_card
 from cifar100cli.catalog import DATASETS
-from cifar100cli.config import Preset
+from cifar100cli.config import Preset, parse_config, shipped, without_figures
+from cifar100cli.console import duration
 from cifar100cli.datasets import Dataset, Split
+from cifar100cli.errors import UsageError
 from cifar100cli.flops import step_flops
 from cifar100cli.jobs import Job, Where, evaluation_loader, prepare
 from cifar100cli.loader import Batch, DeviceLoader, Plan, evaluation_batch_size
 from cifar100cli.plain import PlainLoop
-from cifar100cli.runs import find_model
+from cifar100cli.runs import MOST_EPOCHS, find_model
 from cifar100cli.schema import Config
 from cifar100cli.steps import Steps, create_steps
 from cifar100cli.watcher import Watcher
 
 TURN = {"cpu": 3.0, "cuda": 0.5}  # about so many seconds of each side in a turn
 REPEATS = 7
+SHORT_REPEATS = 3
 TEST_BATCHES = 3
 
 
@@ -47,10 +51,65 @@ def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, 
         where = replace(where, cache_dir=Path(cache))
         if steps is None or repeats is None:
             seconds = _seconds_of_a_step(Preset(preset.name, config), where, watcher)
-            steps = steps or max(1, min(200, round(TURN.get(devices.select_device(where.device).type, 3.0) / seconds)))
-            repeats = repeats or (REPEATS if steps * seconds < 10 else 3)
+            steps = steps or _steps_of_a_turn(seconds, where)
+            repeats = repeats or (REPEATS if steps * seconds < 10 else SHORT_REPEATS)
         sides = Sides(Preset(preset.name, config), where, watcher, steps)
         return _measure(preset, sides, watcher, repeats)
+
+
+def within(preset: Preset, minutes: float, where: Where, watcher: Watcher) -> Preset:
+    """The preset with as many epochs as fit in so many minutes on the device at hand, by steps on images of noise.
+
+    What a frozen part takes before the first epoch, and the look at the test set after the last, are counted in.
+    Raises `UsageError` where not even one epoch fits.
+    """
+    config = preset.config
+    rates = _rates(preset, where, watcher)
+
+    def seconds(epochs: int) -> float:
+        train = config.train.model_copy(update={"epochs": epochs})
+        return _full_run(config.model_copy(update={"train": train}), *rates)["seconds"]
+
+    if seconds(1) > 60 * minutes:
+        raise UsageError(
+            f"--minutes {minutes:g}: one epoch of {preset.name} takes about {duration(seconds(1))} here, with the look "
+            "at the test set; give it more minutes, or take a smaller --image-size or --set data.fraction=0.1"
+        )
+    epochs = bisect_right(range(1, MOST_EPOCHS + 1), 60 * minutes, key=seconds)
+    watcher.say(f"--minutes {minutes:g}: a run of --epochs {epochs} takes about {duration(seconds(epochs))} here")
+    if epochs == config.train.epochs:
+        return preset
+    keys = config.model_dump()
+    keys["train"]["epochs"] = epochs
+    fitted = parse_config(keys, f"--minutes {minutes:g}")
+    return replace(preset, config=fitted if shipped(preset.name) is not None else without_figures(fitted))
+
+
+def _rates(preset: Preset, where: Where, watcher: Watcher) -> "_Rates":
+    """In some seconds, what decides how long a run takes."""
+    preset = Preset(preset.name, _without_files(preset.config))
+    with tempfile.TemporaryDirectory() as cache:
+        where = replace(where, cache_dir=Path(cache))
+        steps = _steps_of_a_turn(_seconds_of_a_step(preset, where, watcher), where)
+        sides = Sides(preset, where, watcher, steps, beside_plain=False)
+        parts = {"loop": sides.loop, "evaluation": sides.evaluation}
+        if sides.job.parted is not None:
+            parts["front"] = sides.front
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        with watcher.progress("how long an epoch takes", SHORT_REPEATS + 1) as advance:
+            for turn in range(SHORT_REPEATS + 1):
+                for name, part in parts.items():
+                    started = time.perf_counter()
+                    part()
+                    if turn:  # the first one warms up
+                        seconds[name].append(time.perf_counter() - started)
+                advance(1)
+    return sides.rates(seconds)
+
+
+def _steps_of_a_turn(seconds: float, where: Where) -> int:
+    """How many steps of so many seconds each side takes in a turn."""
+    return max(1, min(200, round(TURN.get(devices.select_device(where.device).type, 3.0) / seconds)))
 
 
 def _without_files(config: Config) -> Config:
@@ -77,7 +136,7 @@ def noise_dataset(config: Config, train: int, test: int) -> Dataset:
 
 def _seconds_of_a_step(preset: Preset, where: Where, watcher: Watcher) -> float:
     """Roughly, from one step after a first one that warms up."""
-    sides = Sides(preset, where, _Quiet(watcher), 1)
+    sides = Sides(preset, where, _Quiet(watcher), 1, beside_plain=False)
     for _ in range(2):
         started = time.perf_counter()
         sides.bare()
@@ -110,7 +169,9 @@ class OneBatch(DeviceLoader):
 class Sides:
     """What is measured: each method does `steps` steps, or one evaluation, and waits for the device."""
 
-    def __init__(self, preset: Preset, where: Where, watcher: Watcher, steps: int) -> None:
+    def __init__(
+        self, preset: Preset, where: Where, watcher: Watcher, steps: int, *, beside_plain: bool = True
+    ) -> None:
         config, count = preset.config, preset.config.data.batch_size * steps
         self.dataset = noise_dataset(
             config,
@@ -134,7 +195,8 @@ class Sides:
         self.plain_loop: PlainLoop | None = None
         mixed = config.augment.mixup or config.augment.cutmix
         of_its_own = config.optimizer.name == "muon" or config.optimizer.sam_rho
-        if config.distillation is None and not mixed and not of_its_own:  # which is more than most code does
+        more = config.distillation is not None or mixed or of_its_own  # than most code does
+        if beside_plain and not more:
             self.plain_loop = self._plain(preset, where)
 
     def _plain(self, preset: Preset, where: Where) -> PlainLoop:
@@ -197,6 +259,16 @@ class Sides:
         parted.switch_front(on=True)
         yield
         parted.switch_front(on=False)
+
+    def rates(self, seconds: Mapping[str, Sequence[float]]) -> "_Rates":
+        """Medians, from what each call of `loop`, `evaluation` and, with a frozen part, `front` took."""
+        tested, once = self.test.count, None
+        if self.job.parted is not None:
+            policy = self.job.loaders.train.policy
+            assert isinstance(policy, Views)
+            once = _Once(len(policy.versions), tested / median(seconds["front"]))
+        trained = self.steps * self.job.config.data.batch_size
+        return _Rates(trained / median(seconds["loop"]), tested / median(seconds["evaluation"]), once)
 
     def phases(self) -> dict[str, float]:
         """Seconds of each part of the steps of an epoch, launched one by one and waited for."""
@@ -297,11 +369,6 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
     flops = step_flops(sides.training)
     loop = rate("loop", images)
     highest = peak.flops / median(seconds["peak"])
-    once = None
-    if job.parted is not None:
-        policy = job.loaders.train.policy
-        assert isinstance(policy, Views)
-        once = _Once(len(policy.versions), rate("front", tested)["median"])
     result: dict[str, Any] = {
         "preset": preset.name,
         "backbone": job.config.model.backbone,
@@ -330,10 +397,10 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
         "flops_per_image": flops,
         "peak_flops_per_second": highest,
         "utilization": flops * loop["median"] / highest,
-        "full_run": _full_run(preset.config, loop["median"], rate("evaluation", tested)["median"], once),
+        "full_run": _full_run(preset.config, *sides.rates(seconds)),
         "peak_memory_bytes": devices.peak_memory(job.device),
     }
-    if once is not None:
+    if job.parted is not None:
         result["images_per_second"]["frozen_part"] = rate("front", tested)
     if sides.plain_loop is not None:
         result["images_per_second"]["plain"] = rate("plain", images)
@@ -347,6 +414,14 @@ class _Once(NamedTuple):
 
     versions: int
     rate: float
+
+
+class _Rates(NamedTuple):
+    """Images a second, as large as they get, and what is run once, if anything."""
+
+    training: float
+    evaluation: float
+    once: _Once | None
 
 
 def _full_run(

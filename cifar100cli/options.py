@@ -127,6 +127,10 @@ Cache = Annotated[
     bool | None, typer.Option("--cache/--no-cache", help="Run the frozen part once. [preset: where possible]")
 ]
 Epochs = Annotated[str | None, _text("N", "Passes over the training images.")]
+Minutes = Annotated[
+    float | None,
+    typer.Option(metavar="N", help="In place of --epochs: as many as fit in this time here, which is measured first."),
+]
 Seed = Annotated[str | None, _text("N", "Random seed of weights, data order and augmentation.")]
 Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="How many runs to train in turn, with consecutive seeds.")]
 Ablate = Annotated[

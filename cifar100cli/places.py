@@ -1,6 +1,7 @@
-"""Where a command reads and writes, and what it computes on: folders, output files, the device."""
+"""Where a command reads and writes, what it computes on, and for how long: folders, output files, the device."""
 
 import contextlib
+import math
 import os
 import re
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from cifar100cli.options import expand
 
 if TYPE_CHECKING:
     from cifar100cli.jobs import Where
+    from cifar100cli.schema import Config
 
 
 def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
@@ -90,6 +92,14 @@ def cache_dir() -> Path:
     """Where a teacher's logits and a frozen network's features are kept."""
     named = os.environ.get("CIFAR100_CACHE_DIR")
     return expand(Path(named)) if named else user_cache() / "computed"
+
+
+def check_minutes(minutes: float, config: "Config") -> None:
+    """Raise `UsageError` for a time that is none, and for a run whose time is not known beforehand."""
+    if not 0 < minutes < math.inf:
+        raise UsageError(f"--minutes {minutes:g}: must be more than 0")
+    if config.distillation is not None:
+        raise UsageError("--minutes: how long the teacher will take is not known beforehand; say how many --epochs")
 
 
 def check_device(name: str) -> str:

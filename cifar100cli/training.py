@@ -38,13 +38,20 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
         if given["seeds"] > 1 or given["ablate"] is not None:
             flag = "--seeds" if given["seeds"] > 1 else "--ablate"
             raise UsageError(f"--resume goes on with one run: leave {flag} out")
+        if given.get("minutes") is not None:
+            raise UsageError("--resume goes on to the epochs that the run has: leave --minutes out")
         _resume(given, overrides, command)
         return
     if given["seeds"] > 1 and ranks.count() > 1:
         raise UsageError("--seeds trains one run after another; with torchrun, give a command for each --seed")
     chosen = load_preset(given["preset"] or default_preset, overrides)
     _check_command(command, chosen, overrides)
+    minutes: float | None = given.get("minutes")
+    if minutes is not None:
+        _check_minutes(given, overrides)
+        places.check_minutes(minutes, chosen.config)
     left_out = {}
+    blocks = [name.strip() for name in (given["ablate"] or "").split(",") if name.strip()]
     if given["ablate"] is not None:
         if dry_run or given["print_config"]:
             raise UsageError(
@@ -52,9 +59,7 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
             )
         if ranks.count() > 1:
             raise UsageError("--ablate trains one run after another, and not under torchrun")
-        left_out = ablation.without(
-            chosen.config, [name.strip() for name in given["ablate"].split(",") if name.strip()]
-        )
+        left_out = ablation.without(chosen.config, blocks)
     in_turn = _in_turn(chosen, given["seeds"])
     if given["print_config"]:
         config = _as_a_preset(chosen, load_preset(given["preset"] or default_preset))
@@ -69,6 +74,13 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
         ranks.on_first(lambda: check_writable(expand(given["out"])))
     _check_inputs(chosen.config, given["data_dir"])
     where = places.where(given["data_dir"], given["out"], given["device"])
+    if minutes is not None:
+        from cifar100cli import benchmark
+
+        with console.TrainingDisplay(chosen.name) as display:
+            chosen = benchmark.within(chosen, minutes, where, display)
+        left_out = ablation.without(chosen.config, blocks) if blocks else {}
+        in_turn = _in_turn(chosen, given["seeds"])
     if dry_run:
         from cifar100cli import workflows
 
@@ -81,6 +93,17 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
         _seeds(in_turn, given, where)
     else:
         show.training(_trained(chosen, given, where), chosen.config, json)
+
+
+def _check_minutes(given: Mapping[str, Any], overrides: Sequence["Override"]) -> None:
+    """Raise `UsageError` for what does not go together with `--minutes`."""
+    for override in overrides:
+        if override.key == "train.epochs":
+            raise UsageError(f"--minutes and {override.origin} both say how long to train; leave one out")
+    if given["print_config"]:
+        raise UsageError("--minutes measures this machine, and --print-config measures nothing: say how many --epochs")
+    if ranks.count() > 1:
+        raise UsageError("--minutes measures one device: with torchrun, say how many --epochs")
 
 
 def _as_a_preset(chosen: "Preset", original: "Preset") -> "Config":
@@ -125,11 +148,18 @@ def _seeds(in_turn: Sequence["Preset"], given: Mapping[str, Any], where: "Where"
             begun = not (isinstance(stop, RunInterrupted) and stop.run_dir is None)
             if rest := in_turn[done if begun else done - 1 :]:
                 seeds = f"--seed {rest[0].config.seed} --seeds {len(rest)}"
-                console.log(f"still to do{' after this run' if begun else ''}: {seeds}")
+                console.log(f"still to do{' after this run' if begun else ''}: {seeds}{_instead(given, one)}")
             raise
     if results:
         show.seeds(results, in_turn[0].config, given["json"])
     lost.tell()
+
+
+def _instead(given: Mapping[str, Any], one: "Preset") -> str:
+    """What a command that goes on must say otherwise: measured again, a machine may have time for other epochs."""
+    return (
+        f" (with --epochs {one.config.train.epochs} instead of --minutes)" if given.get("minutes") is not None else ""
+    )
 
 
 def _ablate(
@@ -166,8 +196,8 @@ def _ablate(
         except (KeyboardInterrupt, CifarError):
             rest = len(plan) - number
             console.log(
-                f"still to do after this run: {rest} of {len(plan)}; the same command again takes what is complete, "
-                "and goes on with this one"
+                f"still to do after this run: {rest} of {len(plan)}; the same command again{_instead(given, one)} "
+                "takes what is complete, and goes on with this one"
             )
             raise
     measured = {

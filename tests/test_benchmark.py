@@ -13,8 +13,9 @@ from torch import nn
 
 from cifar100cli import benchmark, erasing, flops, plain
 from cifar100cli.benchmark import Sides
-from cifar100cli.config import Preset, load_preset
-from cifar100cli.schema import Augment
+from cifar100cli.config import Override, Preset, differences, load_preset
+from cifar100cli.errors import UsageError
+from cifar100cli.schema import Augment, Config
 from tests.conftest import EVERYTHING, Cli, Listening, epoch_of, make_preset, where
 
 
@@ -239,3 +240,71 @@ def test_weights_and_held_out_images_make_no_difference() -> None:
     assert not config.model.pretrained
     assert config.model.weights is None
     assert config.data.fraction == 1
+
+
+def of_known_speed(monkeypatch: pytest.MonkeyPatch, training: float, evaluation: float) -> None:
+    monkeypatch.setattr(benchmark, "_rates", lambda *_: benchmark._Rates(training, evaluation, None))
+
+
+@pytest.mark.parametrize(("minutes", "epochs"), [(0.17, 1), (0.3, 1), (1, 6), (2, 13), (60, 395)])
+def test_as_many_epochs_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, minutes: float, epochs: int) -> None:
+    """An epoch of `quickstart` is 9,000 images to train on and 1,000 held out; the test set has 2,000."""
+    of_known_speed(monkeypatch, 1000, 10_000)
+    assert epochs == int((60 * minutes - 0.2) / 9.1)
+    watcher, preset = Listening(), load_preset("quickstart")
+    fitted = benchmark.within(preset, minutes, where(tmp_path), watcher)
+    assert differences(fitted.config, preset.config) == {"train.epochs": (epochs, 10)}
+    assert watcher.said[0].startswith(f"--minutes {minutes:g}: a run of --epochs {epochs} takes about ")
+    assert load_preset("quickstart", [Override("train.epochs", epochs, "")]) == fitted
+
+
+def test_growing_images_fit_more_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`laptop` begins with images of a quarter of the area for a quarter of its epochs."""
+    of_known_speed(monkeypatch, 500, 1e9)
+    fitted = benchmark.within(load_preset("laptop"), 30, where(tmp_path), Listening()).config
+    sizes = [fitted.image_size_in(epoch) for epoch in range(1, fitted.train.epochs + 1)]
+    assert sizes.count(16) * 100 / 4 + sizes.count(32) * 100 <= 1800 < (len(sizes) + 1) * 100 * (1 / 16 + 3 / 4)
+    assert len(sizes) == 22
+
+
+def test_minutes_that_are_too_few_or_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_known_speed(monkeypatch, 1000, 10_000)
+    preset = load_preset("quickstart")
+    with pytest.raises(UsageError, match=r"--minutes 0.15: one epoch of quickstart takes about 9 s here"):
+        benchmark.within(preset, 0.15, where(tmp_path), Listening())
+    assert benchmark.within(preset, 92.0 / 60, where(tmp_path), Listening()) is preset
+    keys = preset.config.model_dump()
+    keys["train"]["epochs"] = 40
+    keys["schedule"] = {"name": "multi_step", "milestones": [20, 30]}
+    stepped = Preset("quickstart", Config.model_validate(keys))
+    with pytest.raises(UsageError, match=r"--minutes 2: schedule.milestones = .* below train.epochs = 13"):
+        benchmark.within(stepped, 2, where(tmp_path), Listening())
+
+
+def test_a_figure_is_not_that_of_other_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    of_known_speed(monkeypatch, 1000, 10_000)
+    file = tmp_path / "mine.yaml"
+    file.write_text(
+        "published: {top1: 0.5, epoch: 3, source: mine}\ndata: {dataset: synthetic}\ntrain: {epochs: 6, select: last}\n"
+    )
+    preset = load_preset(str(file))
+    assert preset.config.published is not None
+    fitted = benchmark.within(preset, 2, where(tmp_path), Listening()).config
+    assert (fitted.train.epochs, fitted.published) == (11, None)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_how_fast_a_preset_is_in_some_seconds(tmp_path: Path, frozen: bool) -> None:
+    """No time is asserted here; a frozen part is measured by itself, and leaves nothing in the user's cache."""
+    sections: dict[str, Any] = {"augment": {"policy": "flip"}, "data": {"image_size": 64}}
+    if frozen:
+        sections["finetune"] = {"unfreeze": "fc"}
+    preset = make_preset(**sections)
+    rates = benchmark._rates(preset, where(tmp_path), Listening())
+    assert 0 < rates.training < 1e9
+    assert 0 < rates.evaluation < 1e9
+    assert (rates.once is not None) == frozen
+    if rates.once is not None:
+        assert rates.once.versions == 2
+        assert 0 < rates.once.rate < 1e9
+    assert not (tmp_path / "cache").exists()

@@ -110,6 +110,7 @@ def stand_in(patch: pytest.MonkeyPatch, drawings: synthetic.Drawn) -> None:
         return _small(load, name, list(overrides))
 
     patch.setattr(config, "load_preset", load_small)
+    patch.setattr(benchmark, "within", lambda preset, *_: preset)
     patch.setattr(benchmark, "TURN", {"cpu": 0.0})
     patch.setattr(benchmark, "REPEATS", 1)
     patch.setattr(benchmark, "TEST_BATCHES", 1)

@@ -11,11 +11,106 @@ import pytest
 import safetensors.torch
 from safetensors import SafetensorError
 
-from cifar100cli import checkpoint, errors, runs
+import cifar100cli
+from cifar100cli import benchmark, checkpoint, errors, runs, trainer
 from cifar100cli.runs import RunDir
 from tests.conftest import TINY, Cli, train
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
+
+# ------------------------------------------------------------------------------------------------- minutes
+
+
+@pytest.fixture
+def three_epochs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """A machine on which three epochs of drawn images fit in a minute, as often as it is asked."""
+    asked: list[object] = []
+
+    def rates(preset: object, *_: object) -> benchmark._Rates:
+        asked.append(preset)
+        return benchmark._Rates(550, 1000, None)
+
+    monkeypatch.setattr(benchmark, "_rates", rates)
+    return asked
+
+
+TIMED = ("train", *TINY, "--set", "train.select=last", "--minutes", "1", "--json")
+
+
+def test_minutes_are_as_many_epochs(run_cli: Cli, three_epochs: list[object]) -> None:
+    """The run is that of `--epochs`, to the bit, in its folder as in its files."""
+    outcome = run_cli(*TIMED)
+    assert outcome.code == 0, outcome.err
+    timed, counted = json.loads(outcome.out), train(run_cli, "--set", "train.select=last", epochs=3)
+    assert timed["epochs"] == 3
+    assert "--minutes 1: a run of --epochs 3 takes about 54 s here" in outcome.err
+    files = [Path(result["run_dir"]) for result in (timed, counted)]
+    for name in ("model.safetensors", "config.yaml"):
+        assert len({(folder / name).read_bytes() for folder in files}) == 1
+    assert len(three_epochs) == 1
+    tried = run_cli(*TIMED, "--dry-run", "--out", "elsewhere")
+    assert json.loads(tried.out)["epochs"] == 3
+    assert not Path("elsewhere").exists()
+
+
+def test_minutes_are_measured_once_for_all_runs(
+    run_cli: Cli, three_epochs: list[object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    together = json.loads(run_cli(*TIMED, "--seeds", "2").out)
+    assert [run["epochs"] for run in together["runs"]] == [3, 3]
+    assert len(three_epochs) == 1
+    found = json.loads(run_cli(*TIMED, "--label-smoothing", "0.1", "--ablate", "label_smoothing").out)
+    assert found["epochs"] == 3
+    assert len(three_epochs) == 2
+
+    def stopped(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "train_epoch", stopped)
+    for more, told in (
+        (("--seeds", "3"), "--seed 1 --seeds 2 (with --epochs 3 instead of --minutes)"),
+        (("--weight-decay", "0.1", "--ablate", "weight_decay"), "again (with --epochs 3 instead of --minutes) takes"),
+    ):
+        outcome = run_cli(*TIMED, *more)
+        assert outcome.code == 130
+        assert told in outcome.err
+
+
+def test_minutes_from_python(run_cli: Cli, three_epochs: list[object]) -> None:
+    keys = {"data.dataset": "synthetic", "model.backbone": "test_resnet", "train.precision": "fp32"}
+    preset = cifar100cli.load_preset("quickstart", {**keys, "train.select": "last", "data.val_fraction": 0})
+    result = cifar100cli.train(preset, minutes=1, device="cpu")
+    assert result["epochs"] == 3
+    with pytest.raises(errors.UsageError, match="--minutes 0: must be more than 0"):
+        cifar100cli.train(preset, minutes=0, device="cpu")
+    assert len(three_epochs) == 1
+
+
+def test_minutes_that_are_refused(run_cli: Cli, three_epochs: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    for more, told in (
+        (("--epochs", "3"), "--minutes and --epochs both say how long to train"),
+        (("--set", "train.epochs=3"), "--minutes and --set train.epochs both say how long to train"),
+        (("--resume", "last"), "leave --minutes out"),
+        (("--print-config",), "say how many --epochs"),
+        (("--minutes", "0"), "--minutes 0: must be more than 0"),
+        (("--minutes", "-2"), "--minutes -2: must be more than 0"),
+        (("--minutes", "nan"), "--minutes nan: must be more than 0"),
+        (("--minutes", "inf"), "--minutes inf: must be more than 0"),
+        (("--minutes", "soon"), "should be a valid number"),
+        (("--set", "distillation.teacher=nowhere"), "how long the teacher will take is not known beforehand"),
+        (("--minutes", "0.3"), "one epoch of quickstart takes about 19 s here"),
+    ):
+        outcome = run_cli(*TIMED, *more)
+        assert (outcome.code, outcome.out) == (2, ""), (more, outcome.err)
+        assert told in outcome.err
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    outcome = run_cli(*TIMED)
+    assert outcome.code == 2
+    assert "with torchrun, say how many --epochs" in outcome.err
+    assert not Path("runs").exists()
+    assert len(three_epochs) == 1  # for the epoch that did not fit
+
 
 # ------------------------------------------------------------------------------------------------- seeds
 
@@ -40,8 +135,6 @@ def test_seeds_are_runs_in_turn(run_cli: Cli) -> None:
 
 
 def test_a_seed_that_diverges_does_not_keep_the_others(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cifar100cli import trainer
-
     train_epoch = trainer.train_epoch
 
     def diverging(steps: Any, config: Any, *rest: Any) -> Any:
@@ -67,8 +160,6 @@ def test_a_seed_that_diverges_does_not_keep_the_others(run_cli: Cli, monkeypatch
 
 
 def test_seeds_that_are_left_when_stopped(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cifar100cli import trainer
-
     def stopped(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -153,8 +244,6 @@ def test_answers_that_are_no_numbers_are_a_divergence(run_cli: Cli, monkeypatch:
 @pytest.mark.parametrize(("loss", "code"), [(9e14, 0), (1.1e15, 4)])
 def test_a_loss_beyond_measure(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, loss: float, code: int) -> None:
     """What is written can be read again: a loss is as good as infinite before the reader refuses it."""
-    from cifar100cli import trainer
-
     train_epoch = trainer.train_epoch
 
     def exploded(*arguments: Any) -> dict[str, float]:
@@ -229,8 +318,6 @@ def test_a_full_disk(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _unfinished(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, epochs: int = 3) -> Path:
     """A run that was stopped after its first epoch."""
-    from cifar100cli import trainer
-
     train_epoch = trainer.train_epoch
 
     def stopped(steps: Any, config: Any, epoch: int, observer: Any) -> Any:
