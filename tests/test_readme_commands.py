@@ -62,6 +62,7 @@ ELSEWHERE = {
     r"python -m tests\.kills.*": "tests/test_kills.py",
     r"python -m tests\.faults.*": "tests/test_faults.py",
     r"python -m tests\.fuzz.*": "tests/test_fuzz.py",
+    r"python -m tests\.records.*": "tests/test_records.py",
     r"python -m tests\.(together|ordeal|readme).*": "README.md",  # run by hand
 }
 
