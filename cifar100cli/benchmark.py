@@ -98,13 +98,22 @@ def _rates(preset: Preset, where: Where, watcher: Watcher) -> "_Rates":
         seconds: dict[str, list[float]] = {name: [] for name in parts}
         with watcher.progress("how long an epoch takes", SHORT_REPEATS + 1) as advance:
             for turn in range(SHORT_REPEATS + 1):
-                for name, part in parts.items():
-                    started = time.perf_counter()
-                    part()
-                    if turn:  # the first one warms up
-                        seconds[name].append(time.perf_counter() - started)
+                taken = _turn(parts)
+                if turn:  # the first one warms up
+                    for name, value in taken.items():
+                        seconds[name].append(value)
                 advance(1)
     return sides.rates(seconds)
+
+
+def _turn(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of each part, one after the other."""
+    taken = {}
+    for name, part in parts.items():
+        started = time.perf_counter()
+        part()
+        taken[name] = time.perf_counter() - started
+    return taken
 
 
 def _steps_of_a_turn(seconds: float, where: Where) -> int:
@@ -345,12 +354,10 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
     began = time.perf_counter()
     with watcher.progress("turns, after a first one that warms up", repeats + 1) as advance:
         for turn in range(repeats + 1):
-            for name, part in parts.items():
-                started = time.perf_counter()
-                part()
-                if turn:
-                    seconds[name].append(time.perf_counter() - started)
+            taken = _turn(parts)
             if turn:
+                for name, value in taken.items():
+                    seconds[name].append(value)
                 spent = sides.phases()
                 for name, value in spent.items():
                     phases.setdefault(name, []).append(value / sum(spent.values()))

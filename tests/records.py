@@ -2,7 +2,7 @@
 
     .uv/bin/uv run python -m tests.records OUT --data-dir DIR [--seconds N] [PRESET[:SEEDS]...] [-- OPTIONS OF TRAIN]
 
-For a machine with a fast device that is lent for some minutes. Without names it is what no GPU has shown yet, the
+For a machine with a fast device that is there for some minutes. Without names it is what no GPU has shown yet, the
 quickest first. OUT gets, of each run, what is small: preset, environment, metrics, result and what was said; and
 `records.md`, a table that is whole after every run. A run that is stopped by the time goes on with the same command
 and folder `--runs`, and is in the table with what it had reached.
