@@ -52,7 +52,7 @@ def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, 
         if steps is None or repeats is None:
             seconds = _seconds_of_a_step(Preset(preset.name, config), where, watcher)
             steps = steps or _steps_of_a_turn(seconds, where)
-            repeats = repeats or (REPEATS if steps * seconds < 10 else SHORT_REPEATS)
+            repeats = repeats or (REPEATS if steps * seconds < 5 else SHORT_REPEATS)
         sides = Sides(Preset(preset.name, config), where, watcher, steps)
         return _measure(preset, sides, watcher, repeats)
 
@@ -60,7 +60,7 @@ def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, 
 def within(preset: Preset, minutes: float, where: Where, watcher: Watcher) -> Preset:
     """The preset with as many epochs as fit in so many minutes on the device at hand, by steps on images of noise.
 
-    What a frozen part takes before the first epoch, and the look at the test set after the last, are counted in.
+    What a frozen part takes before the first epoch, and the result's figures after the last, are counted in.
     Raises `UsageError` where not even one epoch fits.
     """
     config = preset.config
@@ -456,5 +456,5 @@ def _full_run(
         "training_images": images,
         "seconds_of_frozen_part": before,
         "seconds_per_epoch": epoch,
-        "seconds": before + epochs * epoch + tested / evaluation_rate,
+        "seconds": before + epochs * epoch + (held_out + tested) / evaluation_rate,
     }

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup, escape
 
 from cifar100cli.analysis import Bin
+from cifar100cli.bounded import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -204,7 +205,7 @@ def _series(number: int) -> str:
 
 def _svg(figure: Any, title: str) -> Markup:
     """Inline SVG with the page's colours; `title` is its text for those who do not see it."""
-    buffer = io.StringIO()
+    buffer, title = io.StringIO(), printable(title)  # a folder's name need not be text
     with _style(salt=title):
         unsaid = dict.fromkeys(("Creator", "Date", "Format", "Type"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=unsaid)

@@ -25,7 +25,7 @@ from cifar100cli.config import parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model, outline
-from cifar100cli.runs import MODEL, find_model, replacing
+from cifar100cli.runs import MODEL, find_model, not_text, replacing
 from cifar100cli.schema import Config
 from cifar100cli.watcher import TrainState
 from cifar100cli.weights import checksum, warn_of_change
@@ -188,6 +188,8 @@ def restore(saved: Saved, trained: Trained) -> TrainState:
         if scaler.is_enabled():
             scaler.load_state_dict({name: type(v)(about["scaler"][name]) for name, v in scaler.state_dict().items()})
         state = TrainState(int(about["epoch"]), int(about["best_epoch"]), float(about["best_top1"]))
+        if not (0 < state.best_epoch <= state.epoch and -1 <= state.best_top1 <= 1):
+            raise ValueError(f"the best epoch {state.best_epoch} of {state.epoch}, with {state.best_top1:g}")
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         kept: dict[int, dict[str, Tensor]] = {}
         for name, tensor in tensors.items():
@@ -197,6 +199,8 @@ def restore(saved: Saved, trained: Trained) -> TrainState:
                 if tensor.shape == parameter.shape:
                     # The memory layout of the parameter, so that the same kernel runs as before the stop.
                     tensor = torch.empty_like(parameter).copy_(tensor)
+                elif tensor.shape != () or key != "step":  # a fused optimizer would write beyond what is there
+                    raise ValueError(f"{name} has another shape than its weights")
                 kept.setdefault(int(number), {})[key] = tensor
         optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
     except (KeyError, IndexError, ValueError, TypeError) as error:
@@ -250,6 +254,8 @@ def _is_state(about: Mapping[str, Any]) -> bool:
 @interrupts.held_back()
 def read(path: Path) -> Saved:
     """Read a file of ours. Raises `DataError` for one that is missing, broken, foreign or newer than this version."""
+    if strange := not_text(path):
+        raise DataError(f"{path}: cannot be opened, since {strange} is not UTF-8: rename it, or copy the run elsewhere")
     check_header(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -268,6 +274,8 @@ def read(path: Path) -> Saved:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: corrupt, or no safetensors file ({one_line(error)})") from None
+    except RuntimeError as error:  # there is no room to map it
+        raise DataError(f"{path}: cannot be read ({one_line(error)})") from None
     if not _is_state(about):
         warn_of_change(path, about, tensors)
     elif "crc32" in about and about["crc32"] != checksum(tensors):

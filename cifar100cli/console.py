@@ -6,6 +6,7 @@ because `--help` and a usage error have no use for it.
 
 import codecs
 import contextlib
+import io
 import json
 import os
 import shlex
@@ -129,9 +130,24 @@ def result_json(content: object) -> None:
 
 
 def json_text(content: object) -> str:
-    """JSON as stdout takes it: letters that its encoding lacks are written as JSON escapes, and not as Python's."""
+    """JSON as stdout takes it: what its encoding lacks, or what could steer a terminal, is in JSON's own escapes."""
     encoding = codecs.lookup(getattr(sys.stdout, "encoding", None) or "utf-8").name
-    return json.dumps(content, indent=2, ensure_ascii=encoding != "utf-8", allow_nan=False)
+    text = json.dumps(content, indent=2, ensure_ascii=encoding != "utf-8", allow_nan=False)
+    lines = text.replace("\n", "")
+    if not lines.isprintable() and printable(lines) != lines:
+        text = json.dumps(content, indent=2, allow_nan=False).replace("\x7f", "\\u007f")
+    return text
+
+
+class _Captured(io.StringIO):
+    """In the place of stdout: a text for a file, which is no terminal whatever the environment says."""
+
+
+@contextlib.contextmanager
+def captured() -> Iterator[io.StringIO]:
+    """Keep what would go to stdout, as plain text."""
+    with contextlib.redirect_stdout(_Captured()) as written:
+        yield written
 
 
 def log(text: str) -> None:
@@ -178,7 +194,8 @@ def waiting(text: str) -> Iterator[None]:
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int] = ()) -> None:
     """A table on stdout; `right` names the columns that are numbers. Outside a terminal it is as wide as it is."""
     rows = [[printable(cell) for cell in row] for row in rows]
-    if not (sys.stdout.isatty() or os.environ.get("FORCE_COLOR") or "COLUMNS" in os.environ):
+    terminal = sys.stdout.isatty() or os.environ.get("FORCE_COLOR") or "COLUMNS" in os.environ
+    if not terminal or isinstance(sys.stdout, _Captured):
         result(_plain_table(title, columns, rows, right))
         return
     from rich import box

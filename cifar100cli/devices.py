@@ -132,7 +132,7 @@ NO_MEMORY = "out of memory: lower --batch-size or --image-size"
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is what PyTorch or Python say when there is no more memory, on any device."""
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or re.search("out of memory|can't allocate memory", str(error)) is not None
+    return known or re.search("out of memory|(can't|cannot) allocate memory", str(error), re.IGNORECASE) is not None
 
 
 def forget_peak_memory(device: torch.device) -> None:

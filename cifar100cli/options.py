@@ -134,7 +134,8 @@ Minutes = Annotated[
 Seed = Annotated[str | None, _text("N", "Random seed of weights, data order and augmentation.")]
 Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="How many runs to train in turn, with consecutive seeds.")]
 Ablate = Annotated[
-    str | None, _text("BLOCK,BLOCK", "Train it as it is and without each of these (augment, ema, ...), and compare.")
+    list[str] | None,
+    _text("BLOCK,BLOCK", "Train it as it is and without each of these (augment, ema, ...), and compare."),
 ]
 Settings = Annotated[
     list[str] | None,

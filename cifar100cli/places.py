@@ -97,7 +97,7 @@ def cache_dir() -> Path:
 def check_minutes(minutes: float, config: "Config") -> None:
     """Raise `UsageError` for a time that is none, and for a run whose time is not known beforehand."""
     if not 0 < minutes < math.inf:
-        raise UsageError(f"--minutes {minutes:g}: must be more than 0")
+        raise UsageError(f"--minutes {minutes:g}: must be more than 0, and have an end")
     if config.distillation is not None:
         raise UsageError("--minutes: how long the teacher will take is not known beforehand; say how many --epochs")
 

@@ -79,7 +79,13 @@ def start() -> None:
     if backend != "gloo" and local_rank() < torch.cuda.device_count():
         torch.cuda.set_device(local_rank())
     # torchrun keeps one store for all its restarts, and so the addresses of ranks that are dead: a prefix hides them.
-    store, number, world_size = next(rendezvous("env://", timeout=PATIENCE))
+    if not rank() < count():
+        raise UsageError(f"RANK = {rank()} of WORLD_SIZE = {count()}: torchrun sets these; unset them, or use torchrun")
+    try:
+        store, number, world_size = next(rendezvous("env://", timeout=PATIENCE))
+    except (ValueError, OverflowError) as error:
+        words = str(error).splitlines()[0]
+        raise UsageError(f"torchrun's variables are not right ({words}); unset them, or use torchrun") from None
     store = distributed.PrefixStore(f"restart {restarts()}", store)  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=PATIENCE)
 

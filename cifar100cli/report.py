@@ -196,10 +196,13 @@ def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence
     first = group[0]
     ours = shipped(first.preset)
     config = first.config if ours is not None else with_own_figures(first.config)
+    figures = [run.config if ours is not None else with_own_figures(run.config) for run in group]
     changed = departures(config, ours) if ours is not None else {}
     own = flat(config)
     told = [*changed, *(key for key in apart[first.preset] if ours is None or (key == TEACHER and key not in changed))]
-    published = config.published
+    # Runs may share all settings, and not the figure that some of them were told to leave out.
+    published = next((one.published for one in figures if one.published), None)
+    expected = next((one.expected for one in figures if one.expected), None)
     own_dataset = (ours or config).data.dataset
     top1 = list(measured.top1.values())
     mean = fmean(top1)
@@ -213,8 +216,8 @@ def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence
         dataset=config.data.dataset,
         published_top1=published.top1 if published else None,
         published_epoch=published.epoch if published else None,
-        expected_top1=config.expected.top1 if config.expected else None,
-        expected_runs=config.expected.runs if config.expected else None,
+        expected_top1=expected.top1 if expected else None,
+        expected_runs=expected.runs if expected else None,
         n=len(top1),
         top1_mean=mean,
         top1_std=noise.deviation(top1),

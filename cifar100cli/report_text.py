@@ -1,6 +1,5 @@
 """The report as text: for a terminal, as Markdown, CSV or JSON."""
 
-import contextlib
 import csv
 import io
 from collections.abc import Container, Iterable, Sequence
@@ -170,7 +169,7 @@ def _notes(report: Report) -> list[str]:
 def render(report: Report, form: str) -> str:
     """The report as Markdown, CSV, JSON, or the table of a terminal."""
     if form == "table":
-        with contextlib.redirect_stdout(io.StringIO()) as written:
+        with console.captured() as written:
             show_table(report)
         return written.getvalue()
     if form == "json":
@@ -216,15 +215,14 @@ def _csv(report: Report) -> str:
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*names, "changes", "seeds", "best_epochs", "hardware", "runs"])
     for row in report.rows:
-        writer.writerow(
-            [
-                *("" if getattr(row, name) is None else getattr(row, name) for name in names),
-                " ".join(f"{key}={setting(value)}" for key, value in row.changes.items()),
-                *(" ".join(map(str, values)) for values in (row.seeds, row.best_epochs)),
-                "; ".join(row.hardware),
-                "; ".join(row.runs),
-            ]
-        )
+        cells = [
+            *("" if getattr(row, name) is None else getattr(row, name) for name in names),
+            " ".join(f"{key}={setting(value)}" for key, value in row.changes.items()),
+            *(" ".join(map(str, values)) for values in (row.seeds, row.best_epochs)),
+            "; ".join(row.hardware),
+            "; ".join(row.runs),
+        ]
+        writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
     return buffer.getvalue()
 
 

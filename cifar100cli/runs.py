@@ -7,7 +7,9 @@ import functools
 import io
 import json
 import os
+import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ from typing import Any, Self
 from cifar100cli.bounded import look, parse_json, printable, read_file, walk
 from cifar100cli.config import differences, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
-from cifar100cli.schema import Config
+from cifar100cli.schema import SPLIT_OF, Config
 
 FORMAT = 1  # of a run folder; a newer one is refused
 
@@ -32,6 +34,7 @@ PREDICTIONS = "predictions.csv"  # of the test images, by the selected weights
 RESULT = "result.json"
 DIVERGED = "diverged.json"  # why the run was given up, where its loss stopped being finite
 LOCK = ".lock"
+TENSORBOARD, WANDB = TRACKED = ("tensorboard", "wandb")  # folders of trackers' own files
 FILES = (CONFIG, ENVIRONMENT, METRICS, TABLE, MODEL, STATE, PREDICTIONS, RESULT, DIVERGED)
 
 LARGEST_JSON = 1 << 20  # bytes; ours are a few thousand
@@ -47,6 +50,7 @@ RESULT_SHAPE: Mapping[str, Any] = {
     "test": dict.fromkeys(("top1", "top5", "loss", "ece"), _NUMBER),
     "best": dict.fromkeys(("epoch", "top1"), _NUMBER),
 }
+LATER: Mapping[str, Any] = dict.fromkeys(("ranks", "peak_memory_bytes"), _NUMBER)  # which older results have not
 ROW_SHAPE: Mapping[str, Any] = dict.fromkeys(("train_loss", "train_top1", "seconds", "images_per_second"), _NUMBER)
 
 
@@ -55,8 +59,18 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it becomes `path` in one step, else it goes.
 
     Whoever looks sees the old file or the whole new one, also after a crash: the bytes are on the disk
-    before the name is. A link is followed, and a device such as /dev/stdout is written to as it is.
+    before the name is. A link is followed, and a device such as /dev/stdout is written to as it is; where that leads to
+    a file, behind what is in it, for others write there too.
     """
+    stream = _stream(path)
+    if stream is not None and path.is_file():
+        with tempfile.TemporaryDirectory() as folder:
+            written = Path(folder) / path.name
+            yield written
+            sys.stdout.flush()
+            with written.open("rb") as source, open(stream, "wb", closefd=False) as target:
+                shutil.copyfileobj(source, target)
+        return
     named, path = path, path.resolve()
     if named.exists() and not named.is_file() and not named.is_dir():  # asked before: what a pipe leads to has no name
         try:
@@ -86,6 +100,14 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove_quietly(temporary)
         raise
+
+
+def _stream(path: Path) -> int | None:
+    """This process's descriptor that a name such as /dev/stdout means."""
+    standard = {"/dev/stdout": 1, "/dev/stderr": 2}
+    absolute = str(path.absolute())  # not resolved: what it leads to has a name of its own
+    numbered = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,6})", absolute)
+    return int(numbered[1]) if numbered else standard.get(absolute)
 
 
 def _remove_quietly(path: Path) -> None:
@@ -248,7 +270,9 @@ class RunDir:
     def result(self) -> dict[str, Any]:
         """What the run measured; there once it is complete."""
         content = _read_json(self.path / RESULT)
-        wrong = _misshapen(content, RESULT_SHAPE)
+        wrong = _misshapen(content, {**RESULT_SHAPE, **{key: kind for key, kind in LATER.items() if key in content}})
+        if not wrong and content["select"] not in SPLIT_OF:
+            wrong = "select"
         if wrong:
             raise DataError(f"{self.path / RESULT}: {wrong} is missing or not what it should be")
         return content
@@ -274,6 +298,8 @@ class RunDir:
             if not isinstance(row, dict) or row.get("epoch") != len(lines) + 1 or _misshapen(row, ROW_SHAPE):
                 break
             if any(isinstance(value, (dict, list)) for value in row.values()):
+                break
+            if any(isinstance(value, _NUMBER) and not abs(value) < LARGEST for value in row.values()):
                 break
             lines.append(row)
         return lines
@@ -324,7 +350,7 @@ class RunDir:
         """
         from filelock import FileLock, Timeout
 
-        for name in (*FILES, LOCK):
+        for name in (*FILES, LOCK, *TRACKED):
             if (self.path / name).is_symlink():
                 raise DataError(f"{self.path}: {name} is a link; a run writes into its own folder alone")
         lock = FileLock(self.path / LOCK)
@@ -353,13 +379,15 @@ class RunDir:
         try:
             with self.exclusively(patience=0):
                 return False
-        except CifarError:  # held, or no place to hold it
+        except (CifarError, OSError):  # held, or no place to hold it, or another user's lock
             return True
 
 
 def check_writable(root: Path) -> None:
     """Raise `FolderError` when runs cannot be made there; asked before the long preparations, changes nothing."""
     existing = root.absolute()
+    if strange := not_text(existing):
+        raise _unwritable(root, f"{strange} is not UTF-8, and no model can be kept there")
     while True:
         try:
             existing.lstat()
@@ -375,6 +403,11 @@ def check_writable(root: Path) -> None:
         raise _unwritable(root, f"there is no permission to write to {existing}")
 
 
+def not_text(path: Path) -> str | None:
+    """The first part of a path that is not UTF-8, if any: safetensors opens no such file."""
+    return next((printable(part) for part in path.parts if part.encode("utf-8", "ignore") != os.fsencode(part)), None)
+
+
 def _unwritable(root: Path, reason: str | None) -> FolderError:
     return FolderError(f"runs cannot be written to {root}: {reason}; --out or CIFAR100_RUNS_DIR names another place")
 
@@ -383,11 +416,13 @@ def find_runs(root: Path, refused: Callable[[OSError], None] | None = None) -> l
     """Every folder under `root` that looks like a run, whole or broken, in order of path.
 
     Links to folders are followed, for runs take room and are moved to other disks; each run is found once. A folder
-    that may not be read is told to `refused`.
+    that may not be read is told to `refused`. wandb's folder in a run has a `config.yaml` too, and is none.
     """
     marks = {CONFIG, METRICS, RESULT, MODEL}
     folders = walk(root, hidden=False, links=True, refused=refused)
-    return sorted(folder for folder, files in folders if marks & set(files))
+    found = {folder for folder, files in folders if marks & set(files)}
+    tracked = {run / name for run in found for name in TRACKED}
+    return sorted(folder for folder in found if not tracked.intersection((folder, *folder.parents)))
 
 
 def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:

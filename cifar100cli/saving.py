@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cifar100cli import checkpoint, interrupts
 from cifar100cli.card import Card
-from cifar100cli.checkpoint import Snapshot, Trained
+from cifar100cli.checkpoint import Saved, Snapshot, Trained
 from cifar100cli.runs import MODEL, STATE, RunDir
 from cifar100cli.watcher import TrainState
 
@@ -20,8 +20,9 @@ class Saver:
     """Writes epochs in a thread of its own: on a fast device, it would otherwise wait for the disk half of the time.
 
     What is written is a copy in the host's memory, so that training may move on. The order on the disk is metrics,
-    selected weights, training state: a process that is killed anywhere goes on from the last epoch that is whole there.
-    Used as a context, it leaves with nothing on its way.
+    training state, selected weights: a process that is killed anywhere goes on from the last epoch whose state is
+    there, and weights that it had no time for are in that state, where `catch_up` finds them. Used as a context, it
+    leaves with nothing on its way.
     """
 
     def __init__(self, run: RunDir, card: Card) -> None:
@@ -46,8 +47,9 @@ class Saver:
         self.wait()
         snapshot = checkpoint.snapshot(state, trained)
         snapshot = replace(snapshot, tensors=self._on_host(snapshot.tensors))
+        state = replace(state)  # training moves that one on
         with interrupts.held_back():
-            self._last = self._thread.submit(self._write, row, snapshot, state.best_epoch == state.epoch)
+            self._last = self._thread.submit(self._write, row, snapshot, state)
 
     def check(self) -> None:
         """Raise what went wrong with the last epoch, if that is known by now."""
@@ -69,9 +71,20 @@ class Saver:
             torch.cuda.synchronize(device)
         return {name: self._host[name] for name in tensors}
 
-    def _write(self, row: Mapping[str, Any], snapshot: Snapshot, selected: bool) -> None:
+    def _write(self, row: Mapping[str, Any], snapshot: Snapshot, state: TrainState) -> None:
         self._run.append_metrics(row)
-        if selected:
-            card = self._card.model_copy(update={"epoch": row["epoch"]})
-            checkpoint.save_model(self._run.path / MODEL, snapshot.weights, card)
         checkpoint.save_state(self._run.path / STATE, snapshot)
+        self._select(snapshot, state)
+
+    def catch_up(self, saved: Saved, state: TrainState) -> None:
+        """Write the selected weights of a state that is on the disk, where they are its own.
+
+        A process that was killed may have written the state alone. The epoch cannot be repeated for them: where kernels
+        add in any order, it might not be the best one again.
+        """
+        self._select(Snapshot(saved.tensors, saved.about), state)
+
+    def _select(self, snapshot: Snapshot, state: TrainState) -> None:
+        if state.best_epoch == state.epoch:
+            card = self._card.model_copy(update={"epoch": state.epoch})
+            checkpoint.save_model(self._run.path / MODEL, snapshot.weights, card)

@@ -6,6 +6,7 @@ Neither torch nor a tracker is imported before a run begins.
 import importlib.util
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from cifar100cli.bounded import one_line
 from cifar100cli.errors import UsageError, did_you_mean
+from cifar100cli.runs import TENSORBOARD, WANDB
 from cifar100cli.watcher import EpochProgress, StageRow, TrainState, Watcher
 
 if TYPE_CHECKING:
@@ -43,12 +45,15 @@ class TensorBoard:
 
     def __init__(self) -> None:
         self._writer: Any = None
+        self._excepthook = threading.excepthook
 
     def begin(self, config: "Config", run: Path, first_epoch: int) -> None:
         """Open the file; what an earlier process wrote of epochs that are run again is hidden."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=first_epoch)
+        # Its thread's own last words of a full disk are a traceback; the next call raises the same.
+        threading.excepthook = self._silent_of_disks
+        self._writer = SummaryWriter(str(run / TENSORBOARD), purge_step=first_epoch)
         if first_epoch == 1:
             self._writer.add_text("config", f"```yaml\n{config.to_yaml()}```", 0)
 
@@ -69,13 +74,20 @@ class TensorBoard:
 
     def close(self) -> None:
         """Close the file."""
-        if self._writer is not None:
-            self._writer.close()
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            threading.excepthook = self._excepthook
+
+    def _silent_of_disks(self, what: threading.ExceptHookArgs) -> None:
+        if not issubclass(what.exc_type, OSError):
+            self._excepthook(what)
 
 
 def drawn_id(run: Path) -> str | None:
     """The id of wandb's run whose files are in a run's folder: the latest one, if there are any."""
-    names = [path.name for path in (run / "wandb").glob("*run-*") if _WANDB_FOLDER.match(path.name)]
+    names = [path.name for path in (run / WANDB).glob("*run-*") if _WANDB_FOLDER.match(path.name)]
     return _WANDB_FOLDER.sub("", max(names, key=_WANDB_FOLDER.findall)) if names else None
 
 

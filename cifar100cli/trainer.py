@@ -68,6 +68,8 @@ def fit(
     watcher.begin(config, run.path, state.epoch + 1, len(loaders.train))
 
     with Saver(run, card) as saver:
+        if saved is not None:
+            ranks.on_first(lambda: saver.catch_up(saved, state))
 
         def on_step(taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
             if ranks.count() == 1:  # several ranks end together, after the epoch
@@ -136,8 +138,8 @@ def train_epoch(
     """
     training, loader = steps.training, steps.training.loader
     training.model.train()
-    # Drop-out and the like, without a past, and on every rank its own.
-    torch.manual_seed(derived_seed(config.seed, epoch, *([ranks.rank()] if ranks.rank() else [])))
+    # Drop-out and the like, without a past, on every rank its own, and not what the loader draws the epoch from.
+    torch.manual_seed(derived_seed(config.seed, epoch, 1 + ranks.rank()))
     steps.begin(epoch)
     count = len(loader)
 

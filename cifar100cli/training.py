@@ -35,7 +35,7 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
     places.check_device(given["device"])
     trackers.check(given["log"] or ())
     if given["resume"] is not None:
-        if given["seeds"] > 1 or given["ablate"] is not None:
+        if given["seeds"] > 1 or given["ablate"]:
             flag = "--seeds" if given["seeds"] > 1 else "--ablate"
             raise UsageError(f"--resume goes on with one run: leave {flag} out")
         if given.get("minutes") is not None:
@@ -51,8 +51,8 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
         _check_minutes(given, overrides)
         places.check_minutes(minutes, chosen.config)
     left_out = {}
-    blocks = [name.strip() for name in (given["ablate"] or "").split(",") if name.strip()]
-    if given["ablate"] is not None:
+    blocks = [name.strip() for name in ",".join(given["ablate"] or ()).split(",") if name.strip()]
+    if given["ablate"]:
         if dry_run or given["print_config"]:
             raise UsageError(
                 "--ablate trains several settings: it does not go together with --dry-run or --print-config"

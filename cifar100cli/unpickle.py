@@ -142,9 +142,12 @@ def _step(name: str, argument: Any, stack: list[Any], memo: dict[int, Any], room
         values = _above_mark(stack)
         stack.append(dict(zip(map(_key, values[::2]), map(_finished, values[1::2]), strict=True)))
     elif name in ("GLOBAL", "STACK_GLOBAL"):
-        asked = argument if name == "GLOBAL" else " ".join(map(str, stack[-2:]))
+        asked = argument
         if name == "STACK_GLOBAL":
-            del stack[-2:]
+            parts = [stack.pop(), stack.pop()][::-1]
+            if not all(type(part) is str for part in parts):  # writing out tuples of tuples could take for ever
+                raise PickleError("refused: it asks for something by a name that is no text, which could run code")
+            asked = " ".join(parts)
         if asked not in _GLOBALS:
             raise PickleError(f"refused: it asks for {'.'.join(str(asked).split())[:80]}, which could run code")
         stack.append(_GLOBALS[asked])

@@ -28,6 +28,9 @@ _WRAPPERS = ("module.", "_orig_mod.", "model.", "backbone.")  # DataParallel, to
 _LEGACY = 5  # pickles at the head of a file of PyTorch's before 1.6
 _LONGEST_NAME = 200  # of a function or class
 _MOST_PARTS = 1000  # of a tuple: shapes, strides and the arguments of a tensor have a few
+# PyTorch's reader calls them, and they make much of little: terabytes of zeros, or hours of a slow codec. No tensor is
+# made of them.
+_AMPLIFIERS = ("builtins bytearray", "__builtin__ bytearray", "_codecs encode")
 _FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _COUNTER = "num_batches_tracked"  # of batch norm; of no use here, and older files lack it
 
@@ -131,6 +134,9 @@ def _trap_in(file: IO[bytes]) -> str | None:
         elif name == "GLOBAL":
             if len(str(argument)) > _LONGEST_NAME:
                 return "it asks for a name without end"
+            if argument in _AMPLIFIERS:
+                function = str(argument).replace(" ", ".")
+                return f"it makes bytes ({function}), which weights are not; save the state dict alone"
             stack.append(0)
         else:
             if name in ("REDUCE", "NEWOBJ") and stack[-2]:
@@ -214,7 +220,8 @@ def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) 
     broken = [n for n, tensor in found.items() if not torch.isfinite(tensor).all()]
     if broken:
         _refuse(path, f"{broken[0]} holds numbers that are not finite")
-    counters = {n: t for n, t in tensors.items() if n.endswith(_COUNTER) and n in model.state_dict()}
+    counting = {n: t.shape for n, t in model.state_dict().items() if n.endswith(_COUNTER)}
+    counters = {n: tensors[n] for n, shape in counting.items() if n in tensors and tensors[n].shape == shape}
     model.load_state_dict({**found, **counters}, strict=False)
 
 

@@ -101,9 +101,11 @@ def _what_is_left(run: RunDir) -> _Left:
     path = run.path / STATE
     result, config = run.result() if run.complete else None, run.config()
     state = checkpoint.read_state(path) if result is None and path.is_file() else None
-    if state is not None and (SPLIT_OF[config.train.select] or state.about["epoch"] == config.train.epochs):
+    if state is not None and (best := state.about.get("best_epoch")) != state.about.get("epoch"):
         try:
-            checkpoint.read(run.path / MODEL)
+            kept = checkpoint.read(run.path / MODEL).about.get("epoch")
+            if kept != best:
+                raise DataError(f"{run.path / MODEL}: holds epoch {kept}, not {best}")
         except DataError as error:
             raise DataError(
                 f"{error}; it held the epoch that was the best so far, and the run cannot end without: bring the file "

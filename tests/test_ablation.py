@@ -287,6 +287,15 @@ def test_an_ablation_that_was_stopped_goes_on(run_cli: Cli, monkeypatch: pytest.
     assert "one seed" in again.out
 
 
+def test_blocks_may_be_named_one_by_one(run_cli: Cli) -> None:
+    options = ("--label-smoothing", "0.1", "--weight-decay", "0.1")
+    outcome = run_cli(
+        "train", *TINY, "--epochs", "1", *options, "--ablate", "label_smoothing", "--ablate", "weight_decay", "--json"
+    )
+    assert outcome.code == 0, outcome.err
+    assert {effect["block"] for effect in json.loads(outcome.out)["effects"]} == {"label_smoothing", "weight_decay"}
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

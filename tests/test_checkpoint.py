@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cifar100cli import checkpoint, runs
+from cifar100cli import checkpoint, devices, runs
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.card import KEY, Card
 from cifar100cli.errors import ChangedWeights, DataError
@@ -236,6 +236,46 @@ def test_a_state_of_another_model(tmp_path: Path) -> None:
     other = trained(create_model(CONFIG, classes=4))
     with pytest.raises(DataError, match="does not fit"):
         checkpoint.restore(checkpoint.read_state(tmp_path / "state"), other)
+
+
+@pytest.mark.parametrize("shape", [(), (2,), (7, 7)])
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_a_state_whose_optimizer_has_other_shapes(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    """PyTorch's fused optimizers believe the state, and would write beyond its end."""
+    config = Config.model_validate({"optimizer": {"name": name}}).optimizer
+    model = make_model()
+    optimizer = create_optimizer(config, everything(model))
+    model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+    optimizer.step()
+    state = Trained(model, optimizer)
+    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(1, 1, 0.5), state))
+    sound = checkpoint.read_state(tmp_path / "state")
+    checkpoint.restore(sound, state)
+    moments = [key for key in sound.tensors if key.endswith(("exp_avg", "momentum_buffer"))]
+    assert moments
+    edit(tmp_path / "state", tensors={moments[0]: torch.zeros(shape)})
+    with pytest.raises(DataError, match=f"training state of this run .*{re.escape(moments[0])} has another shape"):
+        checkpoint.restore(checkpoint.read_state(tmp_path / "state"), state)
+
+
+@pytest.mark.parametrize("state", [(0, 0, 0.5), (-1, -1, 0.5), (2, 3, 0.5), (2, 0, 0.5), (1, 1, 1e300), (1, 1, 1.5)])
+def test_a_state_of_epochs_that_cannot_be(tmp_path: Path, state: tuple[int, int, float]) -> None:
+    trains = trained(make_model())
+    checkpoint.save_state(tmp_path / "s", checkpoint.snapshot(TrainState(*state), trains))
+    with pytest.raises(DataError, match=r"not a training state of this run .*the best epoch"):
+        checkpoint.restore(checkpoint.read_state(tmp_path / "s"), trains)
+
+
+def test_a_file_larger_than_there_is_room_to_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("unable to mmap 200000004616 bytes from file: Cannot allocate memory (12)")
+
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, make_model().state_dict(), make_card())
+    monkeypatch.setattr(checkpoint, "safe_open", full)
+    with pytest.raises(DataError, match=r"cannot be read \(unable to mmap"):
+        checkpoint.read(path)
+    assert devices.is_out_of_memory(RuntimeError("Cannot allocate memory (12)"))
 
 
 def test_a_state_without_the_average_or_the_scale_that_the_run_has(tmp_path: Path) -> None:

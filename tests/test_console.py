@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import json
 import os
 import pty
 import re
@@ -16,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from cifar100cli import console, report, report_text, workflows
+from cifar100cli.bounded import printable
 from tests.conftest import make_preset, where
 from tests.test_report import make_run
 
@@ -136,6 +138,29 @@ def test_figures_stay_whole_in_a_narrow_terminal(
     written = capsys.readouterr().out
     assert "layer3" in written, "nor does a row lose its name"
     assert "44.26 ±0.12" in written
+
+
+def test_a_table_for_a_file_is_plain_whatever_the_terminal_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "20")
+    with console.captured() as written:
+        console.table("title", ("a", "b"), [("resnet18-baseline-fixed", "x" * 30)])
+    lines = written.getvalue().splitlines()
+    assert lines == [
+        "title",
+        f"a{'b'.rjust(25)}",
+        f"{'-' * 23}  {'-' * 30}",
+        f"resnet18-baseline-fixed  {'x' * 30}",
+        "",
+    ]
+
+
+@pytest.mark.parametrize("text", ["\x9b2J", "\u202e", "\x7f", "\x1b[2J", "\udcff", "日本 \u00e9\u3000"])
+def test_json_steers_no_terminal(text: str) -> None:
+    written = console.json_text({"name": text})
+    assert json.loads(written) == {"name": text}
+    assert all(line == printable(line) for line in written.splitlines())
+    assert ("日" in written) == ("日" in text), "what is harmless stays legible"
 
 
 def test_tables_in_a_pipe_that_is_to_be_coloured(

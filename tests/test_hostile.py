@@ -284,6 +284,32 @@ def test_a_pickle_that_overflows_the_stack_when_it_is_hashed() -> None:
         read_pickle(b"\x80\x02}" + b")" + b"\x85" * 500_000 + b"K\x01s.")
 
 
+def test_a_pickle_that_asks_for_a_name_of_tuples() -> None:
+    """Each tuple holds the one before it twice: written out, 30 of them have a thousand million parts."""
+    doubling = b"".join(b"h%ch%c\x86\x94" % (number, number) for number in range(30))
+    with pytest.raises(PickleError, match="by a name that is no text"):
+        read_pickle(b"\x80\x04)\x94" + doubling + b"\x8c\x01x\x93.")
+
+
+@pytest.mark.parametrize(
+    "makes_much_of_little",
+    [
+        b"cbuiltins\nbytearray\n\x8a\x05" + (15 * 10**9).to_bytes(5, "little") + b"\x85R",
+        b"c__builtin__\nbytearray\n\x8a\x05" + (15 * 10**9).to_bytes(5, "little") + b"\x85R",
+        b"c_codecs\nencode\nX" + (60_000).to_bytes(4, "little") + b"x" * 60_000 + b"X\x08\0\0\0punycode\x86R",
+    ],
+)
+def test_weights_that_make_much_of_little(tmp_path: Path, makes_much_of_little: bytes) -> None:
+    """PyTorch's reader would allocate gigabytes, or encode for hours."""
+    torch.save({"weight": torch.zeros(1)}, tmp_path / "sound.pth")
+    with zipfile.ZipFile(tmp_path / "sound.pth") as sound, zipfile.ZipFile(tmp_path / "w.pth", "w") as spoilt:
+        for part in sound.infolist():
+            pickled = b"\x80\x02}X\x01\0\0\0a" + makes_much_of_little + b"s."
+            spoilt.writestr(part.filename, pickled if part.filename.endswith(".pkl") else sound.read(part))
+    with pytest.raises(DataError, match=r"it makes bytes \((builtins|__builtin__|_codecs)\."):
+        weights.read_weights(tmp_path / "w.pth")
+
+
 def test_a_pickle_whose_keys_all_collide() -> None:
     """Numbers that have one hash take the square of their number to be told apart."""
     with pytest.raises(PickleError, match="a key that is not text"):

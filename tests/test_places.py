@@ -1,6 +1,7 @@
 """Where commands write: what an output must not cost, and what it may be."""
 
 import csv
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -61,3 +62,11 @@ def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> 
     command = [sys.executable, "-m", "cifar100cli", "report", "--format", "csv", "--out", "/dev/stdout"]
     piped = subprocess.run(command, cwd=tmp_path, stdout=subprocess.PIPE, text=True, check=True)
     assert [row["runs"] for row in csv.DictReader(piped.stdout.splitlines())] == [str(run_dir)]
+    with (tmp_path / "all.csv").open("w") as file:  # a shell's `> all.csv`, which is kept open for what comes next
+        file.write("before\n")
+        file.flush()
+        subprocess.run(command, cwd=tmp_path, stdout=file, check=True)
+        file.seek(0, os.SEEK_END)
+        file.write("behind\n")
+    before, *lines, behind = (tmp_path / "all.csv").read_text().splitlines()
+    assert (before, lines, behind) == ("before", piped.stdout.splitlines(), "behind")

@@ -76,6 +76,23 @@ def test_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks.count()
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"MASTER_PORT": "abc"}, "MASTER_PORT|invalid literal"),
+        ({"MASTER_PORT": "99999"}, "99999|port"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT|invalid literal"),
+        ({"RANK": "5"}, "RANK = 5 of WORLD_SIZE = 2"),
+        ({"WORLD_SIZE": "0"}, "RANK = 0 of WORLD_SIZE = 0"),
+    ],
+)
+def test_variables_that_are_not_torchruns(monkeypatch: pytest.MonkeyPatch, changes: dict[str, str], words: str) -> None:
+    for name, value in {**TORCHRUN, "RANK": "0", "LOCAL_RANK": "0", **changes}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=words):
+        ranks.start()
+
+
 def test_every_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)

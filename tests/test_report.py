@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import statistics
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 
 from cifar100cli import console, page, report, report_text, runs
+from cifar100cli.bounded import printable
 from cifar100cli.config import Override, load_preset
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Expected
@@ -239,6 +241,37 @@ def test_curves_are_means_and_only_of_what_every_epoch_has(tmp_path: Path) -> No
         "train_top1": pytest.approx([0.5, 0.5]),
         "test_top1": pytest.approx([0.2, 0.4]),
     }
+
+
+def test_a_figure_is_that_of_any_run_that_has_it(tmp_path: Path) -> None:
+    """A run may have been told to leave it out, and it is no setting that runs are told apart by."""
+    make_run(tmp_path, "resnet18-baseline", 0.44, seed=0, published=None)
+    make_run(tmp_path, "resnet18-baseline", 0.45, seed=1)
+    (row,) = report.collect([tmp_path]).rows
+    assert (row.n, row.published_top1) == (2, 0.4426)
+    assert row.delta == pytest.approx(0.445 - 0.4426)
+
+
+def test_names_that_could_steer_a_terminal(tmp_path: Path) -> None:
+    """Of folders, and of bytes that are no text."""
+    run = make_run(tmp_path, "resnet18-baseline", 0.44)
+    for name in ("x\x1b]0;title\x07\x1b[2J", os.fsdecode(b"caf\xe9")):
+        (tmp_path / "runs").mkdir()
+        shutil.copytree(run.path, tmp_path / "runs" / name / "run")
+        found = report.collect([tmp_path / "runs"])
+        for form in ("table", "markdown", "csv", "json"):
+            written = report_text.render(found, form)
+            assert all(printable(line) == line for line in written.splitlines()), form
+        assert "resnet18-baseline" in page.render(found).encode().decode()
+        shutil.rmtree(tmp_path / "runs")
+
+
+@pytest.mark.parametrize(("key", "value"), [("select", "foo"), ("ranks", "two"), ("peak_memory_bytes", None)])
+def test_a_result_that_is_not_what_it_should_be(tmp_path: Path, key: str, value: object) -> None:
+    run = make_run(tmp_path, "resnet18-baseline", 0.44)
+    run.write_result({**run.result(), key: value})
+    (unusable,) = report.collect([tmp_path]).unusable
+    assert f"{key} is missing or not what it should be" in unusable.reason
 
 
 def test_a_run_without_its_epochs_has_no_curves(tmp_path: Path) -> None:

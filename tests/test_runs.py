@@ -5,12 +5,13 @@ import csv
 import json
 import os
 import shutil
+import sys
 import threading
 from pathlib import Path
 
 import pytest
 
-from cifar100cli import runs
+from cifar100cli import checkpoint, runs
 from cifar100cli.errors import CifarError, DataError, FolderError
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
@@ -79,6 +80,48 @@ def test_broken_folders(tmp_path: Path, name: str, content: str, words: str) -> 
     (path / name).write_text(content)
     with pytest.raises(DataError, match=words):
         RunDir.open(path).config()
+
+
+@pytest.mark.parametrize("value", ["1e300", "-1e300", "9" * 400])
+def test_a_figure_beyond_measure_ends_the_epochs(tmp_path: Path, value: str) -> None:
+    """Means, curves and charts cannot be made of it."""
+    run = make_run(tmp_path, epochs=2)
+    lines = (run.path / runs.METRICS).read_text().splitlines()
+    (run.path / runs.METRICS).write_text(f'{lines[0]}\n{lines[1][:-1]}, "val_top1": {value}}}\n')
+    assert [row["epoch"] for row in run.metrics()] == [1]
+
+
+def test_a_trackers_files_are_no_run(tmp_path: Path) -> None:
+    """wandb keeps a `config.yaml` in a folder of its own, in the run's."""
+    run = make_run(tmp_path)
+    for name in ("wandb/run-20260101_120000-abcd/files", "tensorboard"):
+        (run.path / name).mkdir(parents=True)
+        (run.path / name / runs.CONFIG).write_text("_wandb: {value: {}}")
+    (run.path / "wandb" / "latest-run").symlink_to(run.path / "wandb" / "run-20260101_120000-abcd")
+    assert runs.find_runs(tmp_path) == [run.path]
+    with pytest.raises(DataError, match=f"the latest run below it is {run.path}$"):
+        RunDir.open(tmp_path)
+
+
+def test_a_run_whose_lock_is_not_ours_holds_up_no_other(tmp_path: Path) -> None:
+    mine, other = make_run(tmp_path), make_run(tmp_path)
+    (other.path / runs.LOCK).mkdir()
+    assert other.in_use
+    assert runs.latest_unfinished(tmp_path) == mine
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there alone")
+def test_folders_whose_names_are_no_text_hold_no_models(tmp_path: Path) -> None:
+    """safetensors does not open a file there: that is better told before the first epoch than after the last."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    for root in (folder, folder / "runs"):
+        with pytest.raises(FolderError, match=r"caf\\udce9 is not UTF-8"):
+            runs.check_writable(root)
+    runs.check_writable(tmp_path / "café")
+    run = make_run(folder)
+    (run.path / runs.MODEL).write_bytes(b"x" * 100)
+    with pytest.raises(DataError, match="is not UTF-8: rename it"):
+        checkpoint.read(run.path / runs.MODEL)
 
 
 def test_folders_that_are_no_run(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Trackers: read back with TensorBoard's own reader, and from what wandb wrote while offline."""
 
+import errno
 import json
 import sys
+import threading
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cifar100cli import runs, trackers
-from tests.conftest import TINY, Cli, StopAfter, make_preset, only_run, where
+from tests.conftest import TINY, Cli, StopAfter, make_preset, only_run, train, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
@@ -135,6 +137,42 @@ def test_a_tracker_that_fails_costs_no_run(
     outcome = run_cli("train", *TINY, "--epochs", "2", "--log", "wandb")
     assert outcome.code == 0, outcome.err
     assert outcome.err.count("--log wandb stopped (no space left on it); the run goes on without it") == 1
+
+
+def test_a_writer_whose_disk_is_full_says_so_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorBoard writes in a thread of its own; what ends that is no traceback of ours, if it is a full disk."""
+    others: list[object] = []
+    monkeypatch.setattr(threading, "excepthook", others.append)
+    tracker = trackers.TensorBoard()
+    tracker.begin(make_preset().config, tmp_path, 1)
+
+    def raises(error: Exception) -> None:
+        def work() -> None:
+            raise error
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        thread.join()
+
+    raises(OSError(errno.ENOSPC, "No space left on device"))
+    assert others == []
+    raises(RuntimeError("something else"))
+    assert len(others) == 1
+    tracker.close()
+    assert threading.excepthook == others.append
+    assert capsys.readouterr().err == ""
+
+
+def test_a_linked_folder_of_a_tracker_is_not_written_through(run_cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "treasure").mkdir()
+    run = Path(train(run_cli, epochs=1)["run_dir"])
+    (run / "result.json").unlink()
+    (run / "tensorboard").symlink_to(tmp_path / "treasure")
+    outcome = run_cli("train", "--resume", run, "--log", "tensorboard")
+    assert (outcome.code, "tensorboard is a link" in outcome.err) == (3, True), outcome.err
+    assert list((tmp_path / "treasure").iterdir()) == []
 
 
 def test_wandb_itself_offline(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

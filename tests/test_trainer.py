@@ -1,8 +1,10 @@
 """The loop: against a plain loop of torch, stopped and resumed to the bit, and honest about the test set."""
 
 import copy
+import errno
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -15,10 +17,22 @@ import timm
 import torch
 from safetensors.torch import load, load_file
 
-from cifar100cli import checkpoint, devices, evaluation, jobs, report, runs, steps, synthetic, trainer, workflows
+from cifar100cli import (
+    checkpoint,
+    devices,
+    evaluation,
+    jobs,
+    loader,
+    report,
+    runs,
+    steps,
+    synthetic,
+    trainer,
+    workflows,
+)
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.config import Preset
-from cifar100cli.errors import DataError, DivergedError, RunInterrupted, UsageError
+from cifar100cli.errors import DataError, DivergedError, FolderError, RunInterrupted, UsageError
 from cifar100cli.groups import everything
 from cifar100cli.jobs import Where
 from cifar100cli.loader import Batch, DeviceLoader, Plan
@@ -152,6 +166,53 @@ def test_an_epoch_measured_but_not_saved_is_done_again(tmp_path: Path, monkeypat
     assert [row["epoch"] for row in only_run(tmp_path).metrics()] == [1, 2, 3]
     same = [(only_run(folder).path / runs.MODEL).read_bytes() for folder in (tmp_path, tmp_path / "unbroken")]
     assert same[0] == same[1]
+
+
+@pytest.mark.parametrize("sections", [{}, {"train": {"ema": 0.9}}])
+def test_weights_that_were_selected_and_not_saved_are_those_of_the_training_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: dict[str, Any]
+) -> None:
+    """As after a full disk, or a kill, behind the training state of an epoch that was the best so far.
+
+    Nothing is trained again for them: on a device that adds in any order, the epoch might not be the best any more.
+    """
+    train = {"select": "best_test", "epochs": 1, **sections.get("train", {})}
+    preset = make_preset(**{**sections, "train": train})
+    unbroken = workflows.train(preset, where(tmp_path / "unbroken"), Listening())
+
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "model.safetensors")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_model", full)
+        with pytest.raises(FolderError, match="1 of 1 epochs are done and saved"):
+            workflows.train(preset, where(tmp_path), Listening())
+    run = only_run(tmp_path)
+    assert not (run.path / runs.MODEL).exists()
+    monkeypatch.setattr(trainer, "train_epoch", lambda *_: pytest.fail("an epoch was trained again"))
+    resumed = workflows.resume(run, where(tmp_path), Listening())
+    assert (resumed["best"], resumed["test"]) == (unbroken["best"], unbroken["test"])
+    same = [(only_run(folder).path / runs.MODEL).read_bytes() for folder in (tmp_path, tmp_path / "unbroken")]
+    assert same[0] == same[1]
+
+
+def test_drop_out_and_augmentation_do_not_draw_the_same_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mask that follows from what an image was moved by would not be random beside it."""
+    seeds: dict[str, set[int]] = {}
+    derived_seed = loader.derived_seed
+    for module in (loader, trainer):
+
+        def spy(*parts: int, user: str = module.__name__) -> int:
+            seeds.setdefault(user, set()).add(derived_seed(*parts))
+            return derived_seed(*parts)
+
+        monkeypatch.setattr(module, "derived_seed", spy)
+    workflows.train(make_preset(), where(tmp_path), Listening())
+    augmentation, drop_out = seeds["cifar100cli.loader"], seeds["cifar100cli.trainer"]
+    assert (len(augmentation), len(drop_out)) == (4, 3)  # three epochs, and what lasts for all of them
+    assert not augmentation & drop_out
 
 
 @pytest.mark.parametrize("select", ["best_test", "best_val", "last"])
@@ -402,7 +463,7 @@ def test_fp16_and_the_average_go_on_with_the_same_bits(tmp_path: Path) -> None:
         return training
 
     unbroken = trained(range(1, 5))
-    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(2), trained(range(1, 3))))
+    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(2, 2, -1.0), trained(range(1, 3))))
     broken = trained(range(3, 5), checkpoint.read_state(tmp_path / "state"))
     assert broken.scaler.state_dict() == unbroken.scaler.state_dict()
     for ours, theirs in (

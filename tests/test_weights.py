@@ -176,6 +176,10 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "another shape for bn1.bias (1x2, not " in refusal(path)
     save_safetensors({**state, "bn1.weight": torch.full_like(state["bn1.weight"], torch.nan)}, path)
     assert "bn1.weight holds numbers that are not finite" in refusal(path)
+    counters = {name: torch.zeros(3, dtype=torch.int64) for name in state if name.endswith("num_batches_tracked")}
+    assert counters
+    save_safetensors({**state, **counters}, path)  # of no use, and of no harm
+    create_model(config(path, "test_resnet"), classes=10)
     save_safetensors(trained_state("test_vit"), path)
     message = refusal(path)
     assert "it lacks conv1" in message
