@@ -1,4 +1,4 @@
-"""Train image classifiers on CIFAR-100: reproduce the published figures, believe them, beat them.
+"""Train image classifiers on CIFAR-100 and CIFAR-10: reproduce the published figures, believe them, beat them.
 
 The command line is `cifar100`. For Python, these names do what its commands do:
 
@@ -15,7 +15,7 @@ Nothing is printed unless `progress=True`. What goes wrong is raised as a `Cifar
 import importlib
 from typing import TYPE_CHECKING
 
-from cifar100cli.errors import CifarError, DataError, DivergedError, RunInterrupted, UsageError
+from cifar100cli.errors import ChangedWeights, CifarError, DataError, DivergedError, RunInterrupted, UsageError
 
 if TYPE_CHECKING:
     from cifar100cli.api import evaluate, load_model, load_preset, resume, train
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "ChangedWeights",
     "CifarError",
     "Classifier",
     "DataError",

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cifar100cli import benchmark, checkpoint, config, console, devices, evaluation, places, runs, workflows
+from cifar100cli import benchmark, checkpoint, config, console, devices, evaluation, places, ranks, runs, workflows
 from cifar100cli.classifier import Classifier
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
 from cifar100cli.errors import CifarError, UsageError
@@ -78,7 +78,7 @@ def resume(
     read. Raises what `train` does, and `DataError` for a folder that is no run of ours or cannot be gone on with.
     """
     opened = RunDir.open(_path("run", run))
-    if device == "auto":
+    if device == "auto" and ranks.count() == 1:
         device = opened.recorded("device") or device
     where = _where(device, data_dir, run=opened.path)
     with _watcher(opened.preset, progress) as watcher:

@@ -31,7 +31,7 @@ from cifar100cli.loader import Batch, DeviceLoader, Plan, evaluation_batch_size
 from cifar100cli.plain import PlainLoop
 from cifar100cli.runs import MOST_EPOCHS, find_model
 from cifar100cli.schema import Config
-from cifar100cli.steps import Steps, create_steps
+from cifar100cli.steps import WARM_UP, CapturedSteps, Steps, create_steps
 from cifar100cli.watcher import Watcher
 
 TURN = {"cpu": 3.0, "cuda": 0.5}  # about so many seconds of each side in a turn
@@ -47,13 +47,14 @@ def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, 
     figures in some minutes.
     """
     config = _without_files(preset.config)
-    with tempfile.TemporaryDirectory() as cache:
+    images, _ = _images(preset.config)
+    with tempfile.TemporaryDirectory() as cache, devices.deterministic(config.train.deterministic):
         where = replace(where, cache_dir=Path(cache))
         if steps is None or repeats is None:
-            seconds = _seconds_of_a_step(Preset(preset.name, config), where, watcher)
+            seconds = _seconds_of_a_step(Preset(preset.name, config), images, where, watcher)
             steps = steps or _steps_of_a_turn(seconds, where)
             repeats = repeats or (REPEATS if steps * seconds < 5 else SHORT_REPEATS)
-        sides = Sides(Preset(preset.name, config), where, watcher, steps)
+        sides = Sides(Preset(preset.name, config), images, where, watcher, steps)
         return _measure(preset, sides, watcher, repeats)
 
 
@@ -87,23 +88,31 @@ def within(preset: Preset, minutes: float, where: Where, watcher: Watcher) -> Pr
 
 def _rates(preset: Preset, where: Where, watcher: Watcher) -> "_Rates":
     """In some seconds, what decides how long a run takes."""
+    images, _ = _images(preset.config)
     preset = Preset(preset.name, _without_files(preset.config))
-    with tempfile.TemporaryDirectory() as cache:
+    with tempfile.TemporaryDirectory() as cache, devices.deterministic(preset.config.train.deterministic):
         where = replace(where, cache_dir=Path(cache))
-        steps = _steps_of_a_turn(_seconds_of_a_step(preset, where, watcher), where)
-        sides = Sides(preset, where, watcher, steps, beside_plain=False)
+        steps = _steps_of_a_turn(_seconds_of_a_step(preset, images, where, watcher), where)
+        sides = Sides(preset, images, where, watcher, steps, beside_plain=False)
         parts = {"loop": sides.loop, "evaluation": sides.evaluation}
         if sides.job.parted is not None:
             parts["front"] = sides.front
         seconds: dict[str, list[float]] = {name: [] for name in parts}
         with watcher.progress("how long an epoch takes", SHORT_REPEATS + 1) as advance:
+            began = sides.warm_up()
             for turn in range(SHORT_REPEATS + 1):
                 taken = _turn(parts)
-                if turn:  # the first one warms up
+                if turn:
                     for name, value in taken.items():
                         seconds[name].append(value)
+                else:  # it warms up what is not yet
+                    began = [*began, taken["loop"]]
                 advance(1)
-    return sides.rates(seconds)
+    rates = sides.rates(seconds)
+    if sides.job.step_mode.name != "inductor":
+        return rates
+    compiling = sum(began) - len(began) * median(seconds["loop"])
+    return rates._replace(compiling=max(0.0, compiling))
 
 
 def _turn(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -143,10 +152,10 @@ def noise_dataset(config: Config, train: int, test: int) -> Dataset:
     return Dataset(config.data.dataset, classes, split(train), split(test))
 
 
-def _seconds_of_a_step(preset: Preset, where: Where, watcher: Watcher) -> float:
-    """Roughly, from one step after a first one that warms up."""
-    sides = Sides(preset, where, _Quiet(watcher), 1, beside_plain=False)
-    for _ in range(2):
+def _seconds_of_a_step(preset: Preset, images: int, where: Where, watcher: Watcher) -> float:
+    """Roughly, from one step after those that warm up."""
+    sides = Sides(preset, images, where, _Quiet(watcher), 1, beside_plain=False)
+    for _ in range(sides.cold_steps + 1):
         started = time.perf_counter()
         sides.bare()
         seconds = time.perf_counter() - started
@@ -179,7 +188,7 @@ class Sides:
     """What is measured: each method does `steps` steps, or one evaluation, and waits for the device."""
 
     def __init__(
-        self, preset: Preset, where: Where, watcher: Watcher, steps: int, *, beside_plain: bool = True
+        self, preset: Preset, images: int, where: Where, watcher: Watcher, steps: int, *, beside_plain: bool = True
     ) -> None:
         config, count = preset.config, preset.config.data.batch_size * steps
         self.dataset = noise_dataset(
@@ -188,7 +197,7 @@ class Sides:
             TEST_BATCHES * evaluation_batch_size(config.data.image_size, devices.select_device(where.device)),
         )
         self.steps = steps
-        self.job: Job = prepare(preset, where, _Quiet(watcher), dataset=self.dataset)
+        self.job: Job = prepare(preset, where, _Quiet(watcher), dataset=self.dataset, images=images)
         job = self.job
         self.training = trainer.prepare_steps(
             job.model, job.task, job.loaders.train, job.groups, job.config, job.precision
@@ -220,6 +229,17 @@ class Sides:
     def _wait(self) -> None:
         if self.job.device.type != "cpu":
             torch.accelerator.synchronize()
+
+    @property
+    def cold_steps(self) -> int:
+        """How many steps come before those that are like all others: what is captured comes after some that are not."""
+        return WARM_UP + 1 if isinstance(self.loop_steps, CapturedSteps) else 1
+
+    def warm_up(self) -> list[float]:
+        """Take the steps that are captured, if any, and tell how many seconds each turn of the loop took."""
+        turns = -(-self.cold_steps // self.steps) if isinstance(self.loop_steps, CapturedSteps) else 0
+        taken = [_turn({"loop": self.loop, "bare": self.bare}) for _ in range(turns)]
+        return [turn["loop"] for turn in taken]
 
     def loop(self) -> None:
         """The real loop: an epoch of the trainer."""
@@ -353,6 +373,7 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
         watcher.say(f"steps: {job.step_mode.name} ({job.step_mode.reason})")
     began = time.perf_counter()
     with watcher.progress("turns, after a first one that warms up", repeats + 1) as advance:
+        sides.warm_up()
         for turn in range(repeats + 1):
             taken = _turn(parts)
             if turn:
@@ -424,28 +445,38 @@ class _Once(NamedTuple):
 
 
 class _Rates(NamedTuple):
-    """Images a second, as large as they get, and what is run once, if anything."""
+    """Images a second, as large as they get; what is run once, if anything; and the seconds of compiling steps."""
 
     training: float
     evaluation: float
     once: _Once | None
+    compiling: float = 0.0
+
+
+def _images(config: Config) -> tuple[int, int]:
+    """How many images are trained on, and how many are held out."""
+    training = DATASETS[config.data.dataset].training_images
+    held_out = round(training * config.data.val_fraction)
+    return round((training - held_out) * config.data.fraction), held_out
 
 
 def _full_run(
-    config: Config, training_rate: float, evaluation_rate: float, once: _Once | None = None
+    config: Config,
+    training_rate: float,
+    evaluation_rate: float,
+    once: _Once | None = None,
+    compiling: float = 0.0,
 ) -> dict[str, float]:
     """What the preset's whole run comes to, on all of its images.
 
     Rates are those of images as large as they get. What was run `once` is not run again to look at images in an epoch;
-    the result is the whole network's.
+    the result is the whole network's. Steps are compiled anew for each size of images.
     """
-    about = DATASETS[config.data.dataset]
-    training, tested = about.training_images, about.test_images
-    held_out = round(training * config.data.val_fraction)
-    images = round((training - held_out) * config.data.fraction)
+    (images, held_out), tested = _images(config), DATASETS[config.data.dataset].test_images
     looks = held_out + (tested if config.train.select == "best_test" or config.train.watch_test else 0)
     epochs = config.train.epochs
     work = fmean(config.work_in(epoch) for epoch in range(1, epochs + 1))
+    sizes = {config.image_size_in(epoch) for epoch in range(1, epochs + 1)}
     look, before = 1 / evaluation_rate, 0.0
     if once is not None:
         look = max(0.0, look - 1 / once.rate)
@@ -456,5 +487,5 @@ def _full_run(
         "training_images": images,
         "seconds_of_frozen_part": before,
         "seconds_per_epoch": epoch,
-        "seconds": before + epochs * epoch + (held_out + tested) / evaluation_rate,
+        "seconds": before + compiling * len(sizes) + epochs * epoch + (held_out + tested) / evaluation_rate,
     }

@@ -20,8 +20,8 @@ from cifar100cli.options import expand
 app = typer.Typer(
     name="cifar100",
     cls=exits.Commands,
-    help="Train image classifiers on CIFAR-100: reproduce the published figures, believe them, beat them.\n\n"
-    "A first run, without a download: cifar100 train",
+    help="Train image classifiers on CIFAR-100 and CIFAR-10: reproduce the published figures, believe them, beat "
+    "them.\n\nA first run, without a download: cifar100 train",
     rich_markup_mode=None,  # Rich's boxes would double the time that `--help` takes
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -86,9 +86,10 @@ def download(
         typer.Option(metavar="HEX|none", help="What the archive's digest must be.", show_default="official"),
     ] = "official",
     force: Annotated[bool, typer.Option("--force", help="Fetch again what is already there.")] = False,
-    retries: Annotated[int, typer.Option(min=0, help="Attempts in a row without progress before giving up.")] = 5,
+    retries: Annotated[int, typer.Option(min=0, metavar="N", help="Attempts in a row without progress.")] = 5,
     timeout: Annotated[
-        float, typer.Option(min=0.1, max=86400, help="Seconds without a byte before an attempt fails.")
+        float,
+        typer.Option(min=0.1, max=86400, metavar="SECONDS", help="How long without a byte is a failed attempt."),
     ] = 30.0,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -224,7 +225,7 @@ def distill(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Train a student on a teacher's logits, beside the labels.
+    """Train a student on labels and a teacher's logits.
 
     Without a preset it runs `resnet18-arcface-kd`. Under --augment none or flip the teacher looks at each image
     once, and its logits are kept for the next run. Newer forms: --set distillation.form=decoupled and
@@ -322,7 +323,7 @@ def evaluate(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure a trained model, or several together, on one of its splits.
+    """Measure a trained model, or several as an ensemble.
 
     Accuracy, loss, calibration, classes and confusions. Several models answer with the mean of their probabilities.
 
@@ -405,7 +406,7 @@ def export(
 
     Resizing and normalisation are inside: uint8 RGB images (N, 3, 32, 32) go in, logits come out, and class names are
     in the metadata. The file is checked under ONNX Runtime before it gets its name. This needs an extra:
-    pip install "cifar100[onnx]"
+    pip install onnx onnxruntime onnxscript
 
     Example: cifar100 export runs/resnet18-baseline/20260101-120000-seed0 --out model.onnx
     """
@@ -445,7 +446,7 @@ def bench(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """Measure how fast a preset trains here, beside what the machine could do.
+    """Measure how fast a preset trains on this machine.
 
     The real training loop, the bare step without a data path, and the plain way (a DataLoader of single images,
     float32), in turn in one process, on images of noise: no data set is needed.
@@ -499,7 +500,7 @@ def presets(
 def report(
     folders: Annotated[
         list[Path] | None,
-        typer.Argument(metavar="RUN|DIR", help="Runs, or folders of runs; default: all.", readable=False),
+        typer.Argument(metavar="RUN|DIR", help="Runs, or folders of runs; default: all of --runs-dir.", readable=False),
     ] = None,
     out_format: Annotated[
         Literal["table", "markdown", "csv", "json", "html"] | None,

@@ -401,7 +401,7 @@ class TrainingDisplay(Watcher):
         ]
         log(_plain_table("", ("stage", "parameters", "weights", "rate", "batch norm"), cells, right=(1, 3)).rstrip())
 
-    def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:
+    def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int, place: str) -> None:
         """Training starts in the run's folder, or goes on, with `first_epoch`."""
         self._select, self._epochs = config.train.select, config.train.epochs
         self._work = [config.work_in(epoch) for epoch in range(first_epoch, self._epochs + 1)]
@@ -411,7 +411,7 @@ class TrainingDisplay(Watcher):
         weights = f", weights of {config.model.weights or 'timm'}" if config.model.pretrained else ""
         log(
             f"{self._preset}: {config.model.backbone}{weights} on {config.data.dataset} "
-            f"at {config.data.image_size} pixels, {several(self._epochs, 'epoch')}, seed {config.seed}"
+            f"at {config.data.image_size} pixels, {several(self._epochs, 'epoch')}, seed {config.seed}, on {place}"
         )
         if config.data.dataset == "synthetic":
             log("the data are synthetic: drawn shapes, whose figures say nothing about CIFAR-100")

@@ -30,6 +30,9 @@ def select_device(name: str) -> torch.device:
     if device.type == "cpu":
         _keep_memory()
     if device.type == "cuda":
+        # Read once, at the first matrix product of the process: too late for a deterministic run after another one.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.allow_tf32 = False  # in fp32, convolutions would round to 10 bits
         torch.cuda.set_device(device)  # streams, events and waits are those of the current device
     return device
 
@@ -117,7 +120,6 @@ def deterministic(wanted: bool) -> Iterator[None]:
     if not wanted:
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA's matrix products are first used
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(True)
     try:

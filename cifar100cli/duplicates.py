@@ -97,7 +97,8 @@ def find(
         column = columns[image, place]
         mirrored, twin = column // len(known), column % len(known)
         fit = torch.full_like(values, -1.0)
-        fit[image, place] = _fit(_detail(views[image, mirrored]), _detail(known[twin]))
+        if len(image):  # not every library transforms nothing
+            fit[image, place] = _fit(_detail(views[image, mirrored]), _detail(known[twin]))
         likeness, best = fit.max(1)
         close = (likeness >= CLOSE).nonzero()[:, 0]
         column = columns[close, best[close]]

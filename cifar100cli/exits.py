@@ -199,7 +199,8 @@ def _another_option(option: str, context: Any) -> str:
     commands = getattr(context.find_root().command, "commands", {})
     others = [name for name, other in commands.items() if option in options(other)]
     if others:
-        return f", which is one of `cifar100 {' | '.join(others)}`"
+        has = "has" if len(others) == 1 else "have"
+        return f", which {' and '.join(f'`cifar100 {name}`' for name in others)} {has}"
     near = nearest(option.lstrip("-"), [name.lstrip("-") for name in options(context.command)])
     return f"; did you mean --{near}?" if near is not None else ""
 

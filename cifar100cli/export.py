@@ -30,7 +30,7 @@ def check_extra() -> None:
     """Raise `UsageError` when the libraries are not installed that an export needs."""
     missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
     if missing:
-        raise UsageError(f'export needs {", ".join(missing)}: pip install "cifar100[onnx]"')
+        raise UsageError(f"export needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def export(path: Path, out: Path) -> dict[str, Any]:

@@ -68,12 +68,14 @@ def prepare(
     *,
     state: Saved | None = None,
     dataset: Dataset | None = None,
+    images: int | None = None,
     dry: bool = False,
 ) -> Job:
     """Check everything and load everything; nothing is written but what is computed once, and not that if `dry`.
 
     A run that goes on has its network's weights in `state`, and needs those that it began from no more. `dataset` is
-    used in place of the one in the data folder.
+    used in place of the one in the data folder; where it stands for another, `images` is how many that trains on, which
+    decides whether compiling pays.
     """
     config = preset.config
     check_backbone(config.model.backbone)
@@ -121,7 +123,7 @@ def prepare(
         precision=precision,
         groups=_grouped(groups, model, config, watcher),
         parted=parted,
-        step_mode=_step_mode(config, model, train_loader, watcher),
+        step_mode=_step_mode(config, model, train_loader, images or train_loader.count, watcher),
         teacher=teachers.digest(saved_teacher) if saved_teacher is not None else None,
     )
 
@@ -211,12 +213,12 @@ def _card(preset: Preset, dataset: Dataset, preprocessing: Preprocessing) -> Car
     )
 
 
-def _step_mode(config: Config, model: nn.Module, loader: DeviceLoader, watcher: Watcher) -> StepMode:
-    """How steps are launched on the loader's device."""
+def _step_mode(config: Config, model: nn.Module, loader: DeviceLoader, images: int, watcher: Watcher) -> StepMode:
+    """How steps are launched on the loader's device, in a run on so many images."""
     flops = 0.0  # which decide nothing on a CPU
     if loader.device.type == "cuda":  # a backward pass is about two forward ones, and SAM takes both twice
         passes = 3 if config.optimizer.sam_rho == 0 else 6
-        flops = passes * forward_flops(model, loader) * loader.count * config.train.epochs
+        flops = passes * forward_flops(model, loader) * images * config.train.epochs
     step_mode = steps.choose(config.train.compile, flops, loader, ranks.count())
     if loader.device.type == "cuda" or step_mode.name != "off":
         watcher.say(f"steps: {step_mode.name} ({step_mode.reason})")

@@ -79,21 +79,25 @@ Model = Annotated[
 # Of the commands that train.
 Preset = Annotated[str | None, _text("NAME|FILE", "One of `cifar100 presets`, or a YAML file.", completion.presets)]
 Dataset = Annotated[str | None, _text("NAME", f"{_either(DATASETS)}.", completion.values("data.dataset"))]
-Backbone = Annotated[str | None, _text("NAME", "Any image model that timm knows.")]
+Backbone = Annotated[str | None, _text("NAME", "Any image model of timm's, or one of ours (airbench94, ...).")]
 Pretrained = Annotated[
     bool | None, typer.Option("--pretrained/--no-pretrained", help="Start from ImageNet weights, or do not.")
 ]
 Weights = Annotated[
-    Path | None, _text("FILE", "ImageNet weights from a file (safetensors or PyTorch), in place of timm's.")
+    Path | None, _text("FILE", "Weights to start from: a file (safetensors or PyTorch), in place of timm's.")
 ]
 ImageSize = Annotated[str | None, _text("N", "Side in pixels.")]
 BatchSize = Annotated[str | None, _text("N", "Images in a training step.")]
 AugmentPolicy = Annotated[
     str | None,
-    _text("POLICY", "none, flip, crop_flip or one_of; augment.* adds more.", completion.values("augment.policy")),
+    _text(
+        "POLICY",
+        "none, flip, crop_flip or one_of; --set augment.KEY=VALUE adds more.",
+        completion.values("augment.policy"),
+    ),
 ]
 LossName = Annotated[str | None, _text("NAME", "cross_entropy, arcface or cosface.", completion.values("loss.name"))]
-LabelSmoothing = Annotated[str | None, _text("X", "From 0 to below 1.")]
+LabelSmoothing = Annotated[str | None, _text("X", "Share of a label spread over all classes, from 0 to below 1.")]
 OptimizerName = Annotated[str | None, _text("NAME", "adamw, adam, sgd or muon.", completion.values("optimizer.name"))]
 LearningRate = Annotated[str | None, _text("X", "Learning rate.")]
 WeightDecay = Annotated[str | None, _text("X", "Weight decay.")]
@@ -120,7 +124,11 @@ Init = Annotated[
 ]
 BatchNorm = Annotated[
     str | None,
-    _text("frozen|adapt", "Whether frozen stages' statistics move. [preset: frozen]", completion.values("finetune.bn")),
+    _text(
+        "frozen|adapt",
+        "Batch statistics of frozen stages: kept, or adapted. [preset: frozen]",
+        completion.values("finetune.bn"),
+    ),
 ]
 Fraction = Annotated[str | None, _text("F", "Share of each class's training images, above 0 up to 1.")]
 Cache = Annotated[
@@ -129,13 +137,15 @@ Cache = Annotated[
 Epochs = Annotated[str | None, _text("N", "Passes over the training images.")]
 Minutes = Annotated[
     float | None,
-    typer.Option(metavar="N", help="In place of --epochs: as many as fit in this time here, which is measured first."),
+    typer.Option(
+        metavar="N", help="In place of --epochs: as many as fit in N minutes on this machine, which is timed first."
+    ),
 ]
 Seed = Annotated[str | None, _text("N", "Random seed of weights, data order and augmentation.")]
 Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="How many runs to train in turn, with consecutive seeds.")]
 Ablate = Annotated[
     list[str] | None,
-    _text("BLOCK,BLOCK", "Train it as it is and without each of these (augment, ema, ...), and compare."),
+    _text("BLOCK,BLOCK", "Train the preset whole and without each of these blocks (augment, ema, ...), and compare."),
 ]
 Settings = Annotated[
     list[str] | None,

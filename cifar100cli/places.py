@@ -25,7 +25,7 @@ def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
     command reads), of a file of a run or a data set, or of a model; a link counts as what it leads to.
     """
     if str(path) == "-":
-        raise UsageError(f"{flag} -: the standard output is not written to; name a file")
+        raise UsageError(f"{flag} -: cannot be standard output; name a file")
     path = expand(path)
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -97,7 +97,7 @@ def cache_dir() -> Path:
 def check_minutes(minutes: float, config: "Config") -> None:
     """Raise `UsageError` for a time that is none, and for a run whose time is not known beforehand."""
     if not 0 < minutes < math.inf:
-        raise UsageError(f"--minutes {minutes:g}: must be more than 0, and have an end")
+        raise UsageError(f"--minutes {minutes:g}: must be a finite number above 0")
     if config.distillation is not None:
         raise UsageError("--minutes: how long the teacher will take is not known beforehand; say how many --epochs")
 

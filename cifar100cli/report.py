@@ -126,7 +126,7 @@ def collect(folders: Sequence[Path]) -> Report:
         if not folder.is_dir():
             raise DataError(
                 f"{folder}: there is no such folder of runs; `cifar100 train` makes them, and "
-                "`cifar100 report --runs-dir DIR` says where they are"
+                "--runs-dir DIR names another folder"
             )
         shut: list[OSError] = []
         for path in find_runs(folder, shut.append):

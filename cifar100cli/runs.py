@@ -208,7 +208,7 @@ class RunDir:
             if path.is_file() and (path.parent / CONFIG).is_file():
                 raise DataError(f"{path}: is a file of a run; name the run's folder: {path.parent}")
             if not path.is_dir():
-                raise DataError(f"{path}: there is no such run folder; `cifar100 report` lists the runs")
+                raise DataError(f"{path}: there is no such run folder; `cifar100 report --json` names the runs")
             look(path / CONFIG)
             if not (path / CONFIG).is_file():
                 raise DataError(f"{path}: not a run folder: it has no {CONFIG}{_latest_below(path, CONFIG)}")
@@ -495,7 +495,7 @@ def find_model(path: Path) -> Path:
                 hint = _latest_below(path.parent, MODEL)
                 raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished{hint}")
         elif not path.is_file():
-            raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report` lists the runs")
+            raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report --json` names the runs")
         elif path.name in FILES and path.suffix != ".safetensors" and (path.parent / CONFIG).is_file():
             raise DataError(f"{path}: is a file of a run, and no model; name the run's folder: {path.parent}")
     except OSError as error:

@@ -3,14 +3,16 @@
 import importlib.util
 import os
 import shutil
+import sysconfig
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cifar100cli.averaging import MovingAverage
-from cifar100cli.devices import Cast
+from cifar100cli.devices import TENSOR_CORES, Cast
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.sam import uphill
@@ -244,7 +246,9 @@ def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) 
         if training_flops < PAYS_FROM:
             return StepMode("graph", f"{training_flops:.1e} operations are too few to pay for compiling kernels")
         if not _can_compile(loader.device):
-            return StepMode("graph", "compiling kernels needs Triton and a C compiler, which are not here")
+            return StepMode(
+                "graph", "compiling kernels needs Triton, C and C++ compilers, Python.h and a device that Triton knows"
+            )
         return StepMode("inductor", f"{training_flops:.1e} operations pay for compiling kernels")
     if asked == "graph" and obstacle is not None:
         raise UsageError(f"train.compile = graph is not possible: {obstacle}; use auto or off")
@@ -252,16 +256,28 @@ def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) 
         raise UsageError("train.compile = inductor is for one device; use auto or off with torchrun")
     if asked == "inductor" and not _can_compile(loader.device):
         raise UsageError(
-            "train.compile = inductor needs a C++ compiler (and Triton on a GPU), and there is none; "
-            "use --set train.compile=off"
+            "train.compile = inductor needs a C++ compiler, and on a GPU Triton, a C compiler, Python.h, tensor cores; "
+            "something of this is not here: use --set train.compile=off"
         )
     return StepMode(asked, "as the preset says")
 
 
 def _can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` has what it makes kernels with."""
-    compiler = any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++"))
-    return compiler and (device.type != "cuda" or importlib.util.find_spec("triton") is not None)
+    """Whether `torch.compile` has what it makes kernels with.
+
+    On a CUDA device that is Triton, which compiles a module for this Python in C when it is first used, and knows no
+    device without tensor cores.
+    """
+    if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
+        return False
+    if device.type != "cuda":
+        return True
+    return (
+        importlib.util.find_spec("triton") is not None
+        and any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+        and Path(sysconfig.get_path("include"), "Python.h").is_file()
+        and torch.cuda.get_device_capability(device) >= TENSOR_CORES
+    )
 
 
 def _on_device(tensor: Tensor) -> bool:

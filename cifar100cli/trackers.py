@@ -137,7 +137,7 @@ def check(names: Iterable[str]) -> None:
         if name not in TRACKERS:
             raise UsageError(f"--log {name}: must be one of {', '.join(TRACKERS)}{did_you_mean(name, TRACKERS)}")
         if importlib.util.find_spec(name) is None:
-            raise UsageError(f'--log {name} needs {name}: pip install "cifar100[{name}]"')
+            raise UsageError(f"--log {name} needs {name}: pip install {name}")
         if name == "wandb":
             _check_wandb()
 
@@ -184,10 +184,10 @@ class Tracked(Watcher):
     def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
         self._watcher.step(taken, glance)
 
-    def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:
+    def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int, place: str) -> None:
         """Training starts in the run's folder, or goes on, with `first_epoch`."""
         self._each(lambda tracker: tracker.begin(config, run, first_epoch))
-        self._watcher.begin(config, run, first_epoch, steps_per_epoch)
+        self._watcher.begin(config, run, first_epoch, steps_per_epoch, place)
 
     def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:
         """An epoch is finished and measured."""

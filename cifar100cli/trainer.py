@@ -65,7 +65,8 @@ def fit(
         state = checkpoint.restore(saved, training)
     ranks.on_first(lambda: run.forget_after(state.epoch))
     steps = create_steps(training, step_mode)
-    watcher.begin(config, run.path, state.epoch + 1, len(loaders.train))
+    device = str(loaders.train.device) if ranks.count() == 1 else f"{ranks.count()} x {loaders.train.device.type}"
+    watcher.begin(config, run.path, state.epoch + 1, len(loaders.train), f"{device} in {precision}")
 
     with Saver(run, card) as saver:
         if saved is not None:

@@ -80,7 +80,7 @@ def unpack(
             end = plain.tell() + MAX_TAIL
             while plain.read(CHUNK):
                 if plain.tell() > end:
-                    raise DataError(f"{label}: damaged, as it goes on after its end; nothing of it is kept")
+                    raise DataError(f"{label}: damaged: more follows behind its end; nothing of it is kept")
             progress(total, total)
     except CifarError:
         raise

@@ -54,8 +54,8 @@ class Watcher:
     def stages(self, rows: Sequence[StageRow]) -> None:
         """What of the network learns."""
 
-    def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int) -> None:
-        """Training starts in the run's folder, or goes on, with `first_epoch`."""
+    def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int, place: str) -> None:
+        """Training starts in the run's folder, or goes on, with `first_epoch`; `place` is device and precision."""
 
     def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
         """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing."""

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import nn
 
-from cifar100cli import benchmark, erasing, flops, plain
+from cifar100cli import benchmark, erasing, flops, jobs, plain
 from cifar100cli.benchmark import Sides
 from cifar100cli.config import Override, Preset, differences, load_preset
 from cifar100cli.errors import UsageError
@@ -20,7 +20,7 @@ from tests.conftest import EVERYTHING, Cli, Listening, epoch_of, make_preset, wh
 
 
 def sides_of(tmp_path: Path, **sections: dict[str, Any]) -> Sides:
-    return Sides(make_preset(**sections), where(tmp_path), Listening(), steps=1)
+    return Sides(make_preset(**sections), 50_000, where(tmp_path), Listening(), steps=1)
 
 
 @pytest.mark.parametrize(
@@ -269,6 +269,47 @@ def test_growing_images_fit_more_often(tmp_path: Path, monkeypatch: pytest.Monke
     sizes = [fitted.image_size_in(epoch) for epoch in range(1, fitted.train.epochs + 1)]
     assert sizes.count(16) * 100 / 4 + sizes.count(32) * 100 <= 1800 < (len(sizes) + 1) * 100 * (1 / 16 + 3 / 4)
     assert len(sizes) == 22
+
+
+def test_compiling_is_counted_in_for_each_size_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, sizes in (("laptop", 2), ("cpu-amx", 1)):
+        fitted = []
+        for compiling in (0.0, 400.0 / sizes):
+            rates = benchmark._Rates(500, 1e9, None, compiling)
+            monkeypatch.setattr(benchmark, "_rates", lambda *_, rates=rates: rates)
+            fitted.append(benchmark.within(load_preset(name), 61, where(tmp_path), Listening()).config)
+        without, with_it = (sum(config.work_in(n + 1) for n in range(config.train.epochs)) for config in fitted)
+        assert without * 100 <= 3660 < (without + 1) * 100
+        assert with_it * 100 <= 3260 < (with_it + 1) * 100
+
+
+def test_the_mode_of_steps_is_that_of_the_run_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is measured is few images, and on a GPU the real number decides whether compiling pays."""
+    asked: list[int | None] = []
+    prepare = jobs.prepare
+
+    def spy(*arguments: Any, **more: Any) -> Any:
+        asked.append(more["images"])
+        return prepare(*arguments, **more)
+
+    monkeypatch.setattr(benchmark, "prepare", spy)
+    preset = make_preset(data={"dataset": "cifar100", "fraction": 0.1, "val_fraction": 0.2})
+    benchmark._rates(preset, where(tmp_path), Listening())
+    assert asked == [4000, 4000]
+
+
+def test_what_is_captured_is_warmed_up_before_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = sides_of(tmp_path)
+    assert (sides.cold_steps, sides.warm_up()) == (1, [])
+    monkeypatch.setattr(benchmark, "CapturedSteps", type(sides.loop_steps))
+    assert sides.cold_steps == 4
+    taken: list[int] = []
+    monkeypatch.setattr(sides, "loop", lambda: taken.append(1))
+    monkeypatch.setattr(sides, "bare", lambda: taken.append(2))
+    for steps, turns in ((1, 4), (3, 2), (50, 1)):
+        sides.steps = steps
+        assert len(sides.warm_up()) == turns
+        assert [taken.pop(0) for _ in range(2 * turns)] == [1, 2] * turns
 
 
 def test_minutes_that_are_too_few_or_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,7 +97,7 @@ def test_time_left_while_images_grow(
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
     display = console.TrainingDisplay("mine")
-    display.begin(growing, Path(), first, 5)
+    display.begin(growing, Path(), first, 5, "cpu in fp32")
     for epoch, seconds in ((1, 10), (2, 10), (3, 40), (4, 40)):
         if epoch >= first:
             now += seconds

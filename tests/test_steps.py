@@ -250,6 +250,29 @@ def test_without_a_compiler_auto_captures_and_says_so(monkeypatch: pytest.Monkey
         steps.choose("inductor", 1e17, loader_on("cpu"), 1)
 
 
+def test_what_compiling_needs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton builds a module for this Python in C, when the first kernel is launched."""
+    device = torch.device("cuda")
+    (tmp_path / "Python.h").touch()
+    found, capability, folder = {"g++", "gcc"}, (9, 0), tmp_path
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    monkeypatch.setattr("shutil.which", lambda name: name if name in found else None)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(folder))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert steps._can_compile(device)
+    found = {"g++"}
+    assert not steps._can_compile(device)
+    assert steps._can_compile(torch.device("cpu"))
+    found = {"gcc"}
+    assert not steps._can_compile(device)
+    found, capability = {"clang", "clang++"}, (6, 1)
+    assert not steps._can_compile(device)
+    capability, folder = (7, 0), tmp_path / "none"
+    assert not steps._can_compile(device)
+
+
 @pytest.mark.parametrize(
     ("asked", "device", "ranks", "message"),
     [("graph", "cpu", 1, "need a CUDA device"), ("graph", "cuda", 2, "several devices"), ("inductor", "cpu", 2, "one")],
