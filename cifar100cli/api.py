@@ -6,8 +6,9 @@ stderr. What goes wrong is raised: a `CifarError`, whose message names options a
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ def load_preset(name: AnyPath = DEFAULT_PRESET, overrides: Mapping[str, object] 
 
     Raises `UsageError` for a name, key, type or value that is not right.
     """
+    if overrides is not None and not isinstance(overrides, Mapping):
+        kind = type(overrides).__name__
+        raise UsageError(f"overrides are values by their keys, as in {{'train.epochs': 3}}, and no {kind}")
     found = {str(key): Override(str(key), _plain(value), "overrides") for key, value in (overrides or {}).items()}
     return config.load_preset(str(name), with_pretrained(found))
 
@@ -106,9 +110,11 @@ def evaluate(
     Raises `UsageError` for a split that there is not, `DataError` for models or images that are missing, broken, or
     do not go together.
     """
-    if split not in evaluation.PARTING:
+    if not isinstance(split, str) or split not in evaluation.PARTING:
         raise UsageError(f"split = {split}: must be one of {', '.join(evaluation.PARTING)}")
-    paths = [_path("models", model) for model in ([models] if isinstance(models, str | Path | Mapping) else models)]
+    several = isinstance(models, Iterable) and not isinstance(models, str | Mapping)
+    given: list[object] = [*models] if several else [models]  # type: ignore[misc]
+    paths = [_path("models", model) for model in given]
     if not paths:
         raise UsageError("models: name at least one run folder or .safetensors file")
     files = [runs.find_model(path) for path in paths]
@@ -135,14 +141,14 @@ def load_model(run: AnyPath, *, device: str = "auto") -> Classifier:
     Raises `DataError` for a file that is missing, broken or foreign, `UsageError` for a device that is not here.
     """
     where = _where(device)
-    with torch.random.fork_rng(devices=[]):
+    with _alone():
         return Classifier(checkpoint.load_model(_path("run", run)), where)
 
 
 # ------------------------------------------------------------------------------------------------ within
 
 
-def _path(argument: str, given: AnyPath) -> Path:
+def _path(argument: str, given: object) -> Path:
     """Raises `UsageError` for what is no path, and for an empty one: it would be the current folder."""
     if not isinstance(given, str | Path):
         raise UsageError(f"{argument}: must be a path, such as result['run_dir'], and not {type(given).__name__}")
@@ -159,7 +165,7 @@ def _plain(value: object) -> object:
 def _where(
     device: str, data_dir: AnyPath | None = None, *, runs_dir: AnyPath | None = None, run: Path | None = None
 ) -> Where:
-    places.check_device(device)
+    device = places.check_device(str(device) if isinstance(device, torch.device) else device)
     data_dir = data_dir or os.environ.get("CIFAR100_DATA_DIR") or None
     return Where(
         places.data_folder(Path(data_dir) if data_dir is not None else None, run),
@@ -171,13 +177,10 @@ def _where(
 
 @contextmanager
 def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
-    """What the commands show, or nothing; that memory ran out is told as they tell it.
-
-    PyTorch's generator on the host is the caller's: it is as it was afterwards.
-    """
+    """What the commands show, or nothing; that memory ran out is told as they tell it."""
     try:
         with (
-            torch.random.fork_rng(devices=[]),
+            _alone(),
             console.TrainingDisplay(name) if progress else nullcontext(Watcher()) as watcher,
         ):
             yield watcher
@@ -185,3 +188,27 @@ def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
         if devices.is_out_of_memory(error):
             raise CifarError(devices.NO_MEMORY) from None
         raise
+
+
+_TURN = threading.RLock()
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """PyTorch as a command finds it, whatever the caller has set, which is as it was afterwards.
+
+    Threads take turns: the random numbers of the host, and these settings, are those of all.
+    """
+    with _TURN, ExitStack() as settings:
+        settings.enter_context(torch.random.fork_rng(devices=[]))
+        settings.callback(torch.set_default_dtype, torch.get_default_dtype())
+        torch.set_default_dtype(torch.float32)
+        if torch.get_default_device().type != "cpu":
+            settings.enter_context(torch.device("cpu"))
+        for kind in ("cpu", "cuda", "mps"):
+            if torch.is_autocast_enabled(kind):
+                # Weights that are cast within would be kept, however they move, until the caller's own context ends.
+                settings.enter_context(torch.autocast(kind, enabled=False, cache_enabled=False))
+        settings.enter_context(torch.inference_mode(False))
+        settings.enter_context(torch.enable_grad())
+        yield

@@ -1,6 +1,6 @@
 """A trained model for use: uint8 images in, logits or classes in words out."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from cifar100cli.errors import DataError, UsageError
 from cifar100cli.images import SIDE
 from cifar100cli.jobs import Where
 from cifar100cli.loader import Preprocessing
+from cifar100cli.options import expand
 
 PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
 
@@ -47,6 +48,8 @@ class Classifier(ImagesToLogits):
         self.path, self.card = saved.path, saved.card
         self._precision = saved.config.train.precision
         self.eval()
+        # What it keeps for its device is made now: `torch.jit.trace` would find two graphs, with it and without.
+        self.preprocessing(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=self.device))
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -79,15 +82,15 @@ class Classifier(ImagesToLogits):
         """The `top` most likely classes of each picture: files, or pictures of Pillow's, of any size and kind.
 
         Each class is `{"class": its name, "probability": 0 to 1, "superclass": its name or None}`, the likeliest first.
-        Raises `DataError` for a file that is missing, broken or no image, `UsageError` for one name in place of a list.
+        Raises `DataError` for a file that is missing, broken or no image, and for a model whose answers are not finite;
+        `UsageError` for one name in place of a list, what is no picture, and a `top` that is no number from 1.
         """
-        if isinstance(pictures, str | Path | Picture):
+        if isinstance(pictures, str | Path | Picture) or not isinstance(pictures, Iterable):
             raise UsageError("pictures are a list: predict([picture])")
-        if top < 1:
-            raise UsageError(f"top = {top}: must be at least 1")
-        if not pictures:
-            return []
-        return self.guesses(torch.from_numpy(np.stack([_pixels(picture) for picture in pictures])), top)
+        if not isinstance(top, int) or top < 1:
+            raise UsageError(f"top = {top}: must be a whole number, at least 1")
+        pixels = [_pixels(picture) for picture in pictures]
+        return self.guesses(torch.from_numpy(np.stack(pixels)), top) if pixels else []
 
     @torch.inference_mode()
     def guesses(self, images: Tensor, top: int) -> list[list[dict[str, Any]]]:
@@ -122,6 +125,8 @@ def _pixels(picture: str | Path | Picture) -> NDArray[np.uint8]:
         )
     name = "a picture" if isinstance(picture, Picture) else str(picture)
     try:
-        return images.small_square(picture) if isinstance(picture, Picture) else images.read_image(Path(picture))
+        if isinstance(picture, Picture):
+            return images.small_square(picture)
+        return images.read_image(expand(Path(picture)))
     except DataError as error:
         raise DataError(f"{name}: {error}") from None

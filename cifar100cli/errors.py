@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -61,8 +62,11 @@ class RunInterrupted(KeyboardInterrupt):
 
     def __init__(self, run_dir: Path | None, finished: int, epochs: int, cause: KeyboardInterrupt) -> None:
         super().__init__(f"stopped after {finished} of {epochs} epochs")
-        self.run_dir, self.finished, self.epochs = run_dir, finished, epochs
+        self.run_dir, self.finished, self.epochs, self._cause = run_dir, finished, epochs, cause
         self.exit_code = cause.exit_code if isinstance(cause, Terminated) else 130
+
+    def __reduce__(self) -> tuple[Any, ...]:  # from one process to another
+        return type(self), (self.run_dir, self.finished, self.epochs, self._cause)
 
 
 class DownloadInterrupted(KeyboardInterrupt):
@@ -70,7 +74,11 @@ class DownloadInterrupted(KeyboardInterrupt):
 
     def __init__(self, text: str, cause: KeyboardInterrupt) -> None:
         super().__init__(text)
+        self._cause = cause
         self.exit_code = cause.exit_code if isinstance(cause, Terminated) else 130
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self._cause)
 
 
 class Terminated(KeyboardInterrupt):

@@ -127,7 +127,7 @@ def _check(network: ImagesToLogits, path: Path) -> float:
         if found.shape != expected.shape:
             raise CifarError(f"the exported graph gives {found.shape} for {count} images, not {expected.shape}")
         gap = np.abs(found.astype(np.float64) - expected)
-        if not (gap <= TOLERANCE * np.maximum(1, np.abs(expected))).all():
+        if not (gap <= TOLERANCE * np.maximum(1, np.abs(expected).max(1, keepdims=True))).all():
             raise CifarError(
                 f"the exported graph differs from the model by {gap.max():.2g} in a logit, more than {TOLERANCE:g}; "
                 "nothing was written"

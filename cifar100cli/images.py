@@ -3,6 +3,7 @@
 import io
 import math
 import sys
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -121,15 +122,19 @@ def _broken_in_words() -> Iterator[None]:
         raise DataError(f"broken ({one_line(error) or type(error).__name__})") from None
 
 
+_LIMIT = threading.Lock()
+
+
 def _opened(content: bytes, known: list[str]) -> "Picture":
     """A picture of which the head is read alone. How many pixels may be read is asked here, and not by Pillow."""
     from PIL import Image
 
-    limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-    try:
-        return Image.open(io.BytesIO(content), formats=known)
-    finally:
-        Image.MAX_IMAGE_PIXELS = limit
+    with _LIMIT:  # of another thread, it would be put back to none
+        limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
+        try:
+            return Image.open(io.BytesIO(content), formats=known)
+        finally:
+            Image.MAX_IMAGE_PIXELS = limit
 
 
 def small_square(picture: "Picture") -> NDArray[np.uint8]:

@@ -1,6 +1,5 @@
 """Batches from images that stay on the device as uint8: order, augmentation, enlarging, normalising."""
 
-import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
@@ -45,10 +44,22 @@ class Preprocessing:
         return pixels.contiguous(memory_format=torch.channels_last)
 
 
-@functools.lru_cache(maxsize=32)
+_KEPT: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
+
+
 def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) on the device; kept, because a copy from the host would make the host wait in every batch."""
-    return torch.tensor(values, device=device)[:, None, None]
+    """(3, 1, 1) on the device; kept, because a copy from the host would make the host wait in every batch.
+
+    What stands for numbers while somebody traces a model, as `torch.export` does, is not kept: others would compute
+    with it.
+    """
+    known = _KEPT.get((values, device))
+    if known is not None:
+        return known
+    made = torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
+    if type(made) is Tensor and not torch.compiler.is_compiling():
+        _KEPT[values, device] = made
+    return made
 
 
 def preprocessing_for(data: Data, train: Split, backbone: str) -> Preprocessing:

@@ -96,15 +96,15 @@ def cache_dir() -> Path:
 
 def check_minutes(minutes: float, config: "Config") -> None:
     """Raise `UsageError` for a time that is none, and for a run whose time is not known beforehand."""
-    if not 0 < minutes < math.inf:
-        raise UsageError(f"--minutes {minutes:g}: must be a finite number above 0")
+    if not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
+        raise UsageError(f"--minutes {minutes}: must be a finite number above 0")
     if config.distillation is not None:
         raise UsageError("--minutes: how long the teacher will take is not known beforehand; say how many --epochs")
 
 
 def check_device(name: str) -> str:
     """A device by its name, or `UsageError`. Whether there is one is asked later."""
-    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", name):
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", name):
         raise UsageError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps")
     return name
 

@@ -9,6 +9,8 @@ import pickle
 import subprocess
 import sys
 import unittest.mock
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import cifar100cli
@@ -28,10 +31,12 @@ from cifar100cli import (
     RunInterrupted,
     UsageError,
     api,
+    errors,
     evaluate,
     jobs,
     load_model,
     load_preset,
+    loader,
     preset_names,
     resume,
     synthetic,
@@ -289,6 +294,93 @@ def test_a_model_is_a_module(run: Path) -> None:
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301 - our own
         assert torch.equal(other(images), logits)
         assert other.classes == model.classes
+
+
+def test_a_model_that_is_traced_leaves_others_alone(run: Path) -> None:
+    """What stands for the mean of pixels while a graph is made is no number that another model could compute with."""
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = load_model(run)(images)
+    for trace in (torch.export.export, torch.jit.trace):
+        loader._KEPT.clear()
+        model = load_model(run)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's own, of what it replaces these by
+            trace(model, (images,))
+        assert torch.equal(load_model(run)(images), before)
+    loader._KEPT.clear()
+    preprocessing = loader.Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    with FakeTensorMode() as fake:
+        preprocessing(fake.from_tensor(images))
+    assert loader._KEPT == {}
+
+
+def test_the_callers_settings_of_torch_are_not_the_runs_and_are_kept(tmp_path: Path) -> None:
+    """Autocast, default types and devices, and what is switched off."""
+
+    def figures(folder: str) -> Any:
+        preset = load_preset("quickstart", OVERRIDES)
+        result = train(preset, runs_dir=tmp_path / folder)
+        return result["test"], evaluate(result["run_dir"])["loss"]
+
+    expected = figures("plain")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert figures("autocast") == expected
+        assert torch.is_autocast_enabled("cpu")
+    with torch.no_grad(), torch.device("meta"):
+        assert figures("meta") == expected
+        assert torch.zeros(1).device.type == "meta"
+    with torch.inference_mode():
+        assert figures("inference") == expected
+    for dtype in (torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            loader._KEPT.clear()
+            assert figures(str(dtype)) == expected
+            assert torch.get_default_dtype() == dtype
+        finally:
+            torch.set_default_dtype(torch.float32)
+
+
+def test_threads_take_turns(tmp_path: Path) -> None:
+    """There is one generator of random numbers for all of them."""
+    presets = [load_preset("quickstart", {**OVERRIDES, "seed": seed, "model.drop_rate": 0.3}) for seed in (0, 1)]
+    alone = [train(preset, runs_dir=tmp_path / "alone")["test"] for preset in presets]
+    with ThreadPoolExecutor(2) as pool:
+        results = pool.map(lambda preset: train(preset, runs_dir=tmp_path / "beside")["test"], presets)
+        assert list(results) == alone
+
+
+def test_what_stops_a_run_goes_from_one_process_to_another() -> None:
+    for stop in (
+        RunInterrupted(Path("runs/x"), 3, 10, errors.Terminated()),
+        errors.DownloadInterrupted("kept", KeyboardInterrupt()),
+    ):
+        for other in (pickle.loads(pickle.dumps(stop)), copy.copy(stop)):  # noqa: S301 - our own
+            kept = {key: value for key, value in vars(stop).items() if key != "_cause"}
+            assert (str(other), {key: vars(other)[key] for key in kept}) == (str(stop), kept)
+
+
+@pytest.mark.parametrize(
+    ("call", "words"),
+    [
+        (lambda _: train("quickstart", device=None), "--device None: must be auto"),  # type: ignore[arg-type]
+        (lambda _: train("quickstart", minutes="1"), "must be a finite number"),  # type: ignore[arg-type]
+        (lambda _: evaluate(None), "must be a path"),  # type: ignore[arg-type]
+        (evaluate, "must be a path, such as .*and not Classifier"),
+        (lambda _: evaluate("x", split=["test"]), "must be one of"),  # type: ignore[arg-type]
+        (lambda _: load_preset("quickstart", ["train.epochs=3"]), "by their keys"),  # type: ignore[arg-type]
+        (lambda kept: kept.predict(np.zeros((2, 32, 32, 3), np.uint8)), "not ndarray: Image.fromarray"),
+        (lambda kept: kept.predict(None), "pictures are a list"),
+        (lambda kept: kept.predict([], top=2.0), "must be a whole number"),
+    ],
+)
+def test_arguments_of_another_kind_are_told(kept: Classifier, call: Any, words: str) -> None:
+    with pytest.raises(UsageError, match=words):
+        call(kept)
+
+
+def test_a_device_of_torchs_is_one(run: Path) -> None:
+    assert load_model(run, device=torch.device("cpu")).device.type == "cpu"  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
