@@ -46,7 +46,7 @@ class AlbumentationsOneOf:
         return (seeds.cpu(),)
 
     def apply(self, images: Tensor, *drawn: Tensor) -> Tensor:
-        """Each image as the library changes it from its seeds."""
+        """Each image (N, 3, H, W) uint8 as the library changes it from its seeds; on the host."""
         pixels = images.permute(0, 2, 3, 1).cpu().numpy()
         result = np.empty(pixels.shape, np.uint8)
         for index, (image, (one, other)) in enumerate(zip(pixels, drawn[0].tolist(), strict=True)):

@@ -55,7 +55,8 @@ def train(
     `preset` is what `load_preset` gives, or what it takes: the name of a shipped preset, or of a YAML file. Returns
     the content of the run's `result.json`: `["run_dir"]` is the folder, `["test"]["top1"]` the accuracy as a
     fraction. With `minutes` it has as many epochs as fit in this time here, which is measured first, in place of its
-    own. `device` is auto, cpu, cuda, cuda:N or mps. Presets that distil or fine-tune train here too.
+    own; not where it distils. `device` is auto, cpu, cuda, cuda:N or mps. Presets that distil or fine-tune train here
+    too. Of several threads, one trains at a time.
 
     Raises `UsageError` for a device or settings that cannot be, `DataError` for images or weights that are missing or
     broken, `DivergedError` where the loss stops being finite, `CifarError` where there is no memory or room, and on
@@ -103,9 +104,10 @@ def evaluate(
     """Measure a run folder or .safetensors file, or several as an ensemble, as `cifar100 evaluate` does.
 
     Returns what `evaluate --json` prints: `count`, `top1`, `top5`, `loss`, `ece`, `superclass_top1`,
-    `per_class` {name: top1}, `confusions`, ... `split` is test, val (what the run held out) or train. `tta` averages
-    over six views of each image. `predictions` names a CSV file to be written, a line an image; `near_duplicates` a
-    PNG file, with the pairs of a training image and one that is nearly the same, which are measured apart, too.
+    `per_class` {name: top1}, `confusions`, ..., accuracies as fractions. `split` is test, val (what the run held out)
+    or train. `tta` averages over six views of each image. `predictions` names a CSV file to be written, a line an
+    image; `near_duplicates` a PNG file, with the pairs of a training image and one that is nearly the same, which are
+    measured apart, too, under a key of this name.
 
     Raises `UsageError` for a split that there is not, `DataError` for models or images that are missing, broken, or
     do not go together.

@@ -81,7 +81,7 @@ def decoupled_distillation(
     nontarget_weight: float,
     reduction: str = "mean",
 ) -> Tensor:
-    """T^2 (target_weight TCKD + nontarget_weight NCKD), mean over images.
+    """T^2 (target_weight TCKD + nontarget_weight NCKD) of logits (N, classes) and labels (N,) int64, mean over images.
 
     Zhao et al., "Decoupled Knowledge Distillation", arXiv 2203.08679. TCKD is the divergence between the two
     ways of parting probability between the true class and all others, NCKD that among the others alone; plain

@@ -130,7 +130,7 @@ def score(logits: Tensor, labels: Tensor) -> Scores:
 
 
 def with_confidence(logits: Tensor, labels: Tensor) -> Predictions:
-    """The predictions of logits (N, classes), each with its confidence, beside the labels (N,)."""
+    """The predictions of logits (N, classes), each with its confidence, beside the labels (N,); all on the CPU."""
     confidence = logits.double().softmax(1).amax(1)
     return Predictions(labels.numpy(), predictions(logits).numpy(), confidence.numpy())
 

@@ -1,4 +1,4 @@
-"""Images mixed with others of their batch: MixUp and CutMix, at the level of whole batches of uint8.
+"""Images mixed with others of their batch: MixUp and CutMix, at the level of whole batches (N, 3, H, W) of uint8.
 
 Zhang et al., "mixup", arXiv 1710.09412; Yun et al., "CutMix", arXiv 1905.04899. Resizing and normalising come after
 and are linear, so that it makes no difference that they do, but for the rounding to whole levels.

@@ -97,7 +97,8 @@ def cache_dir() -> Path:
 def check_minutes(minutes: float, config: "Config") -> None:
     """Raise `UsageError` for a time that is none, and for a run whose time is not known beforehand."""
     if not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
-        raise UsageError(f"--minutes {minutes}: must be a finite number above 0")
+        told = f"{minutes:g}" if isinstance(minutes, int | float) else minutes
+        raise UsageError(f"--minutes {told}: must be a finite number above 0")
     if config.distillation is not None:
         raise UsageError("--minutes: how long the teacher will take is not known beforehand; say how many --epochs")
 

@@ -44,7 +44,7 @@ class Training:
     sam_adaptive: bool = False
 
     def step(self, plan: Plan, rows: slice | Tensor, weight: float = 1.0) -> tuple[Tensor, Tensor]:
-        """One step; the loss, times its `weight` among all ranks, and the right predictions, both on the device."""
+        """One step; its loss, times its `weight` among all ranks, and how many were right: scalars on the device."""
         batch = self.loader.batch(plan, rows)
         output = self.forward(batch)
         loss = output.loss if weight == 1 else output.loss * weight

@@ -193,7 +193,7 @@ def test_missing_file(tmp_path: Path) -> None:
         install(tmp_path, source=source, archive=archive)
 
 
-@pytest.mark.parametrize(("limit", "reason"), [("MAX_UNPACKED", "too much"), ("MAX_TAIL", "after its end")])
+@pytest.mark.parametrize(("limit", "reason"), [("MAX_UNPACKED", "too much"), ("MAX_TAIL", "behind its end")])
 def test_bomb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, reason: str) -> None:
     monkeypatch.setattr(unpack, limit, 1_000_010)
     source = tmp_path / "mine.tar.gz"
