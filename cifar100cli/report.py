@@ -195,8 +195,8 @@ def _apart(groups: Collection[list[_Complete]]) -> dict[str, list[str]]:
 def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence[str]]) -> Row:
     first = group[0]
     ours = shipped(first.preset)
-    config = first.config if ours is not None else with_own_figures(first.config)
     figures = [run.config if ours is not None else with_own_figures(run.config) for run in group]
+    config = figures[0]
     changed = departures(config, ours) if ours is not None else {}
     own = flat(config)
     told = [*changed, *(key for key in apart[first.preset] if ours is None or (key == TEACHER and key not in changed))]

@@ -1,6 +1,6 @@
 """Experiment trackers: a run's figures, written by TensorBoard's and Weights & Biases' own writers as well.
 
-Neither torch nor a tracker is imported before a run begins.
+Neither torch nor a tracker is imported before a run begins, nor what reads presets, which `--help` has no use for.
 """
 
 import importlib.util
@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from cifar100cli.bounded import one_line
 from cifar100cli.errors import UsageError, did_you_mean
-from cifar100cli.runs import TENSORBOARD, WANDB
 from cifar100cli.watcher import EpochProgress, StageRow, TrainState, Watcher
 
 if TYPE_CHECKING:
@@ -50,6 +49,8 @@ class TensorBoard:
     def begin(self, config: "Config", run: Path, first_epoch: int) -> None:
         """Open the file; what an earlier process wrote of epochs that are run again is hidden."""
         from torch.utils.tensorboard import SummaryWriter
+
+        from cifar100cli.runs import TENSORBOARD
 
         # Its thread's own last words of a full disk are a traceback; the next call raises the same.
         threading.excepthook = self._silent_of_disks
@@ -87,6 +88,8 @@ class TensorBoard:
 
 def drawn_id(run: Path) -> str | None:
     """The id of wandb's run whose files are in a run's folder: the latest one, if there are any."""
+    from cifar100cli.runs import WANDB
+
     names = [path.name for path in (run / WANDB).glob("*run-*") if _WANDB_FOLDER.match(path.name)]
     return _WANDB_FOLDER.sub("", max(names, key=_WANDB_FOLDER.findall)) if names else None
 
