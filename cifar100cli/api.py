@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from cifar100cli import benchmark, checkpoint, config, console, devices, evaluation, places, ranks, runs, workflows
+from cifar100cli import checkpoint, config, console, devices, evaluation, places, ranks, runs, time_limit, workflows
 from cifar100cli.classifier import Classifier
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
 from cifar100cli.errors import CifarError, UsageError
@@ -70,7 +70,7 @@ def train(
         places.check_minutes(minutes, preset.config)
     with _watcher(preset.name, progress) as watcher:
         if minutes is not None:
-            preset = benchmark.within(preset, minutes, where, watcher)
+            preset = time_limit.within(preset, minutes, where, watcher)
         return workflows.train(preset, where, watcher)
 
 

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from cifar100cli import interrupts
+from cifar100cli.atomic import replacing
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.bounded import one_line
 from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
@@ -25,7 +26,7 @@ from cifar100cli.config import parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model, outline
-from cifar100cli.runs import MODEL, find_model, not_text, replacing
+from cifar100cli.runs import MODEL, find_model, not_text
 from cifar100cli.schema import Config
 from cifar100cli.watcher import TrainState
 from cifar100cli.weights import checksum, warn_of_change

@@ -560,7 +560,7 @@ def report(
         if out is None:
             sys.stdout.write(text)
         else:
-            from cifar100cli.runs import write_text
+            from cifar100cli.atomic import write_text
 
             write_text(out, text)
             console.log(f"the report is in {out}")

@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from cifar100cli import interrupts, ranks
+from cifar100cli.atomic import replacing
 from cifar100cli.augment import Views
 from cifar100cli.errors import UsageError
 from cifar100cli.loader import DeviceLoader
-from cifar100cli.runs import replacing
 from cifar100cli.watcher import Watcher
 from cifar100cli.weights import checksum
 

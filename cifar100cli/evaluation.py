@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from cifar100cli import checkpoint, datasets, devices, duplicates, metrics, ranks
 from cifar100cli.analysis import COLUMNS
+from cifar100cli.atomic import replacing
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.jobs import Where, evaluation_loader, training_splits
-from cifar100cli.runs import replacing
 from cifar100cli.watcher import Watcher
 
 # What decides which images a split holds, beside the data set.

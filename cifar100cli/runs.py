@@ -1,22 +1,18 @@
-"""A run's folder: its files, how they are written, and how runs are found again. No torch here."""
+"""A run's folder: its files, and how runs are found again. No torch here."""
 
 import contextlib
 import csv
-import errno
-import functools
 import io
 import json
 import os
-import re
 import shutil
-import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Self
 
+from cifar100cli.atomic import remove_quietly, write_json, write_text
 from cifar100cli.bounded import look, parse_json, printable, read_file, walk
 from cifar100cli.config import differences, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
@@ -52,86 +48,6 @@ RESULT_SHAPE: Mapping[str, Any] = {
 }
 LATER: Mapping[str, Any] = dict.fromkeys(("ranks", "peak_memory_bytes"), _NUMBER)  # which older results have not
 ROW_SHAPE: Mapping[str, Any] = dict.fromkeys(("train_loss", "train_top1", "seconds", "images_per_second"), _NUMBER)
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it becomes `path` in one step, else it goes.
-
-    Whoever looks sees the old file or the whole new one, also after a crash: the bytes are on the disk
-    before the name is. A link is followed, and a device such as /dev/stdout is written to as it is; where that leads to
-    a file, behind what is in it, for others write there too.
-    """
-    stream = _stream(path)
-    if stream is not None and path.is_file():
-        with tempfile.TemporaryDirectory() as folder:
-            written = Path(folder) / path.name
-            yield written
-            sys.stdout.flush()
-            with written.open("rb") as source, open(stream, "wb", closefd=False) as target:
-                shutil.copyfileobj(source, target)
-        return
-    named, path = path, path.resolve()
-    if named.exists() and not named.is_file() and not named.is_dir():  # asked before: what a pipe leads to has no name
-        try:
-            yield named
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(named)) from None
-        return
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(named)) from None
-    temporary = Path(name)
-    try:
-        os.close(handle)
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp made it private
-        temporary.replace(path)
-    except OSError as error:
-        _remove_quietly(temporary)
-        if error.errno and (error.filename is None or str(error.filename) == name):
-            raise OSError(error.errno, error.strerror, str(named)) from None
-        raise
-    except BaseException:
-        _remove_quietly(temporary)
-        raise
-
-
-def _stream(path: Path) -> int | None:
-    """This process's descriptor that a name such as /dev/stdout means."""
-    standard = {"/dev/stdout": 1, "/dev/stderr": 2}
-    absolute = str(path.absolute())  # not resolved: what it leads to has a name of its own
-    numbered = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,6})", absolute)
-    return int(numbered[1]) if numbered else standard.get(absolute)
-
-
-def _remove_quietly(path: Path) -> None:
-    """Remove a file where that is possible; what went wrong before is the thing to tell."""
-    with contextlib.suppress(OSError):
-        path.unlink()
-
-
-@functools.cache  # what looks at it sets it for a moment, which other threads must not meet
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a small file whole or not at all."""
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file whole or not at all."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -366,7 +282,7 @@ class RunDir:
                     left.unlink(missing_ok=True)
             yield
         finally:
-            _remove_quietly(self.path / LOCK)
+            remove_quietly(self.path / LOCK)
             lock.release()
             with contextlib.suppress(OSError):
                 self.path.rmdir()  # only if nothing is in it

@@ -75,10 +75,10 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
     _check_inputs(chosen.config, given["data_dir"])
     where = places.where(given["data_dir"], given["out"], given["device"])
     if minutes is not None:
-        from cifar100cli import benchmark
+        from cifar100cli.time_limit import within
 
         with console.TrainingDisplay(chosen.name) as display:
-            chosen = benchmark.within(chosen, minutes, where, display)
+            chosen = within(chosen, minutes, where, display)
         left_out = ablation.without(chosen.config, blocks) if blocks else {}
         in_turn = _in_turn(chosen, given["seeds"])
     if dry_run:

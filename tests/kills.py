@@ -359,7 +359,7 @@ def load() -> None:
     """Load the libraries, so that no child has to, and make the drawn data set small, for good."""
     import torch
 
-    from cifar100cli import albumentations_backend, benchmark, workflows  # noqa: F401
+    from cifar100cli import albumentations_backend, time_limit, workflows  # noqa: F401
 
     torch.set_num_threads(1)  # a fork keeps no other threads
     drawn = synthetic.draw(train_per_class=4, test_per_class=2)

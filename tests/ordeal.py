@@ -101,7 +101,7 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from cifar100cli import benchmark, workflows  # noqa: F401 - loaded here, so that no child has to
+    from cifar100cli import time_limit, workflows  # noqa: F401 - loaded here, so that no child has to
 
     torch.set_num_threads(1)  # a fork keeps no other threads
     with tempfile.TemporaryDirectory() as name:

@@ -11,11 +11,12 @@ import timm
 import torch
 from torch import nn
 
-from cifar100cli import benchmark, erasing, flops, jobs, plain
-from cifar100cli.benchmark import Sides
+from cifar100cli import benchmark, erasing, flops, jobs, plain, time_limit
 from cifar100cli.config import Override, Preset, differences, load_preset
 from cifar100cli.errors import UsageError
 from cifar100cli.schema import Augment, Config
+from cifar100cli.sides import Sides, without_files
+from cifar100cli.whole_run import FrozenPart, Rates, full_run
 from tests.conftest import EVERYTHING, Cli, Listening, epoch_of, make_preset, where
 
 
@@ -174,7 +175,7 @@ def test_bench_needs_no_data_and_leaves_nothing(run_cli: Cli, tmp_path: Path) ->
 def test_a_full_run_of_few_or_growing_images() -> None:
     """Each epoch by itself, as the loader would shuffle it; the result has both the test and the held-out images."""
     drawn = load_preset("quickstart").config
-    run = benchmark._full_run(drawn, 100.0, 1000.0)
+    run = full_run(drawn, Rates(100.0, 1000.0))
     kept = round(10_000 * (1 - drawn.data.val_fraction))
     assert run["training_images"] == kept
     held_out = 10_000 - kept
@@ -185,7 +186,7 @@ def test_a_full_run_of_few_or_growing_images() -> None:
     sizes = [growing.image_size_in(epoch) for epoch in range(1, growing.train.epochs + 1)]
     assert sizes[0] < sizes[-1] == growing.data.image_size
     seconds = sum(50_000 / (58 * (sizes[-1] / size) ** 2) for size in sizes)
-    assert benchmark._full_run(growing, 58.0, 1e9)["seconds"] == pytest.approx(seconds)
+    assert full_run(growing, Rates(58.0, 1e9))["seconds"] == pytest.approx(seconds)
 
 
 def test_a_full_run_whose_frozen_part_is_run_once() -> None:
@@ -193,7 +194,7 @@ def test_a_full_run_whose_frozen_part_is_run_once() -> None:
     a look at images in an epoch is then what else a forward pass takes, and the last one is the whole network's."""
     config = load_preset("finetune-layer4").config
     assert config.train.watch_test
-    run = benchmark._full_run(config, 1000.0, 100.0, benchmark._Once(2, 200.0))
+    run = full_run(config, Rates(1000.0, 100.0, FrozenPart(2, 200.0)))
     assert run["seconds_of_frozen_part"] == pytest.approx(110_000 / 200)
     assert run["seconds_per_epoch"] == pytest.approx(50 + 10_000 * (1 / 100 - 1 / 200))
     assert run["seconds"] == pytest.approx(550 + 10 * 100 + 100)
@@ -239,14 +240,14 @@ def test_a_wrong_preset_and_torchrun_are_refused(run_cli: Cli, monkeypatch: pyte
 
 def test_weights_and_held_out_images_make_no_difference() -> None:
     preset = Preset("x", make_preset(model={"pretrained": True, "weights": "nowhere"}, data={"fraction": 0.1}).config)
-    config = benchmark._without_files(preset.config)
+    config = without_files(preset.config)
     assert not config.model.pretrained
     assert config.model.weights is None
     assert config.data.fraction == 1
 
 
 def of_known_speed(monkeypatch: pytest.MonkeyPatch, training: float, evaluation: float) -> None:
-    monkeypatch.setattr(benchmark, "_rates", lambda *_: benchmark._Rates(training, evaluation, None))
+    monkeypatch.setattr(time_limit, "measure_rates", lambda *_: Rates(training, evaluation, None))
 
 
 @pytest.mark.parametrize(("minutes", "epochs"), [(0.17, 1), (0.3, 1), (1, 6), (2, 13), (60, 395)])
@@ -256,7 +257,7 @@ def test_as_many_epochs_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     of_known_speed(monkeypatch, 1000, 10_000)
     assert epochs == int((60 * minutes - 0.3) / 9.1)
     watcher, preset = Listening(), load_preset("quickstart")
-    fitted = benchmark.within(preset, minutes, where(tmp_path), watcher)
+    fitted = time_limit.within(preset, minutes, where(tmp_path), watcher)
     assert differences(fitted.config, preset.config) == {"train.epochs": (epochs, 10)}
     assert watcher.said[0].startswith(f"--minutes {minutes:g}: a run of --epochs {epochs} takes about ")
     assert load_preset("quickstart", [Override("train.epochs", epochs, "")]) == fitted
@@ -265,7 +266,7 @@ def test_as_many_epochs_as_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
 def test_growing_images_fit_more_often(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """`laptop` begins with images of a quarter of the area for a quarter of its epochs."""
     of_known_speed(monkeypatch, 500, 1e9)
-    fitted = benchmark.within(load_preset("laptop"), 30, where(tmp_path), Listening()).config
+    fitted = time_limit.within(load_preset("laptop"), 30, where(tmp_path), Listening()).config
     sizes = [fitted.image_size_in(epoch) for epoch in range(1, fitted.train.epochs + 1)]
     assert sizes.count(16) * 100 / 4 + sizes.count(32) * 100 <= 1800 < (len(sizes) + 1) * 100 * (1 / 16 + 3 / 4)
     assert len(sizes) == 22
@@ -275,9 +276,9 @@ def test_compiling_is_counted_in_for_each_size_of_images(tmp_path: Path, monkeyp
     for name, sizes in (("laptop", 2), ("cpu-amx", 1)):
         fitted = []
         for compiling in (0.0, 400.0 / sizes):
-            rates = benchmark._Rates(500, 1e9, None, compiling)
-            monkeypatch.setattr(benchmark, "_rates", lambda *_, rates=rates: rates)
-            fitted.append(benchmark.within(load_preset(name), 61, where(tmp_path), Listening()).config)
+            rates = Rates(500, 1e9, None, compiling)
+            monkeypatch.setattr(time_limit, "measure_rates", lambda *_, rates=rates: rates)
+            fitted.append(time_limit.within(load_preset(name), 61, where(tmp_path), Listening()).config)
         without, with_it = (sum(config.work_in(n + 1) for n in range(config.train.epochs)) for config in fitted)
         assert without * 100 <= 3660 < (without + 1) * 100
         assert with_it * 100 <= 3260 < (with_it + 1) * 100
@@ -292,16 +293,16 @@ def test_the_mode_of_steps_is_that_of_the_run_itself(tmp_path: Path, monkeypatch
         asked.append(more["images"])
         return prepare(*arguments, **more)
 
-    monkeypatch.setattr(benchmark, "prepare", spy)
+    monkeypatch.setattr("cifar100cli.sides.prepare", spy)
     preset = make_preset(data={"dataset": "cifar100", "fraction": 0.1, "val_fraction": 0.2})
-    benchmark._rates(preset, where(tmp_path), Listening())
+    time_limit.measure_rates(preset, where(tmp_path), Listening())
     assert asked == [4000, 4000]
 
 
 def test_what_is_captured_is_warmed_up_before_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = sides_of(tmp_path)
     assert (sides.cold_steps, sides.warm_up()) == (1, [])
-    monkeypatch.setattr(benchmark, "CapturedSteps", type(sides.loop_steps))
+    monkeypatch.setattr("cifar100cli.sides.CapturedSteps", type(sides.loop_steps))
     assert sides.cold_steps == 4
     taken: list[int] = []
     monkeypatch.setattr(sides, "loop", lambda: taken.append(1))
@@ -316,14 +317,14 @@ def test_minutes_that_are_too_few_or_change_nothing(tmp_path: Path, monkeypatch:
     of_known_speed(monkeypatch, 1000, 10_000)
     preset = load_preset("quickstart")
     with pytest.raises(UsageError, match=r"--minutes 0.15: one epoch of quickstart takes about 9 s here"):
-        benchmark.within(preset, 0.15, where(tmp_path), Listening())
-    assert benchmark.within(preset, 92.0 / 60, where(tmp_path), Listening()) is preset
+        time_limit.within(preset, 0.15, where(tmp_path), Listening())
+    assert time_limit.within(preset, 92.0 / 60, where(tmp_path), Listening()) is preset
     keys = preset.config.model_dump()
     keys["train"]["epochs"] = 40
     keys["schedule"] = {"name": "multi_step", "milestones": [20, 30]}
     stepped = Preset("quickstart", Config.model_validate(keys))
     with pytest.raises(UsageError, match=r"--minutes 2: schedule.milestones = .* below train.epochs = 13"):
-        benchmark.within(stepped, 2, where(tmp_path), Listening())
+        time_limit.within(stepped, 2, where(tmp_path), Listening())
 
 
 def test_a_figure_is_not_that_of_other_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -334,7 +335,7 @@ def test_a_figure_is_not_that_of_other_epochs(tmp_path: Path, monkeypatch: pytes
     )
     preset = load_preset(str(file))
     assert preset.config.published is not None
-    fitted = benchmark.within(preset, 2, where(tmp_path), Listening()).config
+    fitted = time_limit.within(preset, 2, where(tmp_path), Listening()).config
     assert (fitted.train.epochs, fitted.published) == (11, None)
 
 
@@ -345,11 +346,11 @@ def test_how_fast_a_preset_is_in_some_seconds(tmp_path: Path, frozen: bool) -> N
     if frozen:
         sections["finetune"] = {"unfreeze": "fc"}
     preset = make_preset(**sections)
-    rates = benchmark._rates(preset, where(tmp_path), Listening())
+    rates = time_limit.measure_rates(preset, where(tmp_path), Listening())
     assert 0 < rates.training < 1e9
     assert 0 < rates.evaluation < 1e9
-    assert (rates.once is not None) == frozen
-    if rates.once is not None:
-        assert rates.once.versions == 2
-        assert 0 < rates.once.rate < 1e9
+    assert (rates.frozen is not None) == frozen
+    if rates.frozen is not None:
+        assert rates.frozen.versions == 2
+        assert 0 < rates.frozen.rate < 1e9
     assert not (tmp_path / "cache").exists()

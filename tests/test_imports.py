@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "cifar100cli"
 LEVELS = (
     {"errors"},
     {"__init__"},
-    {"backbones", "bounded", "catalog", "interrupts"},
+    {"atomic", "backbones", "bounded", "catalog", "interrupts"},
     {"safe_yaml"},
     {"ranks", "card", "depthwise", "schema", "unpickle"},
     {"watcher"},
@@ -30,6 +30,7 @@ LEVELS = (
         "analysis",
         "noise",
         "unrolled",
+        "whole_run",
     },
     {
         "ablation",
@@ -54,9 +55,9 @@ LEVELS = (
     {"saving", "steps", "teachers", "plain"},
     {"trainer", "flops"},
     {"jobs", "machine", "report"},
-    {"evaluation"},
+    {"evaluation", "sides"},
     {"classifier"},
-    {"workflows", "benchmark", "page", "report_text", "export", "trackers"},
+    {"workflows", "benchmark", "time_limit", "page", "report_text", "export", "trackers"},
     {"exits", "show", "places"},
     {"training", "api"},
     {"cli"},

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed import run as torchrun
 
 import cifar100cli
-from cifar100cli import benchmark, config, datasets, download, models, options, synthetic
+from cifar100cli import benchmark, config, datasets, download, models, options, sides, synthetic, time_limit
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.runs import MODEL, RESULT
@@ -111,10 +111,10 @@ def stand_in(patch: pytest.MonkeyPatch, drawings: synthetic.Drawn) -> None:
         return _small(load, name, list(overrides))
 
     patch.setattr(config, "load_preset", load_small)
-    patch.setattr(benchmark, "within", lambda preset, *_: preset)
-    patch.setattr(benchmark, "TURN", {"cpu": 0.0})
+    patch.setattr(time_limit, "within", lambda preset, *_: preset)
+    patch.setattr(sides, "TURN", {"cpu": 0.0})
     patch.setattr(benchmark, "REPEATS", 1)
-    patch.setattr(benchmark, "TEST_BATCHES", 1)
+    patch.setattr(sides, "TEST_BATCHES", 1)
 
 
 def _of_ten(dataset: Dataset) -> Dataset:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cifar100cli import checkpoint, runs
+from cifar100cli import atomic, checkpoint, runs
 from cifar100cli.errors import CifarError, DataError, FolderError
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
@@ -165,10 +165,10 @@ def test_a_launch_goes_on_with_its_own_run(tmp_path: Path) -> None:
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
-    runs.write_text(path, "old")
+    atomic.write_text(path, "old")
 
     def fail() -> None:
-        with runs.replacing(path) as temporary:
+        with atomic.replacing(path) as temporary:
             temporary.write_text("half")
             raise OSError("disk full")
 
@@ -176,7 +176,7 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
         fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    assert path.stat().st_mode & 0o777 == 0o666 & ~runs._umask()
+    assert path.stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
 
 
 def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
@@ -240,17 +240,17 @@ def test_a_stray_file_above_the_runs_hides_none(tmp_path: Path) -> None:
 def test_links_are_followed_and_folders_refused(tmp_path: Path) -> None:
     (tmp_path / "real").write_text("old")
     (tmp_path / "link").symlink_to(tmp_path / "real")
-    runs.write_text(tmp_path / "link", "new")
+    atomic.write_text(tmp_path / "link", "new")
     assert (tmp_path / "link").is_symlink()
     assert (tmp_path / "real").read_text() == "new"
     (tmp_path / "folder").mkdir()
     with pytest.raises(OSError, match="folder"):
-        runs.write_text(tmp_path / "folder", "x")
+        atomic.write_text(tmp_path / "folder", "x")
     with pytest.raises(OSError, match="nowhere/file"):
-        runs.write_text(tmp_path / "nowhere" / "file", "x")
+        atomic.write_text(tmp_path / "nowhere" / "file", "x")
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    with runs.replacing(tmp_path / "pipe") as target:
+    with atomic.replacing(tmp_path / "pipe") as target:
         assert target == tmp_path / "pipe"
     os.close(reader)
     assert (tmp_path / "pipe").is_fifo()

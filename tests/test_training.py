@@ -12,8 +12,9 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 import cifar100cli
-from cifar100cli import benchmark, checkpoint, errors, runs, trainer
+from cifar100cli import checkpoint, errors, runs, time_limit, trainer
 from cifar100cli.runs import RunDir
+from cifar100cli.whole_run import Rates
 from tests.conftest import TINY, Cli, train
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
@@ -26,11 +27,11 @@ def three_epochs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """A machine on which three epochs of drawn images fit in a minute, as often as it is asked."""
     asked: list[object] = []
 
-    def rates(preset: object, *_: object) -> benchmark._Rates:
+    def rates(preset: object, *_: object) -> Rates:
         asked.append(preset)
-        return benchmark._Rates(550, 1000, None)
+        return Rates(550, 1000)
 
-    monkeypatch.setattr(benchmark, "_rates", rates)
+    monkeypatch.setattr(time_limit, "measure_rates", rates)
     return asked
 
 

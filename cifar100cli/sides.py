@@ -1,0 +1,239 @@
+"""A preset's training and evaluation made ready to be timed, beside the same on what is ready and in the plain way.
+
+The images are noise: what they show makes no difference to the time.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+
+from cifar100cli import devices, metrics, trainer
+from cifar100cli.augment import Views
+from cifar100cli.card import read_card
+from cifar100cli.catalog import DATASETS
+from cifar100cli.config import Preset
+from cifar100cli.datasets import Dataset, Split
+from cifar100cli.jobs import Job, Where, evaluation_loader, prepare
+from cifar100cli.loader import Batch, DeviceLoader, Plan, evaluation_batch_size
+from cifar100cli.plain import PlainLoop
+from cifar100cli.runs import find_model
+from cifar100cli.schema import Config
+from cifar100cli.steps import WARM_UP, CapturedSteps, Steps, create_steps
+from cifar100cli.watcher import Watcher
+from cifar100cli.whole_run import FrozenPart, Rates
+
+TURN = {"cpu": 3.0, "cuda": 0.5}  # about so many seconds of each side in a turn
+TEST_BATCHES = 3
+
+
+def steps_of_a_turn(seconds: float, where: Where) -> int:
+    """How many steps of so many seconds each side takes in a turn."""
+    return max(1, min(200, round(TURN.get(devices.select_device(where.device).type, 3.0) / seconds)))
+
+
+def seconds_of_a_step(preset: Preset, images: int, where: Where, watcher: Watcher) -> float:
+    """Roughly, from one step after those that warm up."""
+    sides = Sides(preset, images, where, Quiet(watcher), 1, beside_plain=False)
+    for _ in range(sides.cold_steps + 1):
+        started = time.perf_counter()
+        sides.bare()
+        seconds = time.perf_counter() - started
+    return seconds
+
+
+def take_turn(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
+    """Seconds of each part, one after the other."""
+    taken = {}
+    for name, part in parts.items():
+        started = time.perf_counter()
+        part()
+        taken[name] = time.perf_counter() - started
+    return taken
+
+
+def without_files(config: Config) -> Config:
+    """The preset with the same work and nothing to fetch: weights change no time, and all images train, grown up."""
+    keys = config.model_dump()
+    keys["model"] |= {"pretrained": False, "weights": None}
+    keys["data"] |= {"fraction": 1.0, "val_fraction": 0.0, "first_image_size": None}
+    keys["train"] |= {"select": "last", "watch_test": False}
+    return Config.model_validate(keys)
+
+
+def noise_dataset(config: Config, train: int, test: int) -> Dataset:
+    """Images that show nothing, of the preset's data set's classes."""
+    classes = tuple(f"class {index}" for index in range(DATASETS[config.data.dataset].classes))
+    if config.distillation is not None:
+        classes = read_card(find_model(Path(config.distillation.required_teacher()))).classes
+    random = np.random.default_rng(0)
+
+    def split(count: int) -> Split:
+        return Split(random.integers(0, 256, (count, 3, 32, 32), np.uint8), np.arange(count) % len(classes))
+
+    return Dataset(config.data.dataset, classes, split(train), split(test))
+
+
+class Quiet(Watcher):
+    """A watcher of what is no run: it shows how far long computations are, and nothing else."""
+
+    def __init__(self, watcher: Watcher) -> None:
+        self._watcher = watcher
+
+    def progress(self, title: str, total: int) -> AbstractContextManager[Callable[[int], None]]:
+        return self._watcher.progress(title, total)
+
+
+class OneBatch(DeviceLoader):
+    """A loader whose batch is always the same and ready: what is left of a step is the bare step."""
+
+    def __init__(self, loader: DeviceLoader) -> None:
+        self.__dict__.update(loader.__dict__)
+        self.ready = loader.batch(loader.plan(1), loader.shares[0])
+
+    def batch(self, plan: Plan, rows: Any) -> Batch:
+        """The batch, whatever is asked for."""
+        return self.ready
+
+
+class Sides:
+    """What is measured: each method does `steps` steps, or one evaluation, and waits for the device."""
+
+    def __init__(
+        self, preset: Preset, images: int, where: Where, watcher: Watcher, steps: int, *, beside_plain: bool = True
+    ) -> None:
+        config, count = preset.config, preset.config.data.batch_size * steps
+        self.dataset = noise_dataset(
+            config,
+            count,
+            TEST_BATCHES * evaluation_batch_size(config.data.image_size, devices.select_device(where.device)),
+        )
+        self.steps = steps
+        self.job: Job = prepare(preset, where, Quiet(watcher), dataset=self.dataset, images=images)
+        job = self.job
+        self.training = trainer.prepare_steps(
+            job.model, job.task, job.loaders.train, job.groups, job.config, job.precision
+        )
+        resident = replace(self.training, loader=OneBatch(job.loaders.train))
+        self.loop_steps: Steps = create_steps(self.training, job.step_mode)
+        self.bare_steps: Steps = create_steps(resident, job.step_mode)
+        self.bare_steps.begin(1)
+        self.test = evaluation_loader(self.dataset.test, job.device, job.loaders.train.preprocessing)
+        self.test_inputs = [batch.inputs for batch in self.test.epoch(1)]
+        self.epoch = 0
+        self.quiet = Quiet(watcher)
+        self.plain_loop: PlainLoop | None = None
+        mixed = config.augment.mixup or config.augment.cutmix
+        of_its_own = config.optimizer.name == "muon" or config.optimizer.sam_rho
+        more = config.distillation is not None or mixed or of_its_own  # than most code does
+        if beside_plain and not more:
+            self.plain_loop = self._plain(preset, where)
+
+    def _plain(self, preset: Preset, where: Where) -> PlainLoop:
+        keys = preset.config.model_dump()
+        if preset.config.finetune is not None:
+            keys["finetune"]["cache"] = "off"
+        keys["train"] |= {"precision": "fp32", "compile": "off"}
+        config = Config.model_validate(keys)
+        job = prepare(Preset(preset.name, config), where, self.quiet, dataset=self.dataset)
+        return PlainLoop(job.model, job.task, job.loaders.train, config.augment, config.optimizer, list(job.groups))
+
+    def _wait(self) -> None:
+        if self.job.device.type != "cpu":
+            torch.accelerator.synchronize()
+
+    @property
+    def cold_steps(self) -> int:
+        """How many steps come before those that are like all others: what is captured comes after some that are not."""
+        return WARM_UP + 1 if isinstance(self.loop_steps, CapturedSteps) else 1
+
+    def warm_up(self) -> list[float]:
+        """Take the steps that are captured, if any, and tell how many seconds each turn of the loop took."""
+        turns = -(-self.cold_steps // self.steps) if isinstance(self.loop_steps, CapturedSteps) else 0
+        taken = [take_turn({"loop": self.loop, "bare": self.bare}) for _ in range(turns)]
+        return [turn["loop"] for turn in taken]
+
+    def loop(self) -> None:
+        """The real loop: an epoch of the trainer."""
+        self.epoch += 1
+        trainer.train_epoch(self.loop_steps, self.job.config, self.epoch, self.quiet.step)
+
+    def bare(self) -> None:
+        """The same steps on one batch that is ready."""
+        self.job.model.train()
+        for index in range(self.steps):
+            self.bare_steps.take(index)
+        self._wait()
+
+    def plain(self) -> None:
+        """The same training in the plain way."""
+        assert self.plain_loop is not None
+        self.plain_loop.epoch()
+
+    def evaluation(self) -> None:
+        """The real evaluation."""
+        with self._whole_network():
+            metrics.predict(self.job.model, self.test, self.training.cast)
+
+    def front(self) -> None:
+        """The frozen part alone, as it is run once for all epochs."""
+        assert self.job.parted is not None
+        with self._whole_network(), self.training.cast():
+            for inputs in self.test_inputs:
+                self.job.parted.front(inputs)
+        self._wait()
+
+    def bare_evaluation(self) -> None:
+        """Forward passes of the same images that are ready."""
+        with self._whole_network(), torch.inference_mode(), self.training.cast():
+            model = self.job.model.eval()
+            torch.cat([model(inputs).float() for inputs in self.test_inputs]).cpu()
+        self.job.model.train()
+
+    @contextmanager
+    def _whole_network(self) -> Iterator[None]:
+        """Evaluate on images, where the frozen front is switched off while the rest trains."""
+        parted = self.job.parted
+        if parted is None:
+            yield
+            return
+        parted.switch_front(on=True)
+        yield
+        parted.switch_front(on=False)
+
+    def rates(self, seconds: Mapping[str, Sequence[float]]) -> Rates:
+        """Medians, from what each call of `loop`, `evaluation` and, with a frozen part, `front` took."""
+        tested, frozen = self.test.count, None
+        if self.job.parted is not None:
+            policy = self.job.loaders.train.policy
+            assert isinstance(policy, Views)
+            frozen = FrozenPart(len(policy.versions), tested / median(seconds["front"]))
+        trained = self.steps * self.job.config.data.batch_size
+        return Rates(trained / median(seconds["loop"]), tested / median(seconds["evaluation"]), frozen)
+
+    def phases(self) -> dict[str, float]:
+        """Seconds of each part of the steps of an epoch, launched one by one and waited for."""
+        training, spent = self.training, dict.fromkeys(("data", "forward", "backward", "optimizer"), 0.0)
+        training.model.train()
+
+        def timed(part: str, function: Callable[..., Any], *arguments: Any) -> Any:
+            started = time.perf_counter()
+            result = function(*arguments)
+            self._wait()
+            spent[part] += time.perf_counter() - started
+            return result
+
+        plan = timed("data", training.loader.plan, 1)
+        for share in training.loader.shares:
+            batch = timed("data", training.loader.batch, plan, share)
+            output = timed("forward", training.forward, batch)
+            timed("backward", training.backward, output.loss)
+            timed("backward", training.backward_uphill, batch)
+            timed("optimizer", training.move)
+        return spent

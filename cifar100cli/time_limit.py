@@ -1,0 +1,76 @@
+"""How many epochs of a preset fit in so many minutes."""
+
+import tempfile
+from bisect import bisect_right
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+from cifar100cli import devices
+from cifar100cli.config import Preset, parse_config, shipped, without_figures
+from cifar100cli.console import duration
+from cifar100cli.errors import UsageError
+from cifar100cli.jobs import Where
+from cifar100cli.runs import MOST_EPOCHS
+from cifar100cli.sides import Sides, seconds_of_a_step, steps_of_a_turn, take_turn, without_files
+from cifar100cli.watcher import Watcher
+from cifar100cli.whole_run import Rates, full_run, images_of
+
+TURNS = 3  # whose median counts
+
+
+def within(preset: Preset, minutes: float, where: Where, watcher: Watcher) -> Preset:
+    """The preset with as many epochs as fit in so many minutes on the device at hand, by steps on images of noise.
+
+    What a frozen part takes before the first epoch, and the result's figures after the last, are counted in.
+    Raises `UsageError` where not even one epoch fits.
+    """
+    config = preset.config
+    rates = measure_rates(preset, where, watcher)
+
+    def seconds(epochs: int) -> float:
+        train = config.train.model_copy(update={"epochs": epochs})
+        return full_run(config.model_copy(update={"train": train}), rates)["seconds"]
+
+    if seconds(1) > 60 * minutes:
+        raise UsageError(
+            f"--minutes {minutes:g}: one epoch of {preset.name} takes about {duration(seconds(1))} here, with the look "
+            "at the test set; give it more minutes, or take a smaller --image-size or --set data.fraction=0.1"
+        )
+    epochs = bisect_right(range(1, MOST_EPOCHS + 1), 60 * minutes, key=seconds)
+    watcher.say(f"--minutes {minutes:g}: a run of --epochs {epochs} takes about {duration(seconds(epochs))} here")
+    if epochs == config.train.epochs:
+        return preset
+    keys = config.model_dump()
+    keys["train"]["epochs"] = epochs
+    fitted = parse_config(keys, f"--minutes {minutes:g}")
+    return replace(preset, config=fitted if shipped(preset.name) is not None else without_figures(fitted))
+
+
+def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> Rates:
+    """In some seconds, what decides how long a run takes."""
+    images, _ = images_of(preset.config)
+    preset = Preset(preset.name, without_files(preset.config))
+    with tempfile.TemporaryDirectory() as cache, devices.deterministic(preset.config.train.deterministic):
+        where = replace(where, cache_dir=Path(cache))
+        steps = steps_of_a_turn(seconds_of_a_step(preset, images, where, watcher), where)
+        sides = Sides(preset, images, where, watcher, steps, beside_plain=False)
+        parts = {"loop": sides.loop, "evaluation": sides.evaluation}
+        if sides.job.parted is not None:
+            parts["front"] = sides.front
+        seconds: dict[str, list[float]] = {name: [] for name in parts}
+        with watcher.progress("how long an epoch takes", TURNS + 1) as advance:
+            began = sides.warm_up()
+            for turn in range(TURNS + 1):
+                taken = take_turn(parts)
+                if turn:
+                    for name, value in taken.items():
+                        seconds[name].append(value)
+                else:  # it warms up what is not yet
+                    began = [*began, taken["loop"]]
+                advance(1)
+    rates = sides.rates(seconds)
+    if sides.job.step_mode.name != "inductor":
+        return rates
+    compiling = sum(began) - len(began) * median(seconds["loop"])
+    return rates._replace(compiling=max(0.0, compiling))
