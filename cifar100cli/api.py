@@ -179,7 +179,7 @@ def _where(
 
 @contextmanager
 def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
-    """What the commands show, or nothing; that memory ran out is told as they tell it."""
+    """What the commands show, or nothing; what PyTorch refuses is told as they tell it."""
     try:
         with (
             _alone(),
@@ -187,8 +187,8 @@ def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
         ):
             yield watcher
     except (RuntimeError, MemoryError) as error:
-        if devices.is_out_of_memory(error):
-            raise CifarError(devices.NO_MEMORY) from None
+        if words := devices.in_words(error):
+            raise CifarError(words) from None
         raise
 
 
@@ -203,6 +203,7 @@ def _alone() -> Iterator[None]:
     """
     with _TURN, ExitStack() as settings:
         settings.enter_context(torch.random.fork_rng(devices=[]))
+        settings.enter_context(devices.settings_kept())
         settings.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,17 +25,63 @@ TENSOR_CORES = (7, 0)  # the compute capability from which on CUDA devices have 
 def select_device(name: str) -> torch.device:
     """`auto` is CUDA, then Apple's MPS, then the CPU. Raises `UsageError` for a device that is not here.
 
-    Where it is the CPU, the process keeps the memory that tensors leave, for the next ones.
+    Where it is the CPU, the process keeps the memory that tensors leave, for the next ones. From here on, float32 is
+    float32 on every device.
     """
     device = _select(name)
+    _round_nowhere()
     if device.type == "cpu":
         _keep_memory()
     if device.type == "cuda":
         # Read once, at the first matrix product of the process: too late for a deterministic run after another one.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.backends.cudnn.allow_tf32 = False  # in fp32, convolutions would round to 10 bits
         torch.cuda.set_device(device)  # streams, events and waits are those of the current device
     return device
+
+
+# What says how float32 is multiplied, each alone and all together; PyTorch's older names are written besides, for one
+# that contradicts these is refused when somebody reads it, as the compiler does.
+_BACKENDS: Any = torch.backends  # whose attributes are made as it is imported
+_PRODUCTS = (
+    _BACKENDS,
+    _BACKENDS.cuda.matmul,
+    _BACKENDS.cudnn.conv,
+    _BACKENDS.cudnn.rnn,
+    _BACKENDS.mkldnn.matmul,
+    _BACKENDS.mkldnn.conv,
+)
+
+
+def _round_nowhere() -> None:
+    """Let no product of float32 round to TF32's 10 bits, or to bf16's 7, whatever environment and caller say."""
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    for products in _PRODUCTS:
+        products.fp32_precision = "ieee"
+
+
+@contextlib.contextmanager
+def settings_kept() -> Iterator[None]:
+    """Leave the process's current CUDA device and its float32 products afterwards as they were."""
+    precision: str | None = None
+    convolutions: bool | None = None
+    with contextlib.suppress(RuntimeError):  # refused where they were set by the newer names, which are enough then
+        precision = torch.get_float32_matmul_precision()
+    with contextlib.suppress(RuntimeError):
+        convolutions = torch.backends.cudnn.allow_tf32
+    products = [one.fp32_precision for one in _PRODUCTS]
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if precision is not None:
+            torch.set_float32_matmul_precision(precision)
+        if convolutions is not None:
+            torch.backends.cudnn.allow_tf32 = convolutions
+        for one, before in zip(_PRODUCTS, products, strict=True):
+            one.fp32_precision = before
+        if current is not None:
+            torch.cuda.set_device(current)
 
 
 def _select(name: str) -> torch.device:
@@ -128,13 +175,22 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
-NO_MEMORY = "out of memory: lower --batch-size or --image-size"
+_NO_MEMORY = re.compile("out of memory|(can't|cannot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is what PyTorch or Python say when there is no more memory, on any device."""
-    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-    return known or re.search("out of memory|(can't|cannot) allocate memory", str(error), re.IGNORECASE) is not None
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+def in_words(error: BaseException) -> str | None:
+    """What a user can do about an error of PyTorch's, where that is known."""
+    if is_out_of_memory(error):
+        return "out of memory: lower --batch-size or --image-size"
+    if found := _NOT_DETERMINISTIC.search(str(error)):
+        return f"train.deterministic = true: PyTorch has no deterministic {found[1]} for this device; leave it out"
+    return None
 
 
 def forget_peak_memory(device: torch.device) -> None:

@@ -158,10 +158,10 @@ def _torchs_message(error: RuntimeError | MemoryError) -> str:
     """What users can do something about; everything else is a mistake of ours, and keeps its traceback."""
     from cifar100cli import devices
 
-    if devices.is_out_of_memory(error):
-        return devices.NO_MEMORY
+    if words := devices.in_words(error):
+        return words
     if ranks.is_lost(error):
-        return "another rank failed, so this one stops too"
+        return f"another rank failed, or could not be reached, so this one stops too ({ranks.words_of(error)})"
     raise error
 
 

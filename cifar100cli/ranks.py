@@ -8,11 +8,13 @@ import contextlib
 import inspect
 import os
 import platform
+import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cifar100cli.bounded import printable
 from cifar100cli.errors import CifarError, UsageError
 
 if TYPE_CHECKING:
@@ -76,8 +78,6 @@ def start() -> None:
     if distributed.is_initialized():
         return
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
-    if backend != "gloo" and local_rank() < torch.cuda.device_count():
-        torch.cuda.set_device(local_rank())
     # torchrun keeps one store for all its restarts, and so the addresses of ranks that are dead: a prefix hides them.
     if not rank() < count():
         raise UsageError(f"RANK = {rank()} of WORLD_SIZE = {count()}: torchrun sets these; unset them, or use torchrun")
@@ -186,3 +186,8 @@ def is_lost(error: Exception) -> bool:
 
     text = str(error).lower()
     return isinstance(error, distributed.DistError) or any(word in text for word in COLLECTIVE_ERRORS)
+
+
+def words_of(error: Exception) -> str:
+    """What torch.distributed says, in one line; NCCL's last words tell most (a full /dev/shm, one device for two)."""
+    return textwrap.shorten(printable(" ".join(str(error).split())), 600, placeholder="...")

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from cifar100cli.averaging import MovingAverage
-from cifar100cli.devices import TENSOR_CORES, Cast
-from cifar100cli.errors import UsageError
+from cifar100cli.bounded import printable
+from cifar100cli.devices import TENSOR_CORES, Cast, in_words
+from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.sam import uphill
 from cifar100cli.tasks import StepOutput, Task
@@ -206,8 +207,18 @@ class CapturedSteps(Steps):
     def _capture(self) -> torch.cuda.CUDAGraph:
         graph = torch.cuda.CUDAGraph()
         self.training.optimizer.zero_grad(set_to_none=True)
-        with torch.cuda.graph(graph, stream=self.stream):
-            self.whole_step()
+        try:
+            # What other threads ask of the device meanwhile is theirs, and no part of it.
+            with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
+                self.whole_step()
+        except RuntimeError as error:
+            if in_words(error):
+                raise
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise CifarError(
+                f"a step of this network cannot be captured as a CUDA graph ({printable(reason)}): "
+                "--set train.compile=off takes every step by itself"
+            ) from error
         return graph
 
     def whole_step(self) -> None:

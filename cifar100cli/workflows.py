@@ -182,9 +182,9 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
             ) from None
         if ranks.is_lost(error):
             raise CifarError(
-                f"another rank failed, so this one stops too; {checkpoint.finished_epochs(run.path / STATE)} of "
-                f"{job.config.train.epochs} epochs are done and saved; torchrun --max-restarts goes on by itself; "
-                f"by hand, {go_on}"
+                f"another rank failed, or could not be reached, so this one stops too ({ranks.words_of(error)}); "
+                f"{checkpoint.finished_epochs(run.path / STATE)} of {job.config.train.epochs} epochs are done and "
+                f"saved; torchrun --max-restarts goes on by itself; by hand, {go_on}"
             ) from None
         raise
     except OSError as error:
@@ -265,7 +265,8 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     training = trainer.prepare_steps(job.model, job.task, loader, job.groups, job.config, job.precision)
     job.model.train()
     plan = replace(loader.plan(1), image_size=None)  # the images as large as they get
-    loss, _ = training.step(plan, loader.shares[0], loader.loss_weights[0])
+    with devices.deterministic(job.config.train.deterministic):  # as in a run, which would be refused there
+        loss, _ = training.step(plan, loader.shares[0], loader.loss_weights[0])
     if not abs(loss.item()) < LARGEST:
         raise DivergedError(f"the loss of the first step was {loss.item():g}: look at the weights to start from")
     return {

@@ -31,6 +31,7 @@ from cifar100cli import (
     RunInterrupted,
     UsageError,
     api,
+    devices,
     errors,
     evaluate,
     jobs,
@@ -331,6 +332,10 @@ def test_the_callers_settings_of_torch_are_not_the_runs_and_are_kept(tmp_path: P
         assert torch.zeros(1).device.type == "meta"
     with torch.inference_mode():
         assert figures("inference") == expected
+    with devices.settings_kept():
+        torch.set_float32_matmul_precision("medium")  # bf16, on CPUs that multiply it
+        assert figures("medium") == expected
+        assert torch.get_float32_matmul_precision() == "medium"
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:

@@ -1,8 +1,11 @@
 """What a device is chosen for, and what the process does then."""
 
 import ctypes
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -65,3 +68,101 @@ def test_the_chosen_gpu_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("auto", "cuda", "cuda:1"):
         assert devices.select_device(name) == current[-1]
     assert current == [torch.device("cuda:0"), torch.device("cuda:0"), torch.device("cuda:1")]
+
+
+def products() -> list[object]:
+    """How PyTorch multiplies float32, by the newer names and, where it tells, by the older ones."""
+
+    def told(read: Callable[[], object]) -> object:
+        try:
+            return read()
+        except RuntimeError:  # set by the newer names
+            return "unknown"
+
+    backends: Any = torch.backends
+    newer = (backends, backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    older = (
+        torch.get_float32_matmul_precision,
+        lambda: torch.backends.cudnn.allow_tf32,
+        lambda: torch.backends.cuda.matmul.allow_tf32,
+    )
+    return [one.fp32_precision for one in newer] + [told(read) for read in older]
+
+
+def set_generic() -> None:
+    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+
+
+def set_convolutions() -> None:
+    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+    torch.set_float32_matmul_precision("medium")
+
+
+def set_by_its_older_name() -> None:
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
+@pytest.mark.parametrize(
+    "set_before",
+    [
+        lambda: None,
+        lambda: torch.set_float32_matmul_precision("high"),
+        set_generic,
+        set_convolutions,
+        set_by_its_older_name,
+    ],
+)
+def test_float32_is_float32_whatever_was_set_before(set_before: Callable[[], None]) -> None:
+    """TF32 has 10 bits of 23. No name contradicts another, for the compiler reads the older ones."""
+    with devices.settings_kept():
+        set_before()
+        before = products()
+        with devices.settings_kept():
+            devices.select_device("cpu")
+            assert products() == ["ieee"] * 5 + ["highest", False, False]
+        assert products() == before
+
+
+def test_float32_is_float32_under_nvidias_variable() -> None:
+    script = (
+        "import torch; from cifar100cli import devices; print(torch.backends.cuda.matmul.allow_tf32); "
+        "devices.select_device('cpu'); print(torch.backends.cuda.matmul.allow_tf32)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "TORCH_ALLOW_TF32_CUBLAS_OVERRIDE": "1"},
+        capture_output=True,
+        check=True,
+        text=True,
+    )
+    assert told.stdout.split() == ["True", "False"]
+
+
+def test_the_current_gpu_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    with devices.settings_kept():
+        torch.cuda.set_device(1)
+    assert current == [0, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (MemoryError(), "out of memory: lower --batch-size"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
+        (
+            RuntimeError("x_backward_cuda does not have a deterministic implementation, but you set 'torch.use_...'"),
+            "train.deterministic = true: PyTorch has no deterministic x_backward_cuda for this device; leave it out",
+        ),
+    ],
+)
+def test_what_a_user_can_do_about(error: BaseException, words: str) -> None:
+    assert str(devices.in_words(error)).startswith(words)
+
+
+def test_what_is_a_mistake_of_ours_has_no_words() -> None:
+    assert devices.in_words(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None

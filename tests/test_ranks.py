@@ -64,6 +64,13 @@ def test_without_torchrun_there_is_one_rank(monkeypatch: pytest.MonkeyPatch) -> 
     assert not ranks.is_lost(RuntimeError("connection closed by peer"))
 
 
+def test_what_torch_distributed_says_is_one_line() -> None:
+    error = RuntimeError("NCCL error in: x.cpp:1, invalid usage\nLast error:\nDuplicate GPU detected\x1b[31m")
+    assert ranks.words_of(error).startswith("NCCL error in: x.cpp:1, invalid usage Last error: Duplicate GPU detected")
+    assert "\x1b" not in ranks.words_of(error)
+    assert len(ranks.words_of(RuntimeError("word " * 1000))) <= 600
+
+
 def test_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**TORCHRUN, "TORCHELASTIC_RUN_ID": "mine", "TORCHELASTIC_RESTART_COUNT": "3"}.items():
         monkeypatch.setenv(name, value)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cifar100cli import augment, jobs, steps, teachers, trainer
 from cifar100cli.config import Preset
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.groups import everything
 from cifar100cli.loader import DeviceLoader, Plan
 from cifar100cli.optim import set_learning_rate
@@ -57,7 +57,7 @@ class PretendStream:
 @pytest.fixture
 def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
-    def graph(graph: PretendGraph, stream: object) -> Iterator[None]:
+    def graph(graph: PretendGraph, stream: object, capture_error_mode: str) -> Iterator[None]:
         yield
 
     monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
@@ -117,6 +117,21 @@ def test_captured_steps_train_as_steps_one_by_one_do(tmp_path: Path, recipe: str
     assert other.graph.replays == (6 if recipe == "growing" else 12) - steps.WARM_UP
     for ours, theirs in zip(captured.model.state_dict().values(), plain.model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("pretend_cuda")
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [("operation not permitted when stream is capturing\nand more", "train.compile=off"), ("out of memory", "memory")],
+)
+def test_a_step_that_cannot_be_captured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, words: str) -> None:
+    def whole_step(*_: object) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(CapturedSteps, "whole_step", whole_step)
+    preset = make_preset(**RECIPES["growing"])
+    with pytest.raises(RuntimeError if "memory" in said else CifarError, match=words):
+        epochs(CapturedSteps(training_of(preset, tmp_path)), preset, 2)
 
 
 class NoWaiting(TorchDispatchMode):  # type: ignore[no-untyped-call]

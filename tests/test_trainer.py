@@ -39,7 +39,7 @@ from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
 from cifar100cli.watcher import EpochProgress, TrainState
-from tests.conftest import EVERYTHING, Listening, StopAfter, make_preset, only_run, where
+from tests.conftest import EVERYTHING, Cli, Listening, StopAfter, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
@@ -608,6 +608,21 @@ def test_deterministic_mode(tmp_path: Path, augment: dict[str, Any]) -> None:
     assert not torch.are_deterministic_algorithms_enabled()
     weights = [load(end) for end in ends]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_dry_run_finds_what_is_not_deterministic(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that PyTorch refuses in a run is refused in a try, too, and in words."""
+
+    def step(*_: object) -> None:
+        assert torch.are_deterministic_algorithms_enabled()
+        raise RuntimeError("upsample_backward does not have a deterministic implementation, but you set '...'")
+
+    monkeypatch.setattr(steps.Training, "step", step)
+    for more in (("--dry-run",), ()):
+        outcome = run_cli("train", "--epochs", "1", "--set", "train.deterministic=true", *more)
+        assert outcome.code == 1
+        assert "train.deterministic = true: PyTorch has no deterministic upsample_backward" in outcome.err
+        assert "Traceback" not in outcome.err
 
 
 def test_a_glance_is_what_the_epoch_says_in_the_end(tmp_path: Path) -> None:
