@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from cifar100cli import noise
-from cifar100cli.config import departures, differences, flat, optional_sections, parse_config, shipped
+from cifar100cli.config import departures, differences, flat, idle, optional_sections, parse_config, shipped
 from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.schema import Config
 
@@ -52,7 +52,7 @@ class Block:
 
     def is_off(self, settings: Mapping[str, object]) -> bool:
         """Whether a setting (`config.flat`) does without it."""
-        return all(settings[key] == value for key, value in self.values.items())
+        return all(settings[key] == value or idle(key, settings) for key, value in self.values.items())
 
     def taken_from(self, config: Config) -> Config:
         """The configuration without it. Raises `UsageError` where what is left does not go together."""

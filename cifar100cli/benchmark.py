@@ -18,7 +18,7 @@ from cifar100cli import __version__, devices, machine
 from cifar100cli.config import Preset
 from cifar100cli.flops import step_flops
 from cifar100cli.jobs import Where
-from cifar100cli.sides import Sides, seconds_of_a_step, steps_of_a_turn, take_turn, without_files
+from cifar100cli.sides import Sides, cost_of_a_step, take_turn, without_files
 from cifar100cli.watcher import Watcher
 from cifar100cli.whole_run import full_run, images_of
 
@@ -37,9 +37,9 @@ def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, 
     with tempfile.TemporaryDirectory() as cache, devices.deterministic(config.train.deterministic):
         where = replace(where, cache_dir=Path(cache))
         if steps is None or repeats is None:
-            seconds = seconds_of_a_step(Preset(preset.name, config), images, where, watcher)
-            steps = steps or steps_of_a_turn(seconds, where)
-            repeats = repeats or (REPEATS if steps * seconds < 5 else SHORT_REPEATS)
+            cost = cost_of_a_step(Preset(preset.name, config), images, where, watcher)
+            steps = steps or cost.steps_of_a_turn(where)
+            repeats = repeats or (REPEATS if steps * cost.step < 5 else SHORT_REPEATS)
         sides = Sides(Preset(preset.name, config), images, where, watcher, steps)
         return _measure(preset, sides, watcher, repeats)
 

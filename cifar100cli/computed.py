@@ -64,7 +64,8 @@ def table(
 
     `function` takes uint8 images (N, 3, H, W) on the loader's device, at most `batch_size` at once. `folder` is
     for this table alone (`key`). The table is on the device if there is room, else on the host. Of several ranks each
-    computes some parts, and all have the whole. Raises `UsageError` where there is room nowhere.
+    computes some parts, and all have the whole. Raises `UsageError` where there is room nowhere, or a value is beyond
+    `dtype`.
     """
     assert isinstance(loader.policy, Views)
     versions = loader.policy.versions
@@ -93,7 +94,13 @@ def table(
         for index, version, start, end in missing:
             for first in range(start, end, batch_size):
                 last = min(first + batch_size, end)
-                whole[index, first:last] = function(version(loader.images[first:last])).to(dtype)
+                values = function(version(loader.images[first:last]))
+                kept = whole[index, first:last] = values.to(dtype)
+                if bool(values.isfinite().all()) and not bool(kept.isfinite().all()):
+                    raise UsageError(
+                        f"{title}: some are too large for {str(dtype).removeprefix('torch.')}: "
+                        "--set finetune.cache_dtype=float32 keeps them as they are"
+                    )
                 advance(last - first)
             if keep:
                 problem = _write(_path(folder, version, start), whole[index, start:end])

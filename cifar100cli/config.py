@@ -19,7 +19,7 @@ from pydantic.fields import FieldInfo
 from cifar100cli import backbones, safe_yaml
 from cifar100cli.bounded import look, printable, read_file
 from cifar100cli.errors import UsageError, did_you_mean
-from cifar100cli.schema import DESCRIBING, Config, Section
+from cifar100cli.schema import DESCRIBING, TUNING, Config, Section
 
 DEFAULT_PRESET = "quickstart"
 TEACHER = "distillation.teacher"
@@ -207,6 +207,12 @@ def flat(config: Config) -> dict[str, object]:
     }
 
 
+def idle(key: str, settings: Mapping[str, object]) -> str | None:
+    """Why a key does nothing among these settings (`flat`), in words, or None where it does something."""
+    other, values = TUNING.get(key, (key, frozenset()))
+    return f"{other} is {settings[other]}" if values and settings[other] not in values else None
+
+
 def _set_in(keys: Mapping[str, object]) -> dict[str, object]:
     """What a preset's keys set, by dotted names, but for the seed and what only describes."""
     return {key: value for key, value in _leaves(keys) if key.split(".")[0] not in {*DESCRIBING, "seed"}}
@@ -390,7 +396,7 @@ def _explain(error: ValidationError, where: str, origins: Mapping[str, str]) -> 
     if not first["loc"]:  # a rule between keys, which says it all itself, or a key that is no text
         message = str(first.get("ctx", {}).get("error", "one of its keys is not text"))
         flags = [origin for key, origin in origins.items() if re.search(rf"\b{re.escape(key)}\b", message)]
-        return f"{', '.join(flags) or where}: {message}"
+        return f"{', '.join(dict.fromkeys(flags)) or where}: {message}"
     *parents, last = [str(part) for part in first["loc"]]
     key = ".".join([*parents, last])
     rest = f" ({more} more {'mistake' if more == 1 else 'mistakes'})" if more else ""

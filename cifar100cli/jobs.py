@@ -422,7 +422,8 @@ def _finetune(
             features = parted.front(loaders.train.preprocessing(images))
         return features.permute(0, 2, 3, 1) if features.ndim == 4 else features
 
-    dtype = _features_type(finetune.cache_dtype, front(loaders.train.images[:1]).dtype)
+    computed_in = front(loaders.train.images[:1]).dtype
+    dtype = _features_type(finetune.cache_dtype, computed_in)
     about = {
         "what": "features",
         "model": config.model.model_dump(mode="json", exclude={"pretrained", "weights"}),  # what the weights do not say
@@ -442,7 +443,7 @@ def _finetune(
             folder=where.cache_dir / computed.key(about, frozen, loader),
             watcher=watcher,
         )
-        loader.features = Features(found, loader.device)
+        loader.features = Features(found, loader.device, computed_in)
     parted.switch_front(on=False)
     return groups, parted
 

@@ -136,16 +136,17 @@ class Plan:
 class Features:
     """Inputs that were computed before, (versions, images, ...), in any float type, on the device or on the host.
 
-    Maps (versions, images, H, W, C) become (N, C, H, W), channels last.
+    Maps (versions, images, H, W, C) become (N, C, H, W), channels last. However they are kept, they come in `dtype`,
+    the type that they were computed in: what is no matrix product takes its own type from them.
     """
 
-    def __init__(self, table: Tensor, device: torch.device) -> None:
-        self.table, self.device = table, device
+    def __init__(self, table: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        self.table, self.device, self.dtype = table, device, dtype
 
     def __call__(self, views: Tensor, positions: Tensor) -> Tensor:
-        """(N, ...) float32 on the device."""
+        """(N, ...) in `dtype` on the device."""
         home = self.table.device
-        found = self.table[views.to(home), positions.to(home)].to(self.device, torch.float32)
+        found = self.table[views.to(home), positions.to(home)].to(self.device, self.dtype)
         return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
 
 

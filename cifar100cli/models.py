@@ -281,7 +281,9 @@ def _use_image_size(model: nn.Module, name: str, image_size: int) -> None:
 
 
 def _cannot_take(key: str, image_size: int, name: str, error: Exception) -> str:
-    return f"data.{key} = {image_size}: {name} cannot take it ({one_line(error)})"
+    return (
+        f"data.{key} = {image_size}: {name} cannot take it ({one_line(error)}); try a larger one, or a multiple of 32"
+    )
 
 
 def _check_image_size(model: nn.Module, name: str, image_size: int, key: str = "image_size") -> Tensor:

@@ -26,8 +26,11 @@ def deviation(values: Sequence[float]) -> float | None:
 
 
 def of_one_more(values: Sequence[float]) -> float | None:
-    """Half the 95% prediction interval of one more run: what a published figure, a single run, is held against."""
-    if len(values) < 2:
+    """Half the 95% prediction interval of one more run: what a published figure, a single run, is held against.
+
+    None for a single value, and where all are the same: of no width, it would call chance a certainty.
+    """
+    if len(values) < 2 or stdev(values) < NO_SPREAD:
         return None
     return quantile(len(values) - 1) * stdev(values) * math.sqrt(1 + 1 / len(values))
 

@@ -1,6 +1,7 @@
 """The schema of a preset: every key, what it may be, and which go together. No torch here."""
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -250,6 +251,35 @@ class Train(Section):
     )
     deterministic: bool = Field(False, description="only kernels that give the same bits every time, if slower")
     sync_batch_norm: bool = Field(True, description="with torchrun: batch statistics of all ranks, as on one device")
+
+
+# Keys that say how another key's work is done: that key, and the values at which it does any. With others they do
+# nothing, and stay as they are: a preset's own must not be in the way of one flag.
+_MUONS = ("optimizer.name", frozenset({"muon"}))
+_CROPS = ("augment.policy", frozenset({"crop_flip"}))
+TUNING: Mapping[str, tuple[str, frozenset[str]]] = {
+    "augment.flip": ("augment.policy", frozenset({"flip", "crop_flip"})),
+    "augment.crop_padding": _CROPS,
+    "augment.padding_mode": _CROPS,
+    "augment.randaugment_ops": ("augment.auto", frozenset({"randaugment"})),
+    "augment.randaugment_magnitude": ("augment.auto", frozenset({"randaugment"})),
+    "model.embedding_dim": ("model.head", frozenset({"cosine"})),
+    "loss.scale": ("model.head", frozenset({"cosine"})),
+    "loss.margin": ("loss.name", frozenset({"arcface", "cosface"})),
+    "loss.gradient": ("loss.name", frozenset({"arcface"})),
+    "distillation.target_weight": ("distillation.form", frozenset({"decoupled"})),
+    "distillation.nontarget_weight": ("distillation.form", frozenset({"decoupled"})),
+    "optimizer.betas": ("optimizer.name", frozenset({"adamw", "adam", "muon"})),
+    "optimizer.momentum": ("optimizer.name", frozenset({"sgd", "muon"})),
+    "optimizer.nesterov": ("optimizer.name", frozenset({"sgd", "muon"})),
+    "optimizer.auxiliary": _MUONS,
+    "optimizer.adjust_lr": _MUONS,
+    "optimizer.ns_steps": _MUONS,
+    "schedule.gamma": ("schedule.name", frozenset({"multi_step"})),
+    "schedule.pct_start": ("schedule.name", frozenset({"one_cycle"})),
+    "schedule.div_factor": ("schedule.name", frozenset({"one_cycle"})),
+    "schedule.final_div_factor": ("schedule.name", frozenset({"one_cycle"})),
+}
 
 
 class Config(Section):

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -33,19 +33,27 @@ TURN = {"cpu": 3.0, "cuda": 0.5}  # about so many seconds of each side in a turn
 TEST_BATCHES = 3
 
 
-def steps_of_a_turn(seconds: float, where: Where) -> int:
-    """How many steps of so many seconds each side takes in a turn."""
-    return max(1, min(200, round(TURN.get(devices.select_device(where.device).type, 3.0) / seconds)))
+class StepCost(NamedTuple):
+    """Roughly, the seconds of a step, and those in which a frozen part makes its inputs ready."""
+
+    step: float
+    inputs: float
+
+    def steps_of_a_turn(self, where: Where) -> int:
+        """How many steps each side takes in a turn; as many inputs must be made ready for it."""
+        turn = TURN.get(devices.select_device(where.device).type, 3.0)
+        return max(1, min(200, round(turn / max(self.step, self.inputs))))
 
 
-def seconds_of_a_step(preset: Preset, images: int, where: Where, watcher: Watcher) -> float:
-    """Roughly, from one step after those that warm up."""
+def cost_of_a_step(preset: Preset, images: int, where: Where, watcher: Watcher) -> StepCost:
+    """From one step after those that warm up."""
     sides = Sides(preset, images, where, Quiet(watcher), 1, beside_plain=False)
     for _ in range(sides.cold_steps + 1):
-        started = time.perf_counter()
-        sides.bare()
-        seconds = time.perf_counter() - started
-    return seconds
+        seconds = take_turn({"step": sides.bare})["step"]
+    if sides.job.parted is None:
+        return StepCost(seconds, 0.0)
+    inputs = sides.versions * preset.config.data.batch_size / sides.test.count
+    return StepCost(seconds, inputs * take_turn({"front": sides.front})["front"])
 
 
 def take_turn(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -153,6 +161,13 @@ class Sides:
         """How many steps come before those that are like all others: what is captured comes after some that are not."""
         return WARM_UP + 1 if isinstance(self.loop_steps, CapturedSteps) else 1
 
+    @property
+    def versions(self) -> int:
+        """How many versions of an image a frozen part sees."""
+        policy = self.job.loaders.train.policy
+        assert isinstance(policy, Views)
+        return len(policy.versions)
+
     def warm_up(self) -> list[float]:
         """Take the steps that are captured, if any, and tell how many seconds each turn of the loop took."""
         turns = -(-self.cold_steps // self.steps) if isinstance(self.loop_steps, CapturedSteps) else 0
@@ -211,9 +226,7 @@ class Sides:
         """Medians, from what each call of `loop`, `evaluation` and, with a frozen part, `front` took."""
         tested, frozen = self.test.count, None
         if self.job.parted is not None:
-            policy = self.job.loaders.train.policy
-            assert isinstance(policy, Views)
-            frozen = FrozenPart(len(policy.versions), tested / median(seconds["front"]))
+            frozen = FrozenPart(self.versions, tested / median(seconds["front"]))
         trained = self.steps * self.job.config.data.batch_size
         return Rates(trained / median(seconds["loop"]), tested / median(seconds["evaluation"]), frozen)
 

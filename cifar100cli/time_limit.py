@@ -12,7 +12,7 @@ from cifar100cli.console import duration
 from cifar100cli.errors import UsageError
 from cifar100cli.jobs import Where
 from cifar100cli.runs import MOST_EPOCHS
-from cifar100cli.sides import Sides, seconds_of_a_step, steps_of_a_turn, take_turn, without_files
+from cifar100cli.sides import Sides, cost_of_a_step, take_turn, without_files
 from cifar100cli.watcher import Watcher
 from cifar100cli.whole_run import Rates, full_run, images_of
 
@@ -53,7 +53,7 @@ def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> Rates:
     preset = Preset(preset.name, without_files(preset.config))
     with tempfile.TemporaryDirectory() as cache, devices.deterministic(preset.config.train.deterministic):
         where = replace(where, cache_dir=Path(cache))
-        steps = steps_of_a_turn(seconds_of_a_step(preset, images, where, watcher), where)
+        steps = cost_of_a_step(preset, images, where, watcher).steps_of_a_turn(where)
         sides = Sides(preset, images, where, watcher, steps, beside_plain=False)
         parts = {"loop": sides.loop, "evaluation": sides.evaluation}
         if sides.job.parted is not None:

@@ -28,7 +28,7 @@ SECTIONS = {
 def train(given: Mapping[str, Any], default_preset: str, command: str = "train") -> None:
     """Do what a command that trains is asked for by its options, `given` by their names, and show the result."""
     from cifar100cli import ablation
-    from cifar100cli.config import load_preset
+    from cifar100cli.config import flat, idle, load_preset
 
     json, dry_run = given["json"], given["dry_run"]
     overrides = options.overrides(given)
@@ -46,6 +46,9 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
         raise UsageError("--seeds trains one run after another; with torchrun, give a command for each --seed")
     chosen = load_preset(given["preset"] or default_preset, overrides)
     _check_command(command, chosen, overrides)
+    for override in overrides:
+        if reason := idle(override.key, flat(chosen.config)):
+            console.log(f"{override.origin} does nothing here, for {reason}")
     minutes: float | None = given.get("minutes")
     if minutes is not None:
         _check_minutes(given, overrides)

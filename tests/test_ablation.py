@@ -10,7 +10,7 @@ from scipy import stats
 
 from cifar100cli import ablation, noise, page, report, report_text, runs
 from cifar100cli.ablation import Ablation, Effect
-from cifar100cli.config import differences, flat, load_preset, preset_names
+from cifar100cli.config import Override, differences, flat, load_preset, preset_names
 from cifar100cli.errors import DivergedError, UsageError
 from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli, train
@@ -160,6 +160,16 @@ def test_blocks_that_are_none(names: list[str], words: str) -> None:
     with pytest.raises(UsageError) as refusal:
         ablation.without(load_preset("resnet18-baseline-fixed").config, names)
     assert words in str(refusal.value)
+
+
+def test_a_key_without_a_part_is_no_block() -> None:
+    """Mirror images in turn, where the policy has no mirror images."""
+    config = load_preset("quickstart", [Override("augment.flip", "alternating", "x")]).config
+    for name in ("augment", "flip"):
+        with pytest.raises(UsageError, match="already, and nothing would change"):
+            ablation.without(config, [name])
+    config = load_preset("speedrun-75").config
+    assert ablation.without(config, ["flip"])["flip"].augment.flip == "random"
 
 
 # ------------------------------------------------------------------------------------------------ the command

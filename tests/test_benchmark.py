@@ -11,11 +11,11 @@ import timm
 import torch
 from torch import nn
 
-from cifar100cli import benchmark, erasing, flops, jobs, plain, time_limit
+from cifar100cli import benchmark, erasing, flops, jobs, plain, sides, time_limit
 from cifar100cli.config import Override, Preset, differences, load_preset
 from cifar100cli.errors import UsageError
 from cifar100cli.schema import Augment, Config
-from cifar100cli.sides import Sides, without_files
+from cifar100cli.sides import Sides, StepCost, without_files
 from cifar100cli.whole_run import FrozenPart, Rates, full_run
 from tests.conftest import EVERYTHING, Cli, Listening, epoch_of, make_preset, where
 
@@ -354,3 +354,23 @@ def test_how_fast_a_preset_is_in_some_seconds(tmp_path: Path, frozen: bool) -> N
         assert rates.frozen.versions == 2
         assert 0 < rates.frozen.rate < 1e9
     assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize(
+    ("step", "inputs", "steps"), [(0.1, 0.0, 30), (9.0, 0.0, 1), (1e-6, 0.0, 200), (0.001, 1.5, 2), (0.001, 70.0, 1)]
+)
+def test_a_turn_takes_some_seconds_with_what_it_is_made_of(
+    tmp_path: Path, step: float, inputs: float, steps: int
+) -> None:
+    """A step on features is short, and the features of its images may be long in coming."""
+    assert StepCost(step, inputs).steps_of_a_turn(where(tmp_path)) == steps
+
+
+def test_what_a_frozen_part_costs_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a second for the images of an evaluation; a step has 64 images, and an image two versions."""
+    monkeypatch.setattr(sides, "take_turn", lambda parts: dict.fromkeys(parts, 1.0))
+    sections: dict[str, Any] = {"augment": {"policy": "flip"}, "finetune": {"unfreeze": "fc"}}
+    cost = sides.cost_of_a_step(make_preset(**sections), 50_000, where(tmp_path), Listening())
+    tested = sides.TEST_BATCHES * 500
+    assert cost == pytest.approx((1.0, 2 * 64 / tested))
+    assert sides.cost_of_a_step(make_preset(), 50_000, where(tmp_path), Listening()) == (1.0, 0.0)

@@ -320,6 +320,7 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["train", "--device", "gpu"], 2, "auto, cpu, cuda, cuda:N or mps"),
         (["train", "--dry-run", "--resume", "last"], 2, "--dry-run"),
         (["train", "--resume", "last"], 3, "no unfinished run"),
+        (["report", ".", "--check", "inf"], 2, "less than or equal to 100"),
         (["train", "--resume", "nowhere"], 3, "no such run folder"),
         (["train", "--preset", "resnet18-baseline", "--data-dir", "nowhere"], 3, "download --data-dir nowhere`"),
         (["train", "--dataset", "cifar10", "--data-dir", "nowhere"], 3, "download --dataset cifar10"),

@@ -2,13 +2,16 @@
 
 import os
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import yaml
 
+from cifar100cli import schema
 from cifar100cli.config import Override, differences, flat, load_preset, preset_names, presets_folder, shipped_presets
 from cifar100cli.errors import UsageError
-from cifar100cli.schema import Config
+from cifar100cli.schema import TUNING, Config
+from tests.conftest import Cli
 
 
 def load(tmp_path: Path, text: str, *overrides: Override) -> Config:
@@ -358,3 +361,24 @@ def test_what_is_expected_has_a_source_and_a_time() -> None:
         assert expected.time, name
         assert expected.runs > 1 or expected.deviation is None, name
         assert "expected.top1" not in flat(config), "it sets nothing, and no two presets differ in it"
+
+
+def test_what_does_nothing_is_told(run_cli: Cli) -> None:
+    """A key that tunes what is switched off is no mistake, for a preset may have it, and is not taken in silence."""
+    plan = ("train", "--print-config", "--set", "augment.flip=alternating", "--set", "optimizer.momentum=0.8")
+    outcome = run_cli(*plan)
+    assert outcome.code == 0
+    assert outcome.err.splitlines() == [
+        "--set augment.flip does nothing here, for augment.policy is none",
+        "--set optimizer.momentum does nothing here, for optimizer.name is adamw",
+    ]
+    assert run_cli(*plan, "--augment", "flip", "--optimizer", "sgd").err == ""
+
+
+def test_keys_that_tune_are_keys() -> None:
+    """As are the values at which they do."""
+    settings = flat(Config())
+    for key, (other, values) in TUNING.items():
+        section, _, leaf = other.partition(".")
+        assert {key, other} <= settings.keys()
+        assert values < set(get_args(getattr(schema, section.capitalize()).model_fields[leaf].annotation)), key

@@ -94,6 +94,31 @@ def test_features_under_bf16_are_kept_as_they_are(tmp_path: Path, weights: Path)
     assert curve(tmp_path / "auto") == curve(tmp_path / "float32")
 
 
+@pytest.mark.parametrize(
+    ("backbone", "unfreeze"), [("test_resnet", "layer4"), ("preact_resnet18", "layer4"), ("test_nfnet", "layer3")]
+)
+def test_features_come_in_the_type_that_they_were_computed_in(tmp_path: Path, backbone: str, unfreeze: str) -> None:
+    """What learns may begin with a norm or an activation, which computes in the type of what it is given."""
+    for cache in ("on", "off"):
+        sections: dict[str, Any] = {"model": {"backbone": backbone}, "train": {"precision": "bf16", "epochs": 2}}
+        job = make_preset(finetune={"unfreeze": unfreeze, "cache": cache}, augment={"policy": "flip"}, **sections)
+        workflows.train(job, where(tmp_path / cache), Listening())
+    assert curve(tmp_path / "on") == curve(tmp_path / "off")
+
+
+def test_features_that_are_too_large_are_refused(tmp_path: Path, weights: Path) -> None:
+    """float16 ends at 65,504."""
+    tensors = load_file(weights)
+    tensors["layer3.0.bn3.bias"].fill_(2e5)
+    save_file(tensors, tmp_path / "large.safetensors")
+    job = preset(tmp_path / "large.safetensors", {"cache_dtype": "auto"}, train={"precision": "fp32"})
+    with pytest.raises(UsageError, match=r"too large for float16: --set finetune.cache_dtype=float32 keeps them"):
+        workflows.train(job, where(tmp_path), Listening())
+    assert not list(tmp_path.rglob("part*.safetensors"))
+    job = preset(tmp_path / "large.safetensors", {"cache_dtype": "float32"}, train={"precision": "fp32", "epochs": 1})
+    assert workflows.train(job, where(tmp_path), Listening())["complete"]
+
+
 @pytest.mark.parametrize("cache", ["on", "off"])
 def test_the_frozen_part_is_the_files_to_the_bit(tmp_path: Path, weights: Path, cache: str) -> None:
     watcher = Listening()

@@ -211,7 +211,12 @@ def test_within_noise(tmp_path: Path) -> None:
     for seed, top1 in enumerate(figures):
         make_run(tmp_path, "resnet18-baseline", top1, seed)
     make_run(tmp_path, "resnet18-wd01", 0.2)
-    row, single = report.collect([tmp_path]).rows
+    for seed in range(2):
+        make_run(tmp_path, "resnet18-lbsmooth", 0.45, seed)
+    row, single, alike = (
+        next(row for row in report.collect([tmp_path]).rows if row.preset == name)
+        for name in ("resnet18-baseline", "resnet18-wd01", "resnet18-lbsmooth")
+    )
     half = stats.t.ppf(0.975, 2) * np.std(figures, ddof=1) * np.sqrt(1 + 1 / 3)
     assert row.noise == pytest.approx(half, rel=1e-3)
     assert (row.within_noise, single.within_noise, single.noise) == (True, None, None)
@@ -219,6 +224,8 @@ def test_within_noise(tmp_path: Path) -> None:
     text = rendered(tmp_path).text
     assert f"within noise (± {100 * half:.2f})" in text.replace("\u202f", " ")
     assert "one seed: noise unknown" in text
+    assert (alike.n, alike.within_noise, alike.noise) == (2, None, None)  # no interval is too narrow for anything else
+    assert "no spread: noise unknown" in text
 
 
 def test_many_runs_are_one_page(tmp_path: Path) -> None:
