@@ -105,14 +105,15 @@ def without(config: Config, names: Iterable[str]) -> dict[str, Config]:
                 f"--ablate: there is no block {name!r}{did_you_mean(name, known)} (this preset has {_have(config)})"
             )
         block = known[name]
-        if block.is_off(flat(config)):
+        settings = flat(config)
+        if block.is_off(settings):
             key, value = next(iter(block.values.items()))
-            state = f"{key} is {value}" if len(block.values) == 1 else "it is off"
-            raise UsageError(
-                f"--ablate {name}: {state} already, and nothing would change (this preset has {_have(config)})"
-            )
+            state = f"{key} is {value} already" if len(block.values) == 1 else "it is off already"
+            if len(block.values) == 1 and (reason := idle(key, settings)):
+                state = f"{key} does nothing, for {reason}"
+            raise UsageError(f"--ablate {name}: {state}, and nothing would change (this preset has {_have(config)})")
         left = block.taken_from(config)
-        same = next((other for other, earlier in found.items() if earlier == left), None)
+        same = next((other for other, earlier in found.items() if not _parted(flat(earlier), flat(left))), None)
         if same is not None:
             raise UsageError(f"--ablate {name}: is the same setting as without {same}; name it once")
         found[block.name] = left
@@ -281,12 +282,16 @@ def _of_family(family: Sequence[Setting], known: Sequence[Block]) -> list[Ablati
 
 
 def _parted(base: Mapping[str, object], other: Mapping[str, object]) -> set[str]:
-    return {key for key in base if base[key] != other[key] and key not in HOW}
+    """The keys in which two settings do something else."""
+    differ = {key for key in base if base[key] != other[key] and key not in HOW}
+    return {key for key in differ if not (idle(key, base) and idle(key, other))}
 
 
 def _apart(base: Mapping[str, object], other: Mapping[str, object], known: Sequence[Block]) -> tuple[str, bool] | None:
     """The one block or key that two settings differ in, and whether the other one does without it; else None."""
     keys = _parted(base, other)
+    if not keys:
+        return None
     for block in known:
         if keys <= block.values.keys():
             if block.is_off(other):

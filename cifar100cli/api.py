@@ -203,7 +203,8 @@ def _alone() -> Iterator[None]:
     """
     with _TURN, ExitStack() as settings:
         settings.enter_context(torch.random.fork_rng(devices=[]))
-        settings.enter_context(devices.settings_kept())
+        settings.enter_context(devices.current_gpu_kept())
+        settings.enter_context(devices.exact_float32)
         settings.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":

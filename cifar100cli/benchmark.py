@@ -38,7 +38,7 @@ def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, 
         where = replace(where, cache_dir=Path(cache))
         if steps is None or repeats is None:
             cost = cost_of_a_step(Preset(preset.name, config), images, where, watcher)
-            steps = steps or cost.steps_of_a_turn(where)
+            steps = steps or min(cost.steps_of_a_turn(where), cost.different_steps(where))
             repeats = repeats or (REPEATS if steps * cost.step < 5 else SHORT_REPEATS)
         sides = Sides(Preset(preset.name, config), images, where, watcher, steps)
         return _measure(preset, sides, watcher, repeats)

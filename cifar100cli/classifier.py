@@ -1,6 +1,7 @@
 """A trained model for use: uint8 images in, logits or classes in words out."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,7 @@ class Classifier(ImagesToLogits):
             images = _small(images)
         device = self.device
         cast = devices.autocast(device, devices.resolve_precision(self._precision, device))
-        with cast():
+        with nullcontext() if torch.compiler.is_compiling() else devices.exact_float32, cast():
             return super().forward(images.to(device))
 
     def predict(self, pictures: Sequence[str | Path | Picture], top: int = 5) -> list[list[dict[str, Any]]]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from cifar100cli import interrupts, ranks
 from cifar100cli.atomic import replacing
 from cifar100cli.augment import Views
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.loader import DeviceLoader
 from cifar100cli.watcher import Watcher
 from cifar100cli.weights import checksum
@@ -64,8 +64,8 @@ def table(
 
     `function` takes uint8 images (N, 3, H, W) on the loader's device, at most `batch_size` at once. `folder` is
     for this table alone (`key`). The table is on the device if there is room, else on the host. Of several ranks each
-    computes some parts, and all have the whole. Raises `UsageError` where there is room nowhere, or a value is beyond
-    `dtype`.
+    computes some parts, and all have the whole. Raises `UsageError` where there is room nowhere, and
+    `CifarError` for a value that is beyond `dtype`.
     """
     assert isinstance(loader.policy, Views)
     versions = loader.policy.versions
@@ -97,7 +97,7 @@ def table(
                 values = function(version(loader.images[first:last]))
                 kept = whole[index, first:last] = values.to(dtype)
                 if bool(values.isfinite().all()) and not bool(kept.isfinite().all()):
-                    raise UsageError(
+                    raise CifarError(  # no mistake in what was typed, which all ranks would find
                         f"{title}: some are too large for {str(dtype).removeprefix('torch.')}: "
                         "--set finetune.cache_dtype=float32 keeps them as they are"
                     )

@@ -209,8 +209,12 @@ def flat(config: Config) -> dict[str, object]:
 
 def idle(key: str, settings: Mapping[str, object]) -> str | None:
     """Why a key does nothing among these settings (`flat`), in words, or None where it does something."""
-    other, values = TUNING.get(key, (key, frozenset()))
-    return f"{other} is {settings[other]}" if values and settings[other] not in values else None
+    if key not in TUNING:
+        return None
+    other, values = TUNING[key]
+    value = settings[other]
+    works = value is not None if values is None else value in values
+    return None if works else f"{other} is {'null' if value is None else value}"
 
 
 def _set_in(keys: Mapping[str, object]) -> dict[str, object]:

@@ -5,6 +5,7 @@ import ctypes
 import os
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -45,6 +46,7 @@ _BACKENDS: Any = torch.backends  # whose attributes are made as it is imported
 _PRODUCTS = (
     _BACKENDS,
     _BACKENDS.cuda.matmul,
+    _BACKENDS.cudnn,  # read by the compiler's own convolutions
     _BACKENDS.cudnn.conv,
     _BACKENDS.cudnn.rnn,
     _BACKENDS.mkldnn.matmul,
@@ -60,27 +62,66 @@ def _round_nowhere() -> None:
         products.fp32_precision = "ieee"
 
 
-@contextlib.contextmanager
-def settings_kept() -> Iterator[None]:
-    """Leave the process's current CUDA device and its float32 products afterwards as they were."""
+def _how_it_rounds() -> Callable[[], None]:
+    """How float32 is multiplied now, as a function that brings it back."""
     precision: str | None = None
     convolutions: bool | None = None
     with contextlib.suppress(RuntimeError):  # refused where they were set by the newer names, which are enough then
         precision = torch.get_float32_matmul_precision()
     with contextlib.suppress(RuntimeError):
         convolutions = torch.backends.cudnn.allow_tf32
-    products = [one.fp32_precision for one in _PRODUCTS]
-    current = torch.cuda.current_device() if torch.cuda.is_initialized() else None  # type: ignore[no-untyped-call]
-    try:
-        yield
-    finally:
+    for_all, *others = _PRODUCTS
+    general = for_all.fp32_precision
+    for_all.fp32_precision = "none"  # else others tell as their own what they take from it
+    products = [general, *(one.fp32_precision for one in others)]
+    for_all.fp32_precision = general
+
+    def bring_back() -> None:
         if precision is not None:
             torch.set_float32_matmul_precision(precision)
         if convolutions is not None:
             torch.backends.cudnn.allow_tf32 = convolutions
         for one, before in zip(_PRODUCTS, products, strict=True):
             one.fp32_precision = before
-        if current is not None:
+
+    return bring_back
+
+
+class _ExactFloat32:
+    """Within, float32 is float32, whatever environment and caller say; afterwards it is as they had it.
+
+    These settings are the process's: of several threads, the last one to leave brings them back.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._within = threading.Lock(), 0
+        self._bring_back: Callable[[], None] = lambda: None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._within == 0:
+                self._bring_back = _how_it_rounds()
+                _round_nowhere()
+            self._within += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._within -= 1
+            if self._within == 0:
+                self._bring_back()
+
+
+exact_float32 = _ExactFloat32()
+
+
+@contextlib.contextmanager
+def current_gpu_kept() -> Iterator[None]:
+    """Leave the process's current CUDA device afterwards as it was; as CUDA begins, it is the first."""
+    current = torch.cuda.current_device() if torch.cuda.is_initialized() else 0  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
             torch.cuda.set_device(current)
 
 
@@ -189,7 +230,10 @@ def in_words(error: BaseException) -> str | None:
     if is_out_of_memory(error):
         return "out of memory: lower --batch-size or --image-size"
     if found := _NOT_DETERMINISTIC.search(str(error)):
-        return f"train.deterministic = true: PyTorch has no deterministic {found[1]} for this device; leave it out"
+        return (
+            "deterministic kernels are asked for (train.deterministic = true), and PyTorch has no deterministic "
+            f"{found[1]} for this device; leave that out"
+        )
     return None
 
 

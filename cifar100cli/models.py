@@ -281,9 +281,8 @@ def _use_image_size(model: nn.Module, name: str, image_size: int) -> None:
 
 
 def _cannot_take(key: str, image_size: int, name: str, error: Exception) -> str:
-    return (
-        f"data.{key} = {image_size}: {name} cannot take it ({one_line(error)}); try a larger one, or a multiple of 32"
-    )
+    hint = "try a larger one, or a multiple of the network's patch or stride"
+    return f"data.{key} = {image_size}: {name} cannot take it ({one_line(error)}); {hint}"
 
 
 def _check_image_size(model: nn.Module, name: str, image_size: int, key: str = "image_size") -> Tensor:

@@ -8,7 +8,6 @@ import contextlib
 import inspect
 import os
 import platform
-import textwrap
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -190,4 +189,5 @@ def is_lost(error: Exception) -> bool:
 
 def words_of(error: Exception) -> str:
     """What torch.distributed says, in one line; NCCL's last words tell most (a full /dev/shm, one device for two)."""
-    return textwrap.shorten(printable(" ".join(str(error).split())), 600, placeholder="...")
+    words = printable(" ".join(str(error).split()))
+    return words if len(words) <= 600 else f"{words[:200]} ... {words[-395:]}"

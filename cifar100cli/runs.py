@@ -341,10 +341,11 @@ def find_runs(root: Path, refused: Callable[[OSError], None] | None = None) -> l
     return sorted(folder for folder in found if not tracked.intersection((folder, *folder.parents)))
 
 
-def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
+def latest_unfinished(root: Path, preset: str | None = None, section: str | None = None) -> RunDir:
     """The run that `--resume last` means: begun last, of that preset if one is named, and not complete.
 
-    One whose loss stopped being finite would only do so again: it is gone on with by its name alone.
+    One whose loss stopped being finite would only do so again: it is gone on with by its name alone. Those that have
+    the `section` among their settings go before all others.
     """
     begun = [path for path in find_runs(root) if (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()]
     folders = [path for path in begun if not (path / RESULT).is_file() and not RunDir(path).in_use]
@@ -355,7 +356,15 @@ def latest_unfinished(root: Path, preset: str | None = None) -> RunDir:
         of_preset = f" of {preset}" if preset else ""
         lost = f"; the loss of {max(folders, key=_begun)} stopped being finite" if folders else ""
         raise DataError(f"{root}: there is no unfinished run{of_preset} to resume{lost}")
-    return RunDir.open(max(hopeful, key=_begun))
+    suitable = [path for path in hopeful if section is not None and _has_section(path, section)]
+    return RunDir.open(max(suitable or hopeful, key=_begun))
+
+
+def _has_section(path: Path, section: str) -> bool:
+    try:
+        return getattr(RunDir(path).config(), section) is not None
+    except (CifarError, OSError):  # told when it is opened, if it is
+        return False
 
 
 def _begun(path: Path) -> tuple[float, float]:

@@ -117,8 +117,8 @@ class Augment(Section):
             keys.insert(0, "policy")
         return " and ".join(f"augment.{key} = {getattr(self, key)}" for key in keys)
 
-    def idle(self) -> str | None:
-        """What is set and has no part in this policy, in words."""
+    def contradiction(self) -> str | None:
+        """What is set and cannot be meant with this policy, in words."""
         if self.backend != "batched" and self.policy != "one_of":
             return f"augment.backend = {self.backend} is for augment.policy = one_of, not {self.policy}"
         if self.policy == "flip" and self.flip == "none":
@@ -257,7 +257,8 @@ class Train(Section):
 # nothing, and stay as they are: a preset's own must not be in the way of one flag.
 _MUONS = ("optimizer.name", frozenset({"muon"}))
 _CROPS = ("augment.policy", frozenset({"crop_flip"}))
-TUNING: Mapping[str, tuple[str, frozenset[str]]] = {
+TUNING: Mapping[str, tuple[str, frozenset[str] | None]] = {  # None: any but null
+    "data.grow_until": ("data.first_image_size", None),
     "augment.flip": ("augment.policy", frozenset({"flip", "crop_flip"})),
     "augment.crop_padding": _CROPS,
     "augment.padding_mode": _CROPS,
@@ -269,6 +270,7 @@ TUNING: Mapping[str, tuple[str, frozenset[str]]] = {
     "loss.gradient": ("loss.name", frozenset({"arcface"})),
     "distillation.target_weight": ("distillation.form", frozenset({"decoupled"})),
     "distillation.nontarget_weight": ("distillation.form", frozenset({"decoupled"})),
+    "finetune.cache_dtype": ("finetune.cache", frozenset({"auto", "on"})),
     "optimizer.betas": ("optimizer.name", frozenset({"adamw", "adam", "muon"})),
     "optimizer.momentum": ("optimizer.name", frozenset({"sgd", "muon"})),
     "optimizer.nesterov": ("optimizer.name", frozenset({"sgd", "muon"})),
@@ -315,9 +317,9 @@ class Config(Section):
             raise ValueError(f"loss.name = {self.loss.name} works on cosines: set model.head to cosine as well")
         if self.model.weights is not None and not self.model.pretrained:
             raise ValueError("model.weights names weights to start from: set model.pretrained to true, or leave it out")
-        idle = self.augment.idle()
-        if idle is not None:
-            raise ValueError(idle)
+        contradiction = self.augment.contradiction()
+        if contradiction is not None:
+            raise ValueError(contradiction)
         if self.finetune is not None and self.model.backbone in RESNETS and self.finetune.unfreeze not in DEPTHS:
             raise ValueError(
                 f"finetune.unfreeze = {self.finetune.unfreeze}: {self.model.backbone} has no such stage"

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from cifar100cli import devices, metrics, trainer
 from cifar100cli.augment import Views
@@ -21,7 +22,7 @@ from cifar100cli.catalog import DATASETS
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.jobs import Job, Where, evaluation_loader, prepare
-from cifar100cli.loader import Batch, DeviceLoader, Plan, evaluation_batch_size
+from cifar100cli.loader import Batch, DeviceLoader, Features, Plan, evaluation_batch_size
 from cifar100cli.plain import PlainLoop
 from cifar100cli.runs import find_model
 from cifar100cli.schema import Config
@@ -40,9 +41,17 @@ class StepCost(NamedTuple):
     inputs: float
 
     def steps_of_a_turn(self, where: Where) -> int:
-        """How many steps each side takes in a turn; as many inputs must be made ready for it."""
-        turn = TURN.get(devices.select_device(where.device).type, 3.0)
-        return max(1, min(200, round(turn / max(self.step, self.inputs))))
+        """How many steps each side takes in a turn."""
+        return _in_a_turn(self.step, where)
+
+    def different_steps(self, where: Where) -> int:
+        """For how many of them inputs are made ready: no longer than a turn may that take."""
+        return _in_a_turn(self.inputs, where)
+
+
+def _in_a_turn(seconds: float, where: Where) -> int:
+    turn = TURN.get(devices.select_device(where.device).type, 3.0)
+    return max(1, round(min(200.0, turn / max(seconds, 1e-9))))
 
 
 def cost_of_a_step(preset: Preset, images: int, where: Where, watcher: Watcher) -> StepCost:
@@ -110,13 +119,52 @@ class OneBatch(DeviceLoader):
         return self.ready
 
 
+class FewFeatures(Features):
+    """Kept features of few images, which are those of the many others, too."""
+
+    def __init__(self, features: Features) -> None:
+        super().__init__(features.table, features.device, features.dtype)
+
+    def __call__(self, views: Tensor, positions: Tensor) -> Tensor:
+        """As `Features` does it."""
+        return super().__call__(views, positions % self.table.shape[1])
+
+
+class Repeated(DeviceLoader):
+    """A loader of features whose images come so many times in an epoch."""
+
+    def __init__(self, loader: DeviceLoader, times: int) -> None:
+        assert loader.features is not None
+        self.__dict__.update(loader.__dict__)
+        self.features = FewFeatures(loader.features)
+        self.labels = loader.labels.repeat(times)
+        starts = [loader.count * time for time in range(times)]
+        self.bounds = [(start + first, start + last) for start in starts for first, last in loader.bounds]
+        self.shares = [slice(start + share.start, start + share.stop) for start in starts for share in loader.shares]
+        self.loss_weights = loader.loss_weights * times
+
+
 class Sides:
-    """What is measured: each method does `steps` steps, or one evaluation, and waits for the device."""
+    """What is measured: each method does `steps` steps, or one evaluation, and waits for the device.
+
+    Inputs that a frozen part makes ready are those of `different` steps alone, where these are fewer.
+    """
 
     def __init__(
-        self, preset: Preset, images: int, where: Where, watcher: Watcher, steps: int, *, beside_plain: bool = True
+        self,
+        preset: Preset,
+        images: int,
+        where: Where,
+        watcher: Watcher,
+        steps: int,
+        *,
+        different: int | None = None,
+        beside_plain: bool = True,
     ) -> None:
-        config, count = preset.config, preset.config.data.batch_size * steps
+        config = preset.config
+        different = steps if different is None or config.finetune is None else min(steps, different)
+        steps = different * -(-steps // different)
+        count = config.data.batch_size * different
         self.dataset = noise_dataset(
             config,
             count,
@@ -124,6 +172,9 @@ class Sides:
         )
         self.steps = steps
         self.job: Job = prepare(preset, where, Quiet(watcher), dataset=self.dataset, images=images)
+        if steps > different:
+            repeated = Repeated(self.job.loaders.train, steps // different)
+            self.job = replace(self.job, loaders=replace(self.job.loaders, train=repeated))
         job = self.job
         self.training = trainer.prepare_steps(
             job.model, job.task, job.loaders.train, job.groups, job.config, job.precision

@@ -212,12 +212,15 @@ class CapturedSteps(Steps):
             with torch.cuda.graph(graph, stream=self.stream, capture_error_mode="thread_local"):
                 self.whole_step()
         except RuntimeError as error:
-            if in_words(error):
-                raise
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            first: BaseException = error  # ending a capture that has failed fails too, in words that say nothing
+            while first.__context__ is not None:
+                first = first.__context__
+            if in_words(first):
+                raise first from None
+            reason = next(iter(str(first).splitlines()), type(first).__name__)
             raise CifarError(
                 f"a step of this network cannot be captured as a CUDA graph ({printable(reason)}): "
-                "--set train.compile=off takes every step by itself"
+                "--set train.compile=off launches its operations one by one"
             ) from error
         return graph
 

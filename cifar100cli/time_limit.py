@@ -53,8 +53,9 @@ def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> Rates:
     preset = Preset(preset.name, without_files(preset.config))
     with tempfile.TemporaryDirectory() as cache, devices.deterministic(preset.config.train.deterministic):
         where = replace(where, cache_dir=Path(cache))
-        steps = cost_of_a_step(preset, images, where, watcher).steps_of_a_turn(where)
-        sides = Sides(preset, images, where, watcher, steps, beside_plain=False)
+        cost = cost_of_a_step(preset, images, where, watcher)
+        steps, different = cost.steps_of_a_turn(where), cost.different_steps(where)
+        sides = Sides(preset, images, where, watcher, steps, different=different, beside_plain=False)
         parts = {"loop": sides.loop, "evaluation": sides.evaluation}
         if sides.job.parted is not None:
             parts["front"] = sides.front

@@ -276,7 +276,7 @@ def _check_weights(path: Path) -> None:
 def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str) -> None:
     if given["dry_run"] or given["print_config"]:
         raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
-    meant = ranks.on_first(lambda: _run_to_resume(given, overrides))
+    meant = ranks.on_first(lambda: _run_to_resume(given, overrides, SECTIONS.get(command, (None,))[0]))
     run, own = meant.run, meant.own
     if command in SECTIONS and getattr(own, SECTIONS[command][0]) is None:
         raise UsageError(
@@ -320,14 +320,14 @@ class _Meant(NamedTuple):
     device: str
 
 
-def _run_to_resume(given: Mapping[str, Any], overrides: list["Override"]) -> _Meant:
+def _run_to_resume(given: Mapping[str, Any], overrides: list["Override"], section: str | None) -> _Meant:
     from cifar100cli.config import Override, differences, load_preset, with_teacher
     from cifar100cli.runs import CONFIG, RunDir, latest_unfinished
 
     name, device = given["resume"], given["device"]
     preset = load_preset(given["preset"]) if given["preset"] else None
     if name == "last":
-        run = latest_unfinished(expand(given["out"]), preset.name if preset else None)
+        run = latest_unfinished(expand(given["out"]), preset.name if preset else None, section)
     else:
         run = RunDir.open(expand(Path(name)))
     own = asked = run.config()

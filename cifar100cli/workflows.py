@@ -265,7 +265,7 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     training = trainer.prepare_steps(job.model, job.task, loader, job.groups, job.config, job.precision)
     job.model.train()
     plan = replace(loader.plan(1), image_size=None)  # the images as large as they get
-    with devices.deterministic(job.config.train.deterministic):  # as in a run, which would be refused there
+    with devices.deterministic(job.config.train.deterministic):  # as the run, which would refuse what has none
         loss, _ = training.step(plan, loader.shares[0], loader.loss_weights[0])
     if not abs(loss.item()) < LARGEST:
         raise DivergedError(f"the loss of the first step was {loss.item():g}: look at the weights to start from")

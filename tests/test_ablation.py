@@ -166,10 +166,21 @@ def test_a_key_without_a_part_is_no_block() -> None:
     """Mirror images in turn, where the policy has no mirror images."""
     config = load_preset("quickstart", [Override("augment.flip", "alternating", "x")]).config
     for name in ("augment", "flip"):
-        with pytest.raises(UsageError, match="already, and nothing would change"):
+        words = "it is off already" if name == "augment" else "augment.flip does nothing, for augment.policy is none"
+        with pytest.raises(UsageError, match=f"{words}, and nothing would change"):
             ablation.without(config, [name])
     config = load_preset("speedrun-75").config
     assert ablation.without(config, ["flip"])["flip"].augment.flip == "random"
+    with pytest.raises(UsageError, match="is the same setting as without augment; name it once"):
+        ablation.without(config, ["augment", "policy"])
+
+
+def test_what_differs_in_what_does_nothing_is_no_effect() -> None:
+    plain, turned = (
+        load_preset("quickstart", [Override("augment.flip", flip, "x")]).config for flip in ("random", "alternating")
+    )
+    settings = [ablation.Setting("quickstart", config, {0: 0.5, 1: 0.6}) for config in (plain, turned)]
+    assert ablation.find(settings) == []
 
 
 # ------------------------------------------------------------------------------------------------ the command

@@ -31,7 +31,6 @@ from cifar100cli import (
     RunInterrupted,
     UsageError,
     api,
-    devices,
     errors,
     evaluate,
     jobs,
@@ -332,10 +331,12 @@ def test_the_callers_settings_of_torch_are_not_the_runs_and_are_kept(tmp_path: P
         assert torch.zeros(1).device.type == "meta"
     with torch.inference_mode():
         assert figures("inference") == expected
-    with devices.settings_kept():
-        torch.set_float32_matmul_precision("medium")  # bf16, on CPUs that multiply it
+    torch.set_float32_matmul_precision("medium")  # bf16, on CPUs that multiply it
+    try:
         assert figures("medium") == expected
         assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
@@ -344,6 +345,25 @@ def test_the_callers_settings_of_torch_are_not_the_runs_and_are_kept(tmp_path: P
             assert torch.get_default_dtype() == dtype
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+def test_a_model_answers_as_it_was_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the caller lets products of float32 round to, when it is asked."""
+    model = load_model(run)
+    seen: list[str] = []
+
+    def forward(inputs: torch.Tensor) -> torch.Tensor:
+        seen.append(torch.get_float32_matmul_precision())
+        return inputs.mean((2, 3))
+
+    monkeypatch.setattr(model.model, "forward", forward)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        model(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert seen == ["highest"]
 
 
 def test_threads_take_turns(tmp_path: Path) -> None:

@@ -357,13 +357,35 @@ def test_how_fast_a_preset_is_in_some_seconds(tmp_path: Path, frozen: bool) -> N
 
 
 @pytest.mark.parametrize(
-    ("step", "inputs", "steps"), [(0.1, 0.0, 30), (9.0, 0.0, 1), (1e-6, 0.0, 200), (0.001, 1.5, 2), (0.001, 70.0, 1)]
+    ("step", "inputs", "steps", "different"),
+    [(0.1, 0.0, 30, 200), (9.0, 0.0, 1, 200), (1e-6, 0.0, 200, 200), (0.001, 1.5, 200, 2), (0.001, 70.0, 200, 1)],
 )
-def test_a_turn_takes_some_seconds_with_what_it_is_made_of(
-    tmp_path: Path, step: float, inputs: float, steps: int
+def test_a_turn_takes_some_seconds_as_does_what_it_is_made_of(
+    tmp_path: Path, step: float, inputs: float, steps: int, different: int
 ) -> None:
     """A step on features is short, and the features of its images may be long in coming."""
-    assert StepCost(step, inputs).steps_of_a_turn(where(tmp_path)) == steps
+    cost = StepCost(step, inputs)
+    assert (cost.steps_of_a_turn(where(tmp_path)), cost.different_steps(where(tmp_path))) == (steps, different)
+
+
+def test_few_features_are_those_of_many_images(tmp_path: Path) -> None:
+    """Seven steps on the features of two: every image comes as often, with its own features and label."""
+    sections: dict[str, Any] = {"augment": {"policy": "flip"}, "finetune": {"unfreeze": "fc"}}
+    made = Sides(make_preset(**sections), 50_000, where(tmp_path), Listening(), 7, different=2)
+    loader = made.job.loaders.train
+    assert (made.steps, len(loader), loader.count, len(made.dataset.train)) == (8, 8, 512, 128)
+    assert loader.features is not None
+    counts = torch.zeros(128, dtype=torch.int64)
+    for batch in loader.epoch(1):
+        own = batch.positions % 128
+        counts += torch.bincount(own, minlength=128)
+        assert batch.views is not None
+        assert torch.equal(batch.inputs, loader.features.table[batch.views, own].float())
+        assert batch.labels.tolist() == made.dataset.train.labels[own].tolist()
+    assert counts.tolist() == [4] * 128
+    made.loop()
+    made.bare()
+    assert len(Sides(make_preset(), 50_000, where(tmp_path), Listening(), 3, different=2).job.loaders.train) == 3
 
 
 def test_what_a_frozen_part_costs_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

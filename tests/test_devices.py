@@ -4,7 +4,8 @@ import ctypes
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -80,7 +81,10 @@ def products() -> list[object]:
             return "unknown"
 
     backends: Any = torch.backends
-    newer = (backends, backends.cuda.matmul, backends.cudnn.conv, backends.mkldnn.matmul, backends.mkldnn.conv)
+    newer = (
+        *(backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv),
+        *(backends.mkldnn.matmul, backends.mkldnn.conv),
+    )
     older = (
         torch.get_float32_matmul_precision,
         lambda: torch.backends.cudnn.allow_tf32,
@@ -89,38 +93,91 @@ def products() -> list[object]:
     return [one.fp32_precision for one in newer] + [told(read) for read in older]
 
 
-def set_generic() -> None:
-    torch.backends.fp32_precision = "tf32"  # type: ignore[attr-defined]
+BACKENDS: Any = torch.backends
 
 
-def set_convolutions() -> None:
-    torch.backends.cudnn.conv.fp32_precision = "tf32"  # type: ignore[attr-defined]
+@pytest.fixture
+def untouched() -> Iterator[None]:
+    """As PyTorch begins, but that convolutions are no exception; and so again afterwards, for the next tests."""
+    begin()
+    yield
+    begin()
+
+
+def begin() -> None:
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = True
+    for one in (*(BACKENDS, BACKENDS.cuda.matmul, BACKENDS.cudnn), *(BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv)):
+        one.fp32_precision = "none"
+
+
+def set_for_all() -> None:
+    BACKENDS.fp32_precision = "tf32"
+
+
+def set_for_some() -> None:
+    BACKENDS.cudnn.conv.fp32_precision = "tf32"
     torch.set_float32_matmul_precision("medium")
 
 
-def set_by_its_older_name() -> None:
+def set_by_an_older_name() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
 
 
+@pytest.mark.usefixtures("untouched")
 @pytest.mark.parametrize(
     "set_before",
     [
         lambda: None,
         lambda: torch.set_float32_matmul_precision("high"),
-        set_generic,
-        set_convolutions,
-        set_by_its_older_name,
+        set_for_all,
+        set_for_some,
+        set_by_an_older_name,
     ],
 )
 def test_float32_is_float32_whatever_was_set_before(set_before: Callable[[], None]) -> None:
     """TF32 has 10 bits of 23. No name contradicts another, for the compiler reads the older ones."""
-    with devices.settings_kept():
-        set_before()
-        before = products()
-        with devices.settings_kept():
-            devices.select_device("cpu")
-            assert products() == ["ieee"] * 5 + ["highest", False, False]
-        assert products() == before
+    exact = ["ieee"] * 6 + ["highest", False, False]
+    set_before()
+    before = products()
+    with devices.exact_float32:
+        assert products() == exact
+        with devices.exact_float32:
+            assert products() == exact
+        assert products() == exact
+    assert products() == before
+    devices.select_device("cpu")  # for good: a command is the only one in its process
+    assert products() == exact
+
+
+@pytest.mark.usefixtures("untouched")
+def test_what_follows_the_setting_for_all_follows_it_afterwards() -> None:
+    set_for_all()
+    with devices.exact_float32:
+        pass
+    for value in ("ieee", "tf32"):
+        BACKENDS.fp32_precision = value
+        assert (BACKENDS.mkldnn.matmul.fp32_precision, BACKENDS.mkldnn.conv.fp32_precision) == (value, value)
+
+
+@pytest.mark.usefixtures("untouched")
+def test_of_several_threads_the_last_one_brings_the_settings_back() -> None:
+    torch.set_float32_matmul_precision("high")
+    entered, may_leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with devices.exact_float32:
+            entered.set()
+            may_leave.wait(10)
+
+    thread = threading.Thread(target=other)
+    with devices.exact_float32:
+        thread.start()
+        assert entered.wait(10)
+    assert torch.get_float32_matmul_precision() == "highest"
+    may_leave.set()
+    thread.join()
+    assert torch.get_float32_matmul_precision() == "high"
 
 
 def test_float32_is_float32_under_nvidias_variable() -> None:
@@ -138,14 +195,19 @@ def test_float32_is_float32_under_nvidias_variable() -> None:
     assert told.stdout.split() == ["True", "False"]
 
 
-def test_the_current_gpu_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    current = [0]
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+@pytest.mark.parametrize("before", [[], [0], [2]])
+def test_the_current_gpu_is_as_before(monkeypatch: pytest.MonkeyPatch, before: list[int]) -> None:
+    """Or the first, where CUDA begins within."""
+    current = list(before)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: bool(current))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: current[-1])
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
-    with devices.settings_kept():
+    with devices.current_gpu_kept():
+        pass
+    assert current == before * 2
+    with devices.current_gpu_kept():
         torch.cuda.set_device(1)
-    assert current == [0, 1, 0]
+    assert current[-1] == (before or [0])[0]
 
 
 @pytest.mark.parametrize(
@@ -156,7 +218,7 @@ def test_the_current_gpu_is_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (
             RuntimeError("x_backward_cuda does not have a deterministic implementation, but you set 'torch.use_...'"),
-            "train.deterministic = true: PyTorch has no deterministic x_backward_cuda for this device; leave it out",
+            "deterministic kernels are asked for (train.deterministic = true), and PyTorch has no deterministic x_back",
         ),
     ],
 )

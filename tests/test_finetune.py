@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from cifar100cli import checkpoint, computed, evaluation, jobs, runs, workflows
 from cifar100cli.card import Card
 from cifar100cli.config import Preset, load_preset
-from cifar100cli.errors import RunInterrupted, UsageError
+from cifar100cli.errors import CifarError, RunInterrupted, UsageError
 from cifar100cli.models import create_model
 from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli, Listening, StopAfter, make_preset, only_run, where
@@ -112,7 +112,7 @@ def test_features_that_are_too_large_are_refused(tmp_path: Path, weights: Path) 
     tensors["layer3.0.bn3.bias"].fill_(2e5)
     save_file(tensors, tmp_path / "large.safetensors")
     job = preset(tmp_path / "large.safetensors", {"cache_dtype": "auto"}, train={"precision": "fp32"})
-    with pytest.raises(UsageError, match=r"too large for float16: --set finetune.cache_dtype=float32 keeps them"):
+    with pytest.raises(CifarError, match=r"too large for float16: --set finetune.cache_dtype=float32 keeps them"):
         workflows.train(job, where(tmp_path), Listening())
     assert not list(tmp_path.rglob("part*.safetensors"))
     job = preset(tmp_path / "large.safetensors", {"cache_dtype": "float32"}, train={"precision": "fp32", "epochs": 1})

@@ -68,7 +68,9 @@ def test_what_torch_distributed_says_is_one_line() -> None:
     error = RuntimeError("NCCL error in: x.cpp:1, invalid usage\nLast error:\nDuplicate GPU detected\x1b[31m")
     assert ranks.words_of(error).startswith("NCCL error in: x.cpp:1, invalid usage Last error: Duplicate GPU detected")
     assert "\x1b" not in ranks.words_of(error)
-    assert len(ranks.words_of(RuntimeError("word " * 1000))) <= 600
+    long = ranks.words_of(RuntimeError("word " * 1000 + "Last error: no room in /dev/shm"))
+    assert len(long) <= 600
+    assert long.endswith("Last error: no room in /dev/shm")
 
 
 def test_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,7 +58,13 @@ class PretendStream:
 def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     @contextlib.contextmanager
     def graph(graph: PretendGraph, stream: object, capture_error_mode: str) -> Iterator[None]:
-        yield
+        failed = True
+        try:
+            yield
+            failed = False
+        finally:
+            if failed:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
     monkeypatch.setattr(torch.cuda, "current_stream", PretendStream)

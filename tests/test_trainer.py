@@ -621,7 +621,7 @@ def test_a_dry_run_finds_what_is_not_deterministic(run_cli: Cli, monkeypatch: py
     for more in (("--dry-run",), ()):
         outcome = run_cli("train", "--epochs", "1", "--set", "train.deterministic=true", *more)
         assert outcome.code == 1
-        assert "train.deterministic = true: PyTorch has no deterministic upsample_backward" in outcome.err
+        assert "(train.deterministic = true), and PyTorch has no deterministic upsample_backward" in outcome.err
         assert "Traceback" not in outcome.err
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.torch
+import yaml
 from safetensors import SafetensorError
 
 import cifar100cli
@@ -405,6 +406,23 @@ def test_the_last_run_is_the_one_begun_last(run_cli: Cli, monkeypatch: pytest.Mo
     (newer / "environment.json").write_text(json.dumps({**about, "started": "2026-01-01T12:00:01+00:00"}))
     shutil.copytree(older, older.with_name("copy"))
     assert runs.latest_unfinished(Path("runs")).path == newer
+
+
+def test_the_last_run_of_a_command_is_of_its_kind(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there is one: a run that was begun later with `train` is not what `finetune-cifar10` goes on with."""
+    older, newer = (_unfinished(run_cli, monkeypatch) for _ in range(2))
+    for run, hour in ((older, 4), (newer, 12)):
+        about = json.loads((run / "environment.json").read_text())
+        (run / "environment.json").write_text(json.dumps({**about, "started": f"2026-01-01T{hour:02}:00:00+00:00"}))
+    outcome = run_cli("finetune-cifar10", "--resume", "last")
+    assert outcome.code == 2
+    assert f"finetune-cifar10: {newer} is a run of quickstart, which does not fine-tune" in outcome.err
+    settings = yaml.safe_load((older / "config.yaml").read_text()) | {"finetune": {"unfreeze": "fc"}}
+    (older / "config.yaml").write_text(yaml.safe_dump(settings))
+    for section, run in ((None, newer), ("finetune", older), ("distillation", newer)):
+        assert runs.latest_unfinished(Path("runs"), section=section).path == run
+    (older / "config.yaml").write_text("no settings")
+    assert runs.latest_unfinished(Path("runs"), section="finetune").path == newer
 
 
 def test_seeds_that_are_left_when_one_has_not_begun(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
