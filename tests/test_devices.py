@@ -109,6 +109,7 @@ def begin() -> None:
     torch.backends.cudnn.allow_tf32 = True
     for one in (*(BACKENDS, BACKENDS.cuda.matmul, BACKENDS.cudnn), *(BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv)):
         one.fp32_precision = "none"
+    torch._C._set_fp32_precision_setter("mkldnn", "all", "none")  # what `torch.backends.mkldnn.flags` leaves written
 
 
 def set_for_all() -> None:
