@@ -140,7 +140,7 @@ class Features:
     the type that they were computed in: what is no matrix product takes its own type from them.
     """
 
-    def __init__(self, table: Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    def __init__(self, table: Tensor, device: torch.device, dtype: torch.dtype) -> None:
         self.table, self.device, self.dtype = table, device, dtype
 
     def __call__(self, views: Tensor, positions: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The schema of a preset: every key, what it may be, and which go together. No torch here."""
 
 import itertools
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -253,35 +252,29 @@ class Train(Section):
     sync_batch_norm: bool = Field(True, description="with torchrun: batch statistics of all ranks, as on one device")
 
 
-# Keys that say how another key's work is done: that key, and the values at which it does any. With others they do
-# nothing, and stay as they are: a preset's own must not be in the way of one flag.
-_MUONS = ("optimizer.name", frozenset({"muon"}))
-_CROPS = ("augment.policy", frozenset({"crop_flip"}))
-TUNING: Mapping[str, tuple[str, frozenset[str] | None]] = {  # None: any but null
-    "data.grow_until": ("data.first_image_size", None),
-    "augment.flip": ("augment.policy", frozenset({"flip", "crop_flip"})),
-    "augment.crop_padding": _CROPS,
-    "augment.padding_mode": _CROPS,
-    "augment.randaugment_ops": ("augment.auto", frozenset({"randaugment"})),
-    "augment.randaugment_magnitude": ("augment.auto", frozenset({"randaugment"})),
-    "model.embedding_dim": ("model.head", frozenset({"cosine"})),
-    "loss.scale": ("model.head", frozenset({"cosine"})),
-    "loss.margin": ("loss.name", frozenset({"arcface", "cosface"})),
-    "loss.gradient": ("loss.name", frozenset({"arcface"})),
-    "distillation.target_weight": ("distillation.form", frozenset({"decoupled"})),
-    "distillation.nontarget_weight": ("distillation.form", frozenset({"decoupled"})),
-    "finetune.cache_dtype": ("finetune.cache", frozenset({"auto", "on"})),
-    "optimizer.betas": ("optimizer.name", frozenset({"adamw", "adam", "muon"})),
-    "optimizer.momentum": ("optimizer.name", frozenset({"sgd", "muon"})),
-    "optimizer.nesterov": ("optimizer.name", frozenset({"sgd", "muon"})),
-    "optimizer.auxiliary": _MUONS,
-    "optimizer.adjust_lr": _MUONS,
-    "optimizer.ns_steps": _MUONS,
-    "schedule.gamma": ("schedule.name", frozenset({"multi_step"})),
-    "schedule.pct_start": ("schedule.name", frozenset({"one_cycle"})),
-    "schedule.div_factor": ("schedule.name", frozenset({"one_cycle"})),
-    "schedule.final_div_factor": ("schedule.name", frozenset({"one_cycle"})),
-}
+# Keys that say how another key's work is done: that key, its values at which it does any (None: any but null), and
+# they. At others they do nothing, and stay as they are: a preset's own must not be in the way of one flag.
+_TUNED: tuple[tuple[str, frozenset[str] | None, tuple[str, ...]], ...] = (
+    ("data.first_image_size", None, ("data.grow_until",)),
+    ("augment.policy", frozenset({"flip", "crop_flip"}), ("augment.flip",)),
+    ("augment.policy", frozenset({"crop_flip"}), ("augment.crop_padding", "augment.padding_mode")),
+    ("augment.auto", frozenset({"randaugment"}), ("augment.randaugment_ops", "augment.randaugment_magnitude")),
+    ("model.head", frozenset({"cosine"}), ("model.embedding_dim", "loss.scale")),
+    ("loss.name", frozenset({"arcface", "cosface"}), ("loss.margin",)),
+    ("loss.name", frozenset({"arcface"}), ("loss.gradient",)),
+    ("distillation.form", frozenset({"decoupled"}), ("distillation.target_weight", "distillation.nontarget_weight")),
+    ("finetune.cache", frozenset({"auto", "on"}), ("finetune.cache_dtype",)),
+    ("optimizer.name", frozenset({"adamw", "adam", "muon"}), ("optimizer.betas",)),
+    ("optimizer.name", frozenset({"sgd", "muon"}), ("optimizer.momentum", "optimizer.nesterov")),
+    ("optimizer.name", frozenset({"muon"}), ("optimizer.auxiliary", "optimizer.adjust_lr", "optimizer.ns_steps")),
+    ("schedule.name", frozenset({"multi_step"}), ("schedule.gamma",)),
+    (
+        "schedule.name",
+        frozenset({"one_cycle"}),
+        ("schedule.pct_start", "schedule.div_factor", "schedule.final_div_factor"),
+    ),
+)
+TUNING = {key: (other, values) for other, values, keys in _TUNED for key in keys}
 
 
 class Config(Section):
