@@ -76,7 +76,7 @@ def render(report: Report, data_dir: Path | None = None) -> str:
         comparisons=[found for name in names if (found := _comparison(name, report.rows)) is not None],
         charted=drawn,
         details=details,
-        left_out=len(drawn) < len(report.rows) or len(details) < len(report.rows),
+        left_out=len(drawn) < len(report.rows) or len(details) < sum(len(row.runs) for row in report.rows),
         most=DETAILED,
         protocols=PROTOCOLS,
         expected=console.expected,

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -10,10 +10,10 @@ from typing import Any
 from cifar100cli import ablation, noise
 from cifar100cli.ablation import Ablation, Effect, Setting
 from cifar100cli.bounded import look
-from cifar100cli.config import TEACHER, departures, flat, preset_names, shipped, with_own_figures
+from cifar100cli.config import TEACHER, departures, flat, preset_names, shipped, with_own_figures, with_teacher
 from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
-from cifar100cli.runs import RunDir, find_runs
+from cifar100cli.runs import TEACHER_DIGEST, RunDir, find_runs
 from cifar100cli.schema import SPLIT_OF, Config
 
 SPLITS = {"train": "training", "val": "held-out", "test": "test"}
@@ -29,7 +29,8 @@ class Row:
     `changes` says where they depart from the shipped preset, which has `shipped` there, or of a preset that is not
     ours, what tells its rows apart; figures of different settings are never averaged. `n` counts seeds: runs of one
     seed count as one, their mean, since no more than that is learned from them; `seeds` and `best_epochs` are those
-    of `runs`. `expected_top1` is what a preset of ours reached in `expected_runs` runs, or with 0 of them is meant to
+    of `runs`. `teacher` is what they were distilled from: runs with the same weights for one are of one row, wherever
+    these lay. `expected_top1` is what a preset of ours reached in `expected_runs` runs, or with 0 of them is meant to
     reach. `delta` is ours minus published, as a fraction, and only on the preset's own data set. `curves` has losses
     and accuracies by epoch, as means over the runs; what was not measured in every epoch is not there. `noise` is how
     far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds.
@@ -59,6 +60,7 @@ class Row:
     runs: list[str]
     unfreeze: str | None
     fraction: float
+    teacher: str | None
     curves: dict[str, list[float]]
 
 
@@ -96,11 +98,15 @@ class Report:
     @property
     def pairs(self) -> list[Pair]:
         """Every two rows that differ only in being repaired: the same settings were changed in both."""
+
+        def settings(row: Row) -> tuple[object, ...]:
+            # The teacher is among the changes of a row only where the preset's rows have several.
+            return {**row.changes, TEACHER: row.teacher}, row.dataset
+
         found = []
         for row in self.rows:
             for fixed in self.rows:
-                alike = (fixed.changes, fixed.dataset) == (row.changes, row.dataset)
-                if fixed.preset == row.preset + FIXED and alike:
+                if fixed.preset == row.preset + FIXED and settings(fixed) == settings(row):
                     gain = fixed.top1_mean - row.top1_mean
                     means = (row.top1_mean, fixed.top1_mean, gain)
                     found.append(Pair(row.preset, row.dataset, row.changes, *means, row.select, fixed.select))
@@ -115,6 +121,8 @@ class _Complete:
     result: dict[str, Any]
     hardware: str
     metrics: list[dict[str, Any]]
+    teacher: str | None
+    """The digest of the teacher's weights, of a run that has one and says so."""
 
 
 def collect(folders: Sequence[Path]) -> Report:
@@ -132,7 +140,7 @@ def collect(folders: Sequence[Path]) -> Report:
         for path in find_runs(folder, shut.append):
             paths.setdefault(path.resolve(), path)  # links lead to runs that are known by another name
         unusable += [Unusable(str(error.filename), f"cannot be read: {error.strerror}") for error in shut]
-    groups: dict[str, list[_Complete]] = {}
+    complete = []
     for path in paths.values():
         try:
             run = _read(path)
@@ -143,8 +151,11 @@ def collect(folders: Sequence[Path]) -> Report:
         if isinstance(run, Unusable):
             unusable.append(run)
         else:
-            settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None, "expected": None})
-            groups.setdefault(f"{run.preset}\n{settings.model_dump_json()}", []).append(run)
+            complete.append(run)
+    groups: dict[str, list[_Complete]] = {}
+    for run in _with_named_teachers(complete):
+        settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None, "expected": None})
+        groups.setdefault(f"{run.preset}\n{settings.model_dump_json()}", []).append(run)
     ours = set(preset_names())
 
     def place(row: Row) -> tuple[bool, str, bool]:
@@ -174,11 +185,28 @@ def _read(path: Path) -> _Complete | Unusable:
     if not 0 <= result["test"]["top1"] <= 1:
         raise DataError(f"{path}: its accuracy is no fraction")
     device = run.recorded("device_name") or result["device"]
+    if run.recorded("device") not in (None, result["device"]):
+        device += f", then {result['device']}"
     ranks = result.get("ranks", 1)
     if not isinstance(ranks, int) or not 1 <= ranks < 1e6:
         raise DataError(f"{path}: its number of ranks is not right")
     hardware = f"{f'{ranks} x ' if ranks != 1 else ''}{device}, {result['precision']}"
-    return _Complete(path, run.preset, config, result, hardware, run.metrics())
+    return _Complete(path, run.preset, config, result, hardware, run.metrics(), run.recorded(TEACHER_DIGEST))
+
+
+def _with_named_teachers(runs: Sequence[_Complete]) -> list[_Complete]:
+    """The runs with one name for each teacher: the same weights lie here and there, and others where they lay."""
+    names: dict[str, str] = {}
+    named = []
+    for run in runs:
+        if run.config.distillation is not None and run.teacher is not None:
+            place = str(run.config.distillation.teacher)
+            if run.teacher not in names:
+                taken = place in names.values()
+                names[run.teacher] = f"{place} (weights {run.teacher[:8]})" if taken else place
+            run = replace(run, config=with_teacher(run.config, names[run.teacher]))
+        named.append(run)
+    return named
 
 
 def _apart(groups: Collection[list[_Complete]]) -> dict[str, list[str]]:
@@ -234,6 +262,7 @@ def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence
         runs=[str(run.path) for run in group],
         unfreeze=config.finetune.unfreeze if config.finetune else None,
         fraction=config.data.fraction,
+        teacher=config.distillation.teacher if config.distillation is not None else None,
         curves=_curves([run.metrics for run in group]),
     )
 

@@ -22,6 +22,7 @@ FORMAT = 1  # of a run folder; a newer one is refused
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
+TEACHER_DIGEST = "teacher_sha256"  # in it, of a run that is distilled
 METRICS = "metrics.jsonl"
 TABLE = "metrics.csv"  # the same once more, for spreadsheets
 MODEL = "model.safetensors"
@@ -379,13 +380,18 @@ def _begun(path: Path) -> tuple[float, float]:
         return written, written
 
 
-def same_run(root: Path, preset: str, config: Config) -> RunDir | None:
-    """The latest run of this preset with the very same settings and seed: a complete one, or else one to go on with."""
+def same_run(root: Path, preset: str, config: Config, teacher: str | None) -> RunDir | None:
+    """The latest run of this preset with the very same settings and seed: a complete one, or else one to go on with.
+
+    One that was distilled from weights of another digest than `teacher` is another run, wherever they lay.
+    """
     found = []
     for path in find_runs(root / preset):
         with contextlib.suppress(CifarError, OSError):  # what is broken is nothing to build on
             run = RunDir.open(path)
             if differences(run.config(), config):
+                continue
+            if config.distillation is not None and run.recorded(TEACHER_DIGEST) not in (None, teacher):
                 continue
             if run.complete:
                 run.result()

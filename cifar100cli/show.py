@@ -136,6 +136,8 @@ def ablation(found: "Ablation", json: bool) -> None:
     from cifar100cli.report import changed
 
     report_text.show_ablation(found, changed(found))
+    if found.select == "best_test":
+        console.result(report_text.OPTIMISTIC)
     for note in report_text.ablation_notes([found]):
         console.result(note)
     _next(found.runs[0])
@@ -321,6 +323,7 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
         f"the full run, {run['epochs']} epochs of {run['training_images']:,} images: "
         f"{console.duration(run['seconds'])} ({run['seconds_per_epoch']:.1f} s an epoch, measuring included"
         f"{f', after {console.duration(before)} of the frozen part' if before else ''})"
+        + (", after the teacher's look at each image, which is not counted" if run["teacher_not_counted"] else "")
     )
 
 

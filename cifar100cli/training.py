@@ -173,10 +173,12 @@ def _ablate(
     Seed after seed, so that what is there when it is stopped can be compared. A run whose loss stops being finite does
     not keep the others: that may be just what a block is for.
     """
-    from cifar100cli import ablation
+    from cifar100cli import ablation, checkpoint, teachers
     from cifar100cli.runs import same_run
 
-    chosen = in_turn[0]
+    chosen, teacher = in_turn[0], None
+    if chosen.config.distillation is not None:
+        teacher = teachers.digest(checkpoint.load_model(Path(chosen.config.distillation.required_teacher())))
     settings = {"": chosen.config, **left_out}
     plan = [(name, preset.config.seed) for preset in in_turn for name in settings]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
@@ -186,7 +188,7 @@ def _ablate(
         one = replace(chosen, config=settings[name].model_copy(update={"seed": seed}))
         setting = f"{f'no {name}' if name else 'as it is'}, seed {seed}"
         what = f"run {number} of {len(plan)}: {setting}"
-        run = same_run(where.runs_dir, one.name, one.config)
+        run = same_run(where.runs_dir, one.name, one.config, teacher)
         if run is not None and run.complete:
             console.log(f"{what}: taken from {run.path}, complete and of the same settings")
             results[name].append({**run.result(), "run_dir": str(run.path)})
@@ -322,7 +324,7 @@ class _Meant(NamedTuple):
 
 def _run_to_resume(given: Mapping[str, Any], overrides: list["Override"], section: str | None) -> _Meant:
     from cifar100cli.config import Override, differences, load_preset, with_teacher
-    from cifar100cli.runs import CONFIG, RunDir, latest_unfinished
+    from cifar100cli.runs import CONFIG, TEACHER_DIGEST, RunDir, latest_unfinished
 
     name, device = given["resume"], given["device"]
     preset = load_preset(given["preset"]) if given["preset"] else None
@@ -346,7 +348,7 @@ def _run_to_resume(given: Mapping[str, Any], overrides: list["Override"], sectio
             overrides = [*overrides, Override("seed", own.seed, "the run")]
         asked = load_preset(str(run.path / CONFIG), overrides).config
     if own.distillation is not None and asked.distillation is not None and not run.complete:
-        known = run.recorded("teacher_sha256") is not None  # by which it is known wherever it is now
+        known = run.recorded(TEACHER_DIGEST) is not None  # by which it is known wherever it is now
         teacher = (asked.distillation if known else own.distillation).required_teacher()
         own = with_teacher(own, teacher)
         look(Path(teacher))

@@ -240,6 +240,16 @@ def test_many_runs_are_one_page(tmp_path: Path) -> None:
     assert f"for {page.DETAILED} settings at most" in found.text
 
 
+def test_runs_are_counted_and_those_without_details_told(tmp_path: Path) -> None:
+    for seed in (*range(7), 0):
+        make_run(tmp_path, "resnet18-baseline", 0.44, seed)
+        make_run(tmp_path, "resnet18-augment", 0.40, seed)
+    found = rendered(tmp_path)
+    assert "16 complete runs in 2 settings" in found.text
+    assert len(found.all("article")) == 2
+    assert f"details of {page.DETAILED} runs, the last of each setting" in found.text
+
+
 def test_no_runs(tmp_path: Path) -> None:
     found = rendered(tmp_path)
     check_form(found)

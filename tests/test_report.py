@@ -16,7 +16,7 @@ import pytest
 from cifar100cli import console, page, report, report_text, runs
 from cifar100cli.bounded import printable
 from cifar100cli.config import Override, load_preset
-from cifar100cli.runs import RunDir
+from cifar100cli.runs import ENVIRONMENT, RunDir
 from cifar100cli.schema import Expected
 
 
@@ -43,6 +43,10 @@ def make_run(root: Path, preset: str, top1: float, seed: int = 0, **settings: An
         }
     )
     return run
+
+
+def recorded(run: RunDir, **environment: str) -> None:
+    (run.path / ENVIRONMENT).write_text(json.dumps({**run.environment(), **environment}))
 
 
 def test_seeds_are_averaged(tmp_path: Path) -> None:
@@ -172,6 +176,61 @@ def test_a_teacher_is_for_the_user_to_name(tmp_path: Path) -> None:
     assert taught.published is not None
     cooler = load_preset(str(file), [Override("distillation.temperature", 2, "--temperature")]).config
     assert cooler.published is None
+
+
+def test_a_teacher_is_its_weights(tmp_path: Path) -> None:
+    """Not where they lie: others may lie there later, and the same ones elsewhere."""
+    kd = "resnet18-arcface-kd"
+    places = [("/t", "a" * 64), ("/moved", "a" * 64), ("/t", "b" * 64)]
+    for seed, (place, digest) in enumerate(places):
+        for preset, top1 in ((kd, 0.5 + 0.1 * seed), (f"{kd}-fixed", 0.7)):
+            run = make_run(tmp_path, preset, top1, seed, distillation__teacher=place)
+            recorded(run, teacher_sha256=digest)
+    found = report.collect([tmp_path])
+    rows = [row for row in found.rows if row.preset == kd]
+    assert {(row.teacher, tuple(row.seeds)) for row in rows} == {("/t", (0, 1)), ("/t (weights bbbbbbbb)", (2,))}
+    assert [row.changes for row in rows] == [{"distillation.teacher": row.teacher} for row in rows]
+    assert [pair.gain for pair in found.pairs] == pytest.approx([0.15, 0.0]), "of one teacher each"
+
+
+def test_pairs_are_of_one_teacher(tmp_path: Path) -> None:
+    kd = "resnet18-arcface-kd"
+    make_run(tmp_path, kd, 0.5, distillation__teacher="a")
+    make_run(tmp_path, f"{kd}-fixed", 0.6, distillation__teacher="b")
+    assert report.collect([tmp_path]).pairs == []
+    make_run(tmp_path, kd, 0.55, distillation__teacher="b")
+    (pair,) = report.collect([tmp_path]).pairs
+    assert pair.gain == pytest.approx(0.05)
+
+
+def test_a_run_that_ended_on_another_device(tmp_path: Path) -> None:
+    recorded(make_run(tmp_path, "quickstart", 0.5), device="cuda:0", device_name="NVIDIA H200")
+    recorded(make_run(tmp_path, "quickstart", 0.5, 1), device="cpu", device_name="A CPU")
+    (row,) = report.collect([tmp_path]).rows
+    assert row.hardware == ["NVIDIA H200, then cpu, fp32", "A CPU, fp32"]
+
+
+def test_what_is_best_on_test_is_told_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An ablation, a study of unfreezing and a curve; and no maximum on the test set where nothing was chosen by it."""
+    for preset, select in (("resnet18-baseline", "best_test"), ("resnet18-baseline-fixed", "best_val")):
+        for grad_clip in (5.0, 0.0):
+            make_run(tmp_path, preset, 0.44, optimizer__grad_clip=grad_clip, train__select=select)
+    make_run(tmp_path, "finetune-layer4", 0.9, train__select="best_test", train__watch_test=False)
+    run = make_run(tmp_path, "finetune-fc", 0.87)
+    for row in (run, make_run(tmp_path, "resnet18-augment", 0.4)):
+        row.forget_after(0)
+        for epoch, top1 in enumerate((0.2, 0.9, 0.8), start=1):
+            line = {"epoch": epoch, "train_loss": 1, "train_top1": 0.5, "seconds": 1, "images_per_second": 1}
+            row.append_metrics({**line, "test_loss": 1.0, "test_top1": top1})
+    found = report.collect([tmp_path])
+    report_text.show_table(found)
+    shown, markdown = capsys.readouterr().out, report_text.render(found, "markdown")
+    for text in (shown, markdown):
+        assert re.search(r"What each block brings: resnet18-baseline\b.* \(best on test\)", text)
+        assert re.search(r"What each block brings: resnet18-baseline-fixed\b.* \(held-out\)", text)
+        assert re.search(r"layer4 .*90.00%, best on test", text)
+    assert re.search(r"resnet18-augment +test +20.00 .* 80.00 +90.00 @2", shown)
+    assert re.search(r"finetune-fc +test +20.00 .* 80.00 +- *$", shown, re.MULTILINE)
 
 
 def test_a_run_that_has_two_names_is_one(tmp_path: Path) -> None:
