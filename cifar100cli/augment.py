@@ -93,13 +93,22 @@ def in_turn(*policies: Policy) -> Transform:
 # ------------------------------------------------------------------------------- tensors without waiting
 
 
-@functools.lru_cache(maxsize=128)
+_KEPT: dict[tuple[tuple[Any, ...], torch.device, torch.dtype], Tensor] = {}
+
+
 def constant(values: tuple[Any, ...], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """Numbers on the device; kept, because a copy from the host would make the host wait in every batch.
 
-    For the same reason a CUDA graph can capture what calls this only once it has run.
+    For the same reason a CUDA graph can capture what calls this only once it has run. What stands for numbers while
+    somebody traces a model, as `torch.export` does, is not kept: others would compute with it.
     """
-    return torch.tensor(values, dtype=dtype, device=device)
+    known = _KEPT.get((values, device, dtype))
+    if known is not None:
+        return known
+    made = torch.tensor(values, dtype=dtype, device=device)
+    if type(made) is Tensor and not torch.compiler.is_compiling():
+        _KEPT[values, device, dtype] = made
+    return made
 
 
 def on_device(array: NDArray[Any], device: torch.device) -> Tensor:

@@ -19,6 +19,8 @@ from cifar100cli.config import Preset
 from cifar100cli.flops import step_flops
 from cifar100cli.jobs import Where
 from cifar100cli.sides import Sides, cost_of_a_step, take_turn, without_files
+from cifar100cli.tasks import DistillationTask
+from cifar100cli.teachers import CachedTeacher
 from cifar100cli.watcher import Watcher
 from cifar100cli.whole_run import full_run, images_of
 
@@ -74,6 +76,17 @@ class PeakProduct:
 
 def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> dict[str, Any]:
     job, steps = sides.job, sides.steps
+    watcher.say(f"measuring {preset.name} on {job.device}: {repeats} turns of {steps} steps of each side")
+    if job.step_mode.name != "off":
+        watcher.say(f"steps: {job.step_mode.name} ({job.step_mode.reason})")
+    started = time.perf_counter()
+    with watcher.progress("the run alone", 2) as advance:
+        began = [*sides.warm_up(sides.loop), take_turn({"loop": sides.loop})["loop"]]
+        advance(1)
+        sides.evaluation()
+        advance(1)
+    memory = devices.peak_memory(job.device)  # from here on there is more beside it than in a run
+    sides.warm_up(sides.bare)
     peak = PeakProduct(job.device, job.precision)
     parts: dict[str, Callable[[], object]] = {
         "loop": sides.loop,
@@ -84,16 +97,12 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
     }
     if job.parted is not None:
         parts["front"] = sides.front
-    if sides.plain_loop is not None:
-        parts["plain"] = sides.plain
+    plain = sides.plain_loop()
+    if plain is not None:
+        parts["plain"] = plain.epoch
     seconds: dict[str, list[float]] = {name: [] for name in parts}
     phases: dict[str, list[float]] = {}
-    watcher.say(f"measuring {preset.name} on {job.device}: {repeats} turns of {steps} steps of each side")
-    if job.step_mode.name != "off":
-        watcher.say(f"steps: {job.step_mode.name} ({job.step_mode.reason})")
-    began = time.perf_counter()
     with watcher.progress("turns, after a first one that warms up", repeats + 1) as advance:
-        sides.warm_up()
         for turn in range(repeats + 1):
             taken = take_turn(parts)
             if turn:
@@ -103,7 +112,7 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
                 for name, value in spent.items():
                     phases.setdefault(name, []).append(value / sum(spent.values()))
             else:
-                warm_up = time.perf_counter() - began
+                warm_up = time.perf_counter() - started
             advance(1)
     images, tested = steps * job.config.data.batch_size, sides.test.count
 
@@ -117,6 +126,7 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
     flops = step_flops(sides.training)
     loop = rate("loop", images)
     highest = peak.flops / median(seconds["peak"])
+    by_heart = isinstance(job.task, DistillationTask) and isinstance(job.task.teacher, CachedTeacher)
     result: dict[str, Any] = {
         "preset": preset.name,
         "backbone": job.config.model.backbone,
@@ -145,13 +155,13 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
         "flops_per_image": flops,
         "peak_flops_per_second": highest,
         "utilization": flops * loop["median"] / highest,
-        "full_run": full_run(preset.config, sides.rates(seconds)),
-        "peak_memory_bytes": devices.peak_memory(job.device),
+        "full_run": {**full_run(preset.config, sides.rates(began, seconds)), "teacher_not_counted": by_heart},
+        "peak_memory_bytes": memory,
     }
     if job.parted is not None:
         result["images_per_second"]["frozen_part"] = rate("front", tested)
-    if sides.plain_loop is not None:
+    if plain is not None:
         result["images_per_second"]["plain"] = rate("plain", images)
         result["ratios"]["speedup_over_plain"] = ratio("plain", "loop")
-        result["plain_workers"] = sides.plain_loop.workers
+        result["plain_workers"] = plain.workers
     return result

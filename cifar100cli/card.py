@@ -19,6 +19,7 @@ LARGEST_CARD = 1 << 20
 MOST_CLASSES = 1000
 
 Deviation = Annotated[FiniteFloat, Field(gt=0)]
+Share = Annotated[FiniteFloat, Field(ge=0, le=1)]
 
 
 class Card(BaseModel):
@@ -36,10 +37,23 @@ class Card(BaseModel):
     mean: tuple[FiniteFloat, FiniteFloat, FiniteFloat]
     std: tuple[Deviation, Deviation, Deviation]
     epoch: int = 0
-    # The data.val_fraction whose held-out images these weights have never learned, nor those that they began from; of
-    # older models, that of `config`.
-    unseen: FiniteFloat | None = None
+    # For each data set, the data.val_fraction whose held-out images these weights have never learned, nor those that
+    # they began from; of one that is not here, they have never seen an image.
+    unseen: dict[DatasetName, Share]
     config: dict[str, Any]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_one_data_set(cls, about: Any) -> Any:
+        """Older models tell one number, or none, which is that of `config`."""
+        if not isinstance(about, dict) or not isinstance(about.get("dataset"), str):
+            return about
+        share = about.get("unseen")
+        if share is None:
+            config = about.get("config")
+            data = config.get("data") if isinstance(config, dict) else None
+            share = data.get("val_fraction", 0.0) if isinstance(data, dict) else 0.0
+        return about if isinstance(share, dict) else {**about, "unseen": {about["dataset"]: share}}
 
     @model_validator(mode="after")
     def _superclasses_fit(self) -> Self:
@@ -109,17 +123,15 @@ class Network:
     image_size: int
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    dataset: str
-    unseen: float
+    unseen: Mapping[DatasetName, float]
 
 
 def our_network(path: Path) -> Network | None:
     """What a checkpoint of ours says of its network, or None for a file of another kind."""
     try:
         card = read_card(path)
-        model, data = card.config["model"], card.config["data"]
+        model = card.config["model"]
         names = one_line(model["backbone"]), one_line(model["stem"])
-        unseen = card.unseen if card.unseen is not None else float(data.get("val_fraction", 0.0))
-        return Network(*names, card.image_size, card.mean, card.std, card.dataset, unseen)
+        return Network(*names, card.image_size, card.mean, card.std, card.unseen)
     except (KeyError, ValueError, TypeError, AttributeError):
         return None

@@ -1,6 +1,6 @@
 """A training run made ready: data, model, task, teacher and frozen features, from a preset."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from cifar100cli import batch_norm, checkpoint, computed, datasets, devices, metrics, ranks, steps, teachers
 from cifar100cli.augment import Views
 from cifar100cli.card import Card, our_network
+from cifar100cli.catalog import DATASETS, DatasetName
 from cifar100cli.checkpoint import Checkpoint, Saved
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
@@ -25,8 +26,8 @@ from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config, Distillation, Finetune
 from cifar100cli.stages import Parted, Stage, freeze, learning, stage_rows, stages_of
 from cifar100cli.steps import StepMode
-from cifar100cli.tasks import DistillationTask, Task, Teacher, create_task
-from cifar100cli.trainer import Loaders
+from cifar100cli.tasks import DistillationTask, Teacher, create_task
+from cifar100cli.trainer import Job, Loaders
 from cifar100cli.watcher import Watcher
 
 
@@ -40,42 +41,22 @@ class Where:
     device: str = "auto"
 
 
-@dataclass(frozen=True)
-class Job:
-    """A training run, ready to go: everything but its folder."""
-
-    config: Config
-    preset: str
-    dataset: Dataset
-    model: nn.Module
-    task: Task
-    loaders: Loaders
-    test: DeviceLoader
-    card: Card
-    device: torch.device
-    precision: str
-    groups: list[Group]
-    parted: Parted | None
-    step_mode: StepMode
-    teacher: str | None
-    """The digest of the teacher's weights, where there is one."""
-
-
 def prepare(
     preset: Preset,
     where: Where,
     watcher: Watcher,
     *,
     state: Saved | None = None,
+    unseen: Mapping[DatasetName, float] | None = None,
     dataset: Dataset | None = None,
     images: int | None = None,
     dry: bool = False,
 ) -> Job:
     """Check everything and load everything; nothing is written but what is computed once, and not that if `dry`.
 
-    A run that goes on has its network's weights in `state`, and needs those that it began from no more. `dataset` is
-    used in place of the one in the data folder; where it stands for another, `images` is how many that trains on, which
-    decides whether compiling pays.
+    A run that goes on has its network's weights in `state`, and needs those that it began from no more: what images
+    these had not learned stands in its card, `unseen`. `dataset` is used in place of the one in the data folder;
+    `images` is how many the run itself trains on where that differs, which decides whether compiling pays.
     """
     config = preset.config
     check_backbone(config.model.backbone)
@@ -113,12 +94,11 @@ def prepare(
     return Job(
         config=config,
         preset=preset.name,
-        dataset=dataset,
         model=model,
         task=task,
         loaders=loaders,
         test=test_loader,
-        card=_card(preset, dataset, preprocessing),
+        card=_card(preset, dataset, preprocessing, unseen),
         device=device,
         precision=precision,
         groups=_grouped(groups, model, config, watcher),
@@ -196,7 +176,9 @@ def _train_loader(
     return loader
 
 
-def _card(preset: Preset, dataset: Dataset, preprocessing: Preprocessing) -> Card:
+def _card(
+    preset: Preset, dataset: Dataset, preprocessing: Preprocessing, unseen: Mapping[DatasetName, float] | None
+) -> Card:
     """What the files of the run's models say of them."""
     return Card(
         format=checkpoint.FORMAT,
@@ -208,7 +190,7 @@ def _card(preset: Preset, dataset: Dataset, preprocessing: Preprocessing) -> Car
         image_size=preprocessing.image_size,
         mean=preprocessing.mean,
         std=preprocessing.std,
-        unseen=_unseen(preset.config),
+        unseen=dict(unseen) if unseen is not None else _unseen(preset.config),
         config=preset.config.model_dump(mode="json", exclude_none=True),
     )
 
@@ -240,25 +222,38 @@ def _starting_point(config: Config, preprocessing: Preprocessing, classes: int) 
 def _refuse_known_images(config: Config) -> None:
     """Raise `UsageError` where an epoch would be chosen on images that the weights to start from were trained on."""
     network = our_network(Path(config.model.weights)) if config.model.weights is not None else None
-    if network is None or network.dataset != config.data.dataset or config.train.select != "best_val":
+    if network is None or config.train.select != "best_val":
         return
-    if network.unseen != config.data.val_fraction:  # which images are held out depends on the share alone
+    unseen = network.unseen.get(config.data.dataset, 1.0)
+    if unseen < config.data.val_fraction:  # a larger share holds out what a smaller one does, and more
         raise UsageError(
             f"{config.model.weights}: was trained, or began from weights that were, with data.val_fraction = "
-            f"{network.unseen:g}, and so on images that {config.data.val_fraction:g} holds out: an epoch chosen on "
-            "these would flatter; hold out the same share, or use --set train.select=last"
+            f"{unseen:g}, and so on images that {config.data.val_fraction:g} holds out: an epoch chosen on "
+            f"these would flatter; {_no_more_than(unseen)}use --set train.select=last"
         )
 
 
-def _unseen(config: Config) -> float:
+def _no_more_than(unseen: float) -> str:
+    return f"hold out no more than that (--set data.val_fraction={unseen:g}), or " if unseen else ""
+
+
+def _unseen(config: Config) -> dict[DatasetName, float]:
     """The `unseen` of the run's card. Of weights that are there no more it is not known what they had learned."""
-    held_out, weights = config.data.val_fraction, config.model.weights
-    if weights is None:
-        return held_out
-    network = our_network(Path(weights))
-    if network is not None:
-        return held_out if network.dataset != config.data.dataset or network.unseen == held_out else 0.0
-    return held_out if Path(weights).is_file() else 0.0
+    name, held_out, weights = config.data.dataset, config.data.val_fraction, config.model.weights
+    if weights is not None and not Path(weights).is_file():
+        return dict.fromkeys(DATASETS, 0.0)
+    network = our_network(Path(weights)) if weights is not None else None
+    known = network.unseen if network is not None else {}
+    return {**known, name: min(held_out, known.get(name, 1.0))}
+
+
+def _stem_is_new(config: Config, model: nn.Module) -> bool:
+    """Whether the stem is a random one in front of trained weights. A deep one keeps those that it had."""
+    if config.model.stem != "cifar" or not config.model.pretrained:
+        return False
+    network = our_network(Path(config.model.weights)) if config.model.weights is not None else None
+    stem = getattr(getattr(model, "backbone", model), "conv1", None)
+    return (network is None or network.stem != "cifar") and isinstance(stem, nn.Conv2d)
 
 
 def _sample(split: Split, preprocessing: Preprocessing) -> torch.Tensor:
@@ -277,6 +272,7 @@ def _grouped(groups: list[Group], model: nn.Module, config: Config, watcher: Wat
         watcher.say(
             f"layers: {len(groups)}; the rate falls from {rate:g} at the head "
             f"to {rate * min(group.scale for group in groups):.2g} at the stem"
+            + (", which is new: model.stem = cifar has no trained weights" if _stem_is_new(config, model) else "")
         )
     if optimizer.rate_of_others != optimizer.lr:
         watcher.say(
@@ -312,8 +308,8 @@ def _load_teacher(config: Config, distillation: Distillation, dataset: Dataset, 
             f"--teacher {path}: knows {kind} classes, of {saved.card.dataset}, and the student is to learn "
             f"the {len(dataset.classes)} of {dataset.name}; name a teacher that was trained on {dataset.name}"
         )
-    unseen = saved.config.data.val_fraction if saved.card.unseen is None else saved.card.unseen
-    if config.train.select == "best_val" and unseen != config.data.val_fraction:
+    unseen = saved.card.unseen.get(config.data.dataset, 1.0)
+    if config.train.select == "best_val" and unseen < config.data.val_fraction:
         watcher.say(
             f"the teacher was trained with data.val_fraction = {unseen:g}, and so on images that are held out of the "
             "student's: what is found on these may be optimistic; the test figure is not"
@@ -392,6 +388,16 @@ def _finetune(
     }
     watcher.stages(stage_rows(model, stages, rates, finetune.bn))
     first = kept[0].name
+    if len(kept) < len(stages) and _stem_is_new(config, model):
+        raise UsageError(
+            "model.stem = cifar: the weights to start from have another stem, and frozen, the new one stays random: "
+            "leave it at imagenet, --init a run that has this stem, or let it learn with --set finetune.unfreeze=all"
+        )
+    if len(kept) == 1 and config.model.head == "cosine" and config.model.drop_rate:
+        raise UsageError(
+            f"model.drop_rate = {config.model.drop_rate:g} does nothing where a cosine head learns alone: it drops in "
+            "the frozen network behind it; leave it at 0"
+        )
     if len(kept) < len(stages) and not config.model.pretrained:
         watcher.say(
             f"the frozen stages in front of {first} have random weights, which say little about images: name trained "
@@ -407,7 +413,9 @@ def _finetune(
         return groups, None
     parted = Parted(model, kept[0].start)
     sample = loaders.train.preprocessing(loaders.train.images[:2])
-    obstacle = _obstacle_to_features(config, finetune, loaders, parted, first, sample)
+    obstacle = config.obstacle_to_kept_features()
+    if obstacle is None and not parted.is_exact(sample):
+        obstacle = f"{name} is no chain of stages that could be entered at {first}"
     if obstacle is not None:
         if finetune.cache == "on":
             raise UsageError(f"finetune.cache = on is not possible: {obstacle}; leave --cache out")
@@ -446,23 +454,6 @@ def _finetune(
         loader.features = Features(found, loader.device, computed_in)
     parted.switch_front(on=False)
     return groups, parted
-
-
-def _obstacle_to_features(
-    config: Config, finetune: Finetune, loaders: Loaders, parted: Parted, first: str, sample: torch.Tensor
-) -> str | None:
-    """Why the frozen part cannot be run once for all epochs, or None."""
-    if not isinstance(loaders.train.policy, Views):
-        return f"no two views are the same under {config.augment.unbounded()}"
-    if finetune.bn == "adapt":
-        return "the frozen stages' batch statistics move (--bn adapt)"
-    if config.distillation is not None:
-        return "a teacher wants to see the images"
-    if config.data.first_image_size is not None:
-        return "the images grow (data.first_image_size)"
-    if not parted.is_exact(sample):
-        return f"{config.model.backbone} is no chain of stages that could be entered at {first}"
-    return None
 
 
 def _features_type(name: str, computed_in: torch.dtype) -> torch.dtype:

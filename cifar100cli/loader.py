@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from cifar100cli.augment import Drawn, Epoch, Policy, Views, none, on_device
+from cifar100cli.augment import Drawn, Epoch, Policy, Views, constant, none, on_device
 from cifar100cli.datasets import Split
 from cifar100cli.mixing import Mixed
 from cifar100cli.models import backbone_normalization
@@ -33,7 +33,8 @@ class Preprocessing:
         # Before enlarging, which makes weighted means and so changes nothing about this, there is less to do.
         pixels = images.float().div_(255)
         if any(self.mean) or self.std != (1.0, 1.0, 1.0):
-            pixels = pixels.sub_(_per_channel(self.mean, pixels.device)).div_(_per_channel(self.std, pixels.device))
+            mean, std = (constant(values, pixels.device)[:, None, None] for values in (self.mean, self.std))
+            pixels = pixels.sub_(mean).div_(std)
         if pixels.shape[-2:] != (self.image_size, self.image_size):
             # A CPU enlarges planes three times as fast as pixels of three channels.
             on_cpu = pixels.device.type == "cpu"
@@ -42,24 +43,6 @@ class Preprocessing:
                 pixels, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
             )
         return pixels.contiguous(memory_format=torch.channels_last)
-
-
-_KEPT: dict[tuple[tuple[float, ...], torch.device], Tensor] = {}
-
-
-def _per_channel(values: tuple[float, ...], device: torch.device) -> Tensor:
-    """(3, 1, 1) on the device; kept, because a copy from the host would make the host wait in every batch.
-
-    What stands for numbers while somebody traces a model, as `torch.export` does, is not kept: others would compute
-    with it.
-    """
-    known = _KEPT.get((values, device))
-    if known is not None:
-        return known
-    made = torch.tensor(values, dtype=torch.float32, device=device)[:, None, None]
-    if type(made) is Tensor and not torch.compiler.is_compiling():
-        _KEPT[values, device] = made
-    return made
 
 
 def preprocessing_for(data: Data, train: Split, backbone: str) -> Preprocessing:

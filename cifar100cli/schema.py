@@ -304,6 +304,18 @@ class Config(Section):
                 raise ValueError(f"data.{key} is for data.normalize = values, not {data.normalize}; leave one out")
         return self
 
+    def obstacle_to_kept_features(self) -> str | None:
+        """Why a frozen part must run in every epoch, and not once for all of them, or None."""
+        if unbounded := self.augment.unbounded():
+            return f"no two views are the same under {unbounded}"
+        if self.finetune is not None and self.finetune.bn == "adapt":
+            return "the frozen stages' batch statistics move (--bn adapt)"
+        if self.distillation is not None:
+            return "a teacher wants to see the images"
+        if self.data.first_image_size is not None:
+            return "the images grow (data.first_image_size)"
+        return None
+
     @model_validator(mode="after")
     def _keys_go_together(self) -> Self:
         if self.loss.name in ("arcface", "cosface") and self.model.head != "cosine":
@@ -319,20 +331,10 @@ class Config(Section):
                 f"{did_you_mean(self.finetune.unfreeze, DEPTHS)} (it has {', '.join(DEPTHS)})"
             )
         if self.finetune is not None and self.finetune.cache == "on":
-            unbounded = self.augment.unbounded()
-            if unbounded:
+            obstacle = self.obstacle_to_kept_features()
+            if obstacle is not None:
                 raise ValueError(
-                    f"finetune.cache = on needs few versions of an image: {unbounded} makes no two views the same; "
-                    "use augment.policy none or flip and no more, or leave the cache out"
-                )
-            if self.finetune.bn == "adapt":
-                raise ValueError("finetune.cache = on keeps features, and finetune.bn = adapt changes them; choose one")
-            if self.distillation is not None:
-                raise ValueError("finetune.cache = on does not go together with distillation")
-            if self.data.first_image_size is not None:
-                raise ValueError(
-                    "finetune.cache = on keeps features of images of one size: leave out data.first_image_size, "
-                    "or the cache"
+                    f"finetune.cache = on is not possible: {obstacle}; change that, or leave the cache out"
                 )
         if self.data.first_image_size is not None and self.data.first_image_size >= self.data.image_size:
             raise ValueError(

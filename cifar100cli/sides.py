@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from statistics import median
 from typing import Any, NamedTuple
@@ -21,12 +22,13 @@ from cifar100cli.card import read_card
 from cifar100cli.catalog import DATASETS
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
-from cifar100cli.jobs import Job, Where, evaluation_loader, prepare
+from cifar100cli.jobs import Where, evaluation_loader, prepare
 from cifar100cli.loader import Batch, DeviceLoader, Features, Plan, evaluation_batch_size
 from cifar100cli.plain import PlainLoop
 from cifar100cli.runs import find_model
 from cifar100cli.schema import Config
 from cifar100cli.steps import WARM_UP, CapturedSteps, Steps, create_steps
+from cifar100cli.trainer import Job
 from cifar100cli.watcher import Watcher
 from cifar100cli.whole_run import FrozenPart, Rates
 
@@ -56,7 +58,7 @@ def _in_a_turn(seconds: float, where: Where) -> int:
 
 def cost_of_a_step(preset: Preset, images: int, where: Where, watcher: Watcher) -> StepCost:
     """From one step after those that warm up."""
-    sides = Sides(preset, images, where, Quiet(watcher), 1, beside_plain=False)
+    sides = Sides(preset, images, where, Quiet(watcher), 1)
     for _ in range(sides.cold_steps + 1):
         seconds = take_turn({"step": sides.bare})["step"]
     if sides.job.parted is None:
@@ -159,9 +161,9 @@ class Sides:
         steps: int,
         *,
         different: int | None = None,
-        beside_plain: bool = True,
     ) -> None:
         config = preset.config
+        self.preset, self.where = preset, where
         different = steps if different is None or config.finetune is None else min(steps, different)
         steps = different * -(-steps // different)
         count = config.data.batch_size * different
@@ -176,31 +178,28 @@ class Sides:
             repeated = Repeated(self.job.loaders.train, steps // different)
             self.job = replace(self.job, loaders=replace(self.job.loaders, train=repeated))
         job = self.job
-        self.training = trainer.prepare_steps(
-            job.model, job.task, job.loaders.train, job.groups, job.config, job.precision
-        )
+        self.training = trainer.prepare_steps(job)
         resident = replace(self.training, loader=OneBatch(job.loaders.train))
         self.loop_steps: Steps = create_steps(self.training, job.step_mode)
         self.bare_steps: Steps = create_steps(resident, job.step_mode)
         self.bare_steps.begin(1)
         self.test = evaluation_loader(self.dataset.test, job.device, job.loaders.train.preprocessing)
-        self.test_inputs = [batch.inputs for batch in self.test.epoch(1)]
         self.epoch = 0
         self.quiet = Quiet(watcher)
-        self.plain_loop: PlainLoop | None = None
+
+    def plain_loop(self) -> PlainLoop | None:
+        """The same training in the plain way, made ready; None where it does more than most code does."""
+        config = self.preset.config
         mixed = config.augment.mixup or config.augment.cutmix
         of_its_own = config.optimizer.name == "muon" or config.optimizer.sam_rho
-        more = config.distillation is not None or mixed or of_its_own  # than most code does
-        if beside_plain and not more:
-            self.plain_loop = self._plain(preset, where)
-
-    def _plain(self, preset: Preset, where: Where) -> PlainLoop:
-        keys = preset.config.model_dump()
-        if preset.config.finetune is not None:
+        if config.distillation is not None or mixed or of_its_own:
+            return None
+        keys = config.model_dump()
+        if config.finetune is not None:
             keys["finetune"]["cache"] = "off"
         keys["train"] |= {"precision": "fp32", "compile": "off"}
         config = Config.model_validate(keys)
-        job = prepare(Preset(preset.name, config), where, self.quiet, dataset=self.dataset)
+        job = prepare(Preset(self.preset.name, config), self.where, self.quiet, dataset=self.dataset)
         return PlainLoop(job.model, job.task, job.loaders.train, config.augment, config.optimizer, list(job.groups))
 
     def _wait(self) -> None:
@@ -219,11 +218,10 @@ class Sides:
         assert isinstance(policy, Views)
         return len(policy.versions)
 
-    def warm_up(self) -> list[float]:
-        """Take the steps that are captured, if any, and tell how many seconds each turn of the loop took."""
+    def warm_up(self, part: Callable[[], None]) -> list[float]:
+        """Take the steps of `loop` or `bare` that are captured, if any; how many seconds each turn of them took."""
         turns = -(-self.cold_steps // self.steps) if isinstance(self.loop_steps, CapturedSteps) else 0
-        taken = [take_turn({"loop": self.loop, "bare": self.bare}) for _ in range(turns)]
-        return [turn["loop"] for turn in taken]
+        return [take_turn({"part": part})["part"] for _ in range(turns)]
 
     def loop(self) -> None:
         """The real loop: an epoch of the trainer."""
@@ -236,11 +234,6 @@ class Sides:
         for index in range(self.steps):
             self.bare_steps.take(index)
         self._wait()
-
-    def plain(self) -> None:
-        """The same training in the plain way."""
-        assert self.plain_loop is not None
-        self.plain_loop.epoch()
 
     def evaluation(self) -> None:
         """The real evaluation."""
@@ -262,6 +255,11 @@ class Sides:
             torch.cat([model(inputs).float() for inputs in self.test_inputs]).cpu()
         self.job.model.train()
 
+    @cached_property
+    def test_inputs(self) -> list[Tensor]:
+        """What the network sees of the test images, ready on the device."""
+        return [batch.inputs for batch in self.test.epoch(1)]
+
     @contextmanager
     def _whole_network(self) -> Iterator[None]:
         """Evaluate on images, where the frozen front is switched off while the rest trains."""
@@ -273,13 +271,18 @@ class Sides:
         yield
         parted.switch_front(on=False)
 
-    def rates(self, seconds: Mapping[str, Sequence[float]]) -> Rates:
-        """Medians, from what each call of `loop`, `evaluation` and, with a frozen part, `front` took."""
-        tested, frozen = self.test.count, None
+    def rates(self, began: Sequence[float], seconds: Mapping[str, Sequence[float]]) -> Rates:
+        """Medians, from what each call of `loop`, `evaluation` and, with a frozen part, `front` took.
+
+        What the first turns of the loop, `began`, took more is the time of compiling, where steps are compiled.
+        """
+        tested, frozen, compiling = self.test.count, None, 0.0
+        if self.job.step_mode.name == "inductor":
+            compiling = max(0.0, sum(began) - len(began) * median(seconds["loop"]))
         if self.job.parted is not None:
             frozen = FrozenPart(self.versions, tested / median(seconds["front"]))
         trained = self.steps * self.job.config.data.batch_size
-        return Rates(trained / median(seconds["loop"]), tested / median(seconds["evaluation"]), frozen)
+        return Rates(trained / median(seconds["loop"]), tested / median(seconds["evaluation"]), frozen, compiling)
 
     def phases(self) -> dict[str, float]:
         """Seconds of each part of the steps of an epoch, launched one by one and waited for."""

@@ -4,7 +4,6 @@ import tempfile
 from bisect import bisect_right
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 from cifar100cli import devices
 from cifar100cli.config import Preset, parse_config, shipped, without_figures
@@ -55,13 +54,13 @@ def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> Rates:
         where = replace(where, cache_dir=Path(cache))
         cost = cost_of_a_step(preset, images, where, watcher)
         steps, different = cost.steps_of_a_turn(where), cost.different_steps(where)
-        sides = Sides(preset, images, where, watcher, steps, different=different, beside_plain=False)
+        sides = Sides(preset, images, where, watcher, steps, different=different)
         parts = {"loop": sides.loop, "evaluation": sides.evaluation}
         if sides.job.parted is not None:
             parts["front"] = sides.front
         seconds: dict[str, list[float]] = {name: [] for name in parts}
         with watcher.progress("how long an epoch takes", TURNS + 1) as advance:
-            began = sides.warm_up()
+            began = sides.warm_up(sides.loop)
             for turn in range(TURNS + 1):
                 taken = take_turn(parts)
                 if turn:
@@ -70,8 +69,4 @@ def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> Rates:
                 else:  # it warms up what is not yet
                     began = [*began, taken["loop"]]
                 advance(1)
-    rates = sides.rates(seconds)
-    if sides.job.step_mode.name != "inductor":
-        return rates
-    compiling = sum(began) - len(began) * median(seconds["loop"])
-    return rates._replace(compiling=max(0.0, compiling))
+    return sides.rates(began, seconds)

@@ -1,7 +1,7 @@
 """The one training loop. It knows neither data sets nor terminals; whoever watches is a `Watcher`."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import nn
 from cifar100cli import batch_norm, checkpoint, metrics, ranks
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.card import Card
-from cifar100cli.devices import autocast, peak_memory
+from cifar100cli.devices import Cast, autocast, peak_memory
 from cifar100cli.errors import DataError, DivergedError
 from cifar100cli.groups import Group
 from cifar100cli.loader import DeviceLoader, derived_seed
@@ -20,6 +20,7 @@ from cifar100cli.runs import LARGEST, STATE, RunDir
 from cifar100cli.saving import Saver
 from cifar100cli.schedule import learning_rate
 from cifar100cli.schema import SPLIT_OF, Config
+from cifar100cli.stages import Parted
 from cifar100cli.steps import StepMode, Steps, Training, create_steps
 from cifar100cli.tasks import Task
 from cifar100cli.watcher import EpochProgress, TrainState, Watcher
@@ -38,37 +39,50 @@ class Loaders:
     evaluation: Mapping[str, DeviceLoader]
 
 
-def fit(
-    model: nn.Module,
-    task: Task,
-    loaders: Loaders,
-    config: Config,
-    run: RunDir,
-    card: Card,
-    *,
-    groups: Sequence[Group],
-    precision: str,
-    step_mode: StepMode,
-    watcher: Watcher,
-) -> TrainState:
-    """Train `model` to the end of its run, from wherever the run folder says that it is.
+@dataclass(frozen=True)
+class Job:
+    """A training run, ready to go: everything but its folder."""
+
+    config: Config
+    preset: str
+    model: nn.Module
+    task: Task
+    loaders: Loaders
+    test: DeviceLoader
+    card: Card
+    device: torch.device
+    precision: str
+    groups: list[Group]
+    parted: Parted | None
+    step_mode: StepMode
+    teacher: str | None
+    """The digest of the teacher's weights, where there is one."""
+
+    @property
+    def cast(self) -> Cast:
+        """What computes in the run's precision."""
+        return autocast(self.device, self.precision)
+
+
+def fit(job: Job, run: RunDir, watcher: Watcher) -> TrainState:
+    """Train the job's model to the end of its run, from wherever the run folder says that it is.
 
     After every epoch the metrics, the selected weights and the training state go to the disk, so that a run
     that is killed anywhere goes on from the last epoch that is there, and ends with the same bits. Raises
     `DivergedError` when loss or weights stop being finite, and `OSError` when an epoch cannot be saved.
     """
-    cast = autocast(loaders.train.device, precision)
-    training = prepare_steps(model, task, loaders.train, groups, config, precision)
+    config, model, loaders = job.config, job.model, job.loaders
+    training = prepare_steps(job)
     state = TrainState()
     saved = ranks.on_first(lambda: _saved_state(run))
     if saved is not None:
         state = checkpoint.restore(saved, training)
     ranks.on_first(lambda: run.forget_after(state.epoch))
-    steps = create_steps(training, step_mode)
-    device = str(loaders.train.device) if ranks.count() == 1 else f"{ranks.count()} x {loaders.train.device.type}"
-    watcher.begin(config, run.path, state.epoch + 1, len(loaders.train), f"{device} in {precision}")
+    steps = create_steps(training, job.step_mode)
+    device = str(job.device) if ranks.count() == 1 else f"{ranks.count()} x {job.device.type}"
+    watcher.begin(config, run.path, state.epoch + 1, len(loaders.train), f"{device} in {job.precision}")
 
-    with Saver(run, card) as saver:
+    with Saver(run, job.card) as saver:
         if saved is not None:
             ranks.on_first(lambda: saver.catch_up(saved, state))
 
@@ -86,7 +100,7 @@ def fit(
                 _agree_on_statistics(training)
             with training.average.in_use():
                 for split, loader in loaders.evaluation.items():
-                    scores = metrics.score(*metrics.predict(model, loader, cast))
+                    scores = metrics.score(*metrics.predict(model, loader, job.cast))
                     row |= {f"{split}_loss": scores.loss, f"{split}_top1": scores.top1, f"{split}_top5": scores.top5}
                 _refuse_infinite(row, model)
 
@@ -99,34 +113,30 @@ def fit(
             row["seconds"] = round(time.perf_counter() - started, 3)
             speed = loaders.train.count / train_seconds
             row["images_per_second"] = round(speed, 1 if speed >= 10 else 4)
-            row["peak_memory_bytes"] = peak_memory(loaders.train.device)
+            row["peak_memory_bytes"] = peak_memory(job.device)
             ranks.on_first(lambda: saver.save(row, state, training))  # noqa: B023 - called at once
             watcher.epoch(row, replace(state))
         ranks.on_first(saver.wait)
     return state
 
 
-def prepare_steps(
-    model: nn.Module, task: Task, loader: DeviceLoader, groups: Sequence[Group], config: Config, precision: str
-) -> Training:
+def prepare_steps(job: Job) -> Training:
     """All that steps are made of, on one device or on many."""
-    cast = autocast(loader.device, precision)
-    together = config.train.sync_batch_norm
-    network = ranks.parallel(model, loader.device, buffers=not together)
-    if ranks.count() > 1 and together and loader.device.type != "cuda":
+    cast, optimizer, together = job.cast, job.config.optimizer, job.config.train.sync_batch_norm
+    if ranks.count() > 1 and together and job.device.type != "cuda":
         cast = batch_norm.synchronised_on_host(cast)
     return Training(
-        model=model,
-        network=network,
-        task=task,
-        loader=loader,
-        optimizer=create_optimizer(config.optimizer, groups, precision),
-        grad_clip=config.optimizer.grad_clip,
+        model=job.model,
+        network=ranks.parallel(job.model, job.device, buffers=not together),
+        task=job.task,
+        loader=job.loaders.train,
+        optimizer=create_optimizer(optimizer, job.groups, job.precision),
+        grad_clip=optimizer.grad_clip,
         cast=cast,
-        average=MovingAverage(model, config.train.ema),
-        scaler=torch.amp.GradScaler(loader.device.type, enabled=precision == "fp16"),
-        sam_rho=config.optimizer.sam_rho,
-        sam_adaptive=config.optimizer.sam_adaptive,
+        average=MovingAverage(job.model, job.config.train.ema),
+        scaler=torch.amp.GradScaler(job.device.type, enabled=job.precision == "fp16"),
+        sam_rho=optimizer.sam_rho,
+        sam_adaptive=optimizer.sam_adaptive,
     )
 
 

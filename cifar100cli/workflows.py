@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,13 +11,26 @@ import numpy as np
 import torch
 
 from cifar100cli import checkpoint, console, devices, evaluation, images, machine, metrics, ranks, trainer
+from cifar100cli.card import read_card
+from cifar100cli.catalog import DatasetName
 from cifar100cli.classifier import PICTURES, Classifier
 from cifar100cli.config import Preset, differences, with_teacher
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
-from cifar100cli.jobs import Job, Where, prepare
+from cifar100cli.jobs import Where, prepare
 from cifar100cli.models import count_parameters
-from cifar100cli.runs import CONFIG, ENVIRONMENT, LARGEST, MODEL, PREDICTIONS, STATE, RunDir, begun_by
+from cifar100cli.runs import (
+    CONFIG,
+    ENVIRONMENT,
+    LARGEST,
+    MODEL,
+    PREDICTIONS,
+    STATE,
+    TEACHER_DIGEST,
+    RunDir,
+    begun_by,
+)
 from cifar100cli.schema import SPLIT_OF, Config
+from cifar100cli.trainer import Job
 from cifar100cli.watcher import TrainState, Watcher
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -42,7 +55,7 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
             job = prepare(preset, where, watcher)
             environment = machine.environment(job.device, job.precision, where.data_dir)
             if job.teacher is not None:
-                environment["teacher_sha256"] = job.teacher
+                environment[TEACHER_DIGEST] = job.teacher
             run = ranks.on_first(lambda: RunDir.create(where.runs_dir, job.preset, job.config, environment))
             return _fit(job, run, watcher)
     except KeyboardInterrupt as stop:
@@ -57,7 +70,7 @@ def resume(run: RunDir, where: Where, watcher: Watcher, teacher: str | None = No
     config = left.config if teacher is None else with_teacher(left.config, teacher)
     try:
         with devices.deterministic(config.train.deterministic):
-            job = prepare(Preset(run.preset, config), where, watcher, state=left.state)
+            job = prepare(Preset(run.preset, config), where, watcher, state=left.state, unseen=left.unseen)
             if left.precision is None:
                 raise DataError(f"{run.path / ENVIRONMENT}: does not say in which precision the run was begun")
             if job.config.train.precision == "auto" and left.precision != job.precision:
@@ -73,7 +86,7 @@ def resume(run: RunDir, where: Where, watcher: Watcher, teacher: str | None = No
 
 def _refuse_other_teacher(job: Job, run: RunDir) -> None:
     """Raise `DataError` where what is at the teacher's place now is not what the run was begun with."""
-    began_with = run.recorded("teacher_sha256")
+    began_with = run.recorded(TEACHER_DIGEST)
     if job.teacher is not None and began_with not in (None, job.teacher):
         assert job.config.distillation is not None
         raise DataError(
@@ -95,6 +108,7 @@ class _Left(NamedTuple):
     config: Config
     precision: object
     state: checkpoint.Saved | None
+    unseen: Mapping[DatasetName, float] | None
 
 
 def _what_is_left(run: RunDir) -> _Left:
@@ -111,7 +125,11 @@ def _what_is_left(run: RunDir) -> _Left:
                 f"{error}; it held the epoch that was the best so far, and the run cannot end without: bring the file "
                 "back, or train anew"
             ) from None
-    return _Left(result, config, run.recorded("precision"), state)
+    unseen = None
+    if state is not None:
+        with contextlib.suppress(DataError):  # where the last epoch is the best, the file is written anew
+            unseen = read_card(run.path / MODEL).unseen
+    return _Left(result, config, run.recorded("precision"), state, unseen)
 
 
 def refuse_other_settings(run: RunDir, asked: Config, own: Config) -> None:
@@ -128,18 +146,7 @@ def refuse_other_settings(run: RunDir, asked: Config, own: Config) -> None:
 def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
     with _in_words(job, run), _alone(run):
         ranks.on_first(run.forget_divergence)
-        state = trainer.fit(
-            job.model,
-            job.task,
-            job.loaders,
-            job.config,
-            run,
-            job.card,
-            groups=job.groups,
-            precision=job.precision,
-            step_mode=job.step_mode,
-            watcher=watcher,
-        )
+        state = trainer.fit(job, run, watcher)
         result = _result(job, run, state)
         ranks.on_first(lambda: run.write_result(result))  # the last file: from now on the run is complete
         watcher.finish(result)
@@ -212,8 +219,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         job.parted.switch_front(on=True)
         for loader in (job.loaders.train, *job.loaders.evaluation.values()):
             loader.features = None
-    cast = devices.autocast(job.device, job.precision)
-    logits, labels = metrics.predict(job.model, job.test, cast)
+    logits, labels = metrics.predict(job.model, job.test, job.cast)
     test = metrics.evaluate(logits, labels, job.card.superclass_of)
     _refuse_no_answer("test", test.loss, state)
     ranks.on_first(lambda: evaluation.write_predictions(run.path / PREDICTIONS, job.card.classes, logits, labels))
@@ -222,7 +228,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     held_out = job.loaders.evaluation.get("val")
     result = {
         "preset": job.preset,
-        "dataset": job.dataset.name,
+        "dataset": job.card.dataset,
         "seed": job.config.seed,
         "run_dir": str(run.path),
         "complete": True,
@@ -247,7 +253,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         "ranks": ranks.count(),
     }
     if held_out is not None:
-        val = metrics.score(*metrics.predict(job.model, held_out, cast))
+        val = metrics.score(*metrics.predict(job.model, held_out, job.cast))
         _refuse_no_answer("held-out", val.loss, state)
         result["val"] = {"top1": val.top1, "top5": val.top5, "loss": val.loss}
     return result
@@ -262,7 +268,7 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     """Build everything and take one training step; nothing is written."""
     job = prepare(preset, where, watcher, dry=True)
     loader = job.loaders.train
-    training = trainer.prepare_steps(job.model, job.task, loader, job.groups, job.config, job.precision)
+    training = trainer.prepare_steps(job)
     job.model.train()
     plan = replace(loader.plan(1), image_size=None)  # the images as large as they get
     with devices.deterministic(job.config.train.deterministic):  # as the run, which would refuse what has none
@@ -272,7 +278,7 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     return {
         "dry_run": True,
         "preset": job.preset,
-        "dataset": job.dataset.name,
+        "dataset": job.card.dataset,
         "training_images": job.loaders.train.count,
         "held_out_images": job.loaders.evaluation["val"].count if "val" in job.loaders.evaluation else 0,
         "test_images": job.test.count,

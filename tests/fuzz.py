@@ -189,6 +189,7 @@ def trained(folder: Path) -> Path:
         image_size=32,
         mean=(0.5, 0.5, 0.5),
         std=(0.2, 0.2, 0.2),
+        unseen={"synthetic": 0.0},
         config=chosen.config.model_dump(mode="json", exclude_none=True),
     )
     checkpoint.save_model(run.path / runs.MODEL, model.state_dict(), about)

@@ -31,6 +31,7 @@ from cifar100cli import (
     RunInterrupted,
     UsageError,
     api,
+    augment,
     errors,
     evaluate,
     jobs,
@@ -301,17 +302,17 @@ def test_a_model_that_is_traced_leaves_others_alone(run: Path) -> None:
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     before = load_model(run)(images)
     for trace in (torch.export.export, torch.jit.trace):
-        loader._KEPT.clear()
+        augment._KEPT.clear()
         model = load_model(run)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's own, of what it replaces these by
             trace(model, (images,))
         assert torch.equal(load_model(run)(images), before)
-    loader._KEPT.clear()
+    augment._KEPT.clear()
     preprocessing = loader.Preprocessing(32, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     with FakeTensorMode() as fake:
         preprocessing(fake.from_tensor(images))
-    assert loader._KEPT == {}
+    assert augment._KEPT == {}
 
 
 def test_the_callers_settings_of_torch_are_not_the_runs_and_are_kept(tmp_path: Path) -> None:
@@ -340,7 +341,7 @@ def test_the_callers_settings_of_torch_are_not_the_runs_and_are_kept(tmp_path: P
     for dtype in (torch.float64, torch.bfloat16):
         torch.set_default_dtype(dtype)
         try:
-            loader._KEPT.clear()
+            augment._KEPT.clear()
             assert figures(str(dtype)) == expected
             assert torch.get_default_dtype() == dtype
         finally:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from cifar100cli.config import Override, Preset, differences, load_preset
 from cifar100cli.errors import UsageError
 from cifar100cli.schema import Augment, Config
 from cifar100cli.sides import Sides, StepCost, without_files
+from cifar100cli.steps import StepMode
 from cifar100cli.whole_run import FrozenPart, Rates, full_run
 from tests.conftest import EVERYTHING, Cli, Listening, epoch_of, make_preset, where
 
@@ -38,8 +40,9 @@ def test_the_plain_way_is_the_same_training(
 ) -> None:
     """With one batch of all images the order makes no difference: from the same weights, the same two losses."""
     sides = sides_of(tmp_path, **sections)
-    assert sides.plain_loop is not None
-    plain = [sides.plain_loop.epoch() for _ in range(2)]
+    plain_loop = sides.plain_loop()
+    assert plain_loop is not None
+    plain = [plain_loop.epoch() for _ in range(2)]
     losses = []
     for _ in range(2):
         sides.loop()
@@ -62,9 +65,9 @@ def test_the_plain_way_is_the_same_training(
     ],
 )
 def test_the_plain_way_augments(tmp_path: Path, augment: dict[str, Any]) -> None:
-    sides = sides_of(tmp_path, augment=augment)
-    assert sides.plain_loop is not None
-    images = sides.plain_loop.batches.dataset
+    plain_loop = sides_of(tmp_path, augment=augment).plain_loop()
+    assert plain_loop is not None
+    images = plain_loop.batches.dataset
     once, again = (torch.stack([images[index][0] for index in range(64)]) for _ in range(2))
     assert once.shape == (64, 3, 32, 32)
     assert 0 <= once.min() <= once.max() <= 1
@@ -109,13 +112,13 @@ def test_mixing_has_no_plain_way(tmp_path: Path) -> None:
 
 
 def test_the_plain_network_is_timms_in_its_usual_layout(tmp_path: Path) -> None:
-    sides = sides_of(tmp_path)
-    assert sides.plain_loop is not None
+    plain_loop = sides_of(tmp_path).plain_loop()
+    assert plain_loop is not None
     theirs = timm.create_model("test_resnet", num_classes=100)
-    ours = sides.plain_loop.model
+    ours = plain_loop.model
     assert [type(module) for module in ours.modules()] == [type(module) for module in theirs.modules()]
     assert all(parameter.is_contiguous() for parameter in ours.parameters())
-    assert not sides.plain_loop.optimizer.defaults["fused"]
+    assert not plain_loop.optimizer.defaults["fused"]
 
 
 def convolution_flops(model: nn.Module, size: int) -> float:
@@ -284,6 +287,15 @@ def test_compiling_is_counted_in_for_each_size_of_images(tmp_path: Path, monkeyp
         assert with_it * 100 <= 3260 < (with_it + 1) * 100
 
 
+def test_what_the_first_turns_took_more_is_compiling(tmp_path: Path) -> None:
+    sides = sides_of(tmp_path)
+    seconds = {"loop": [1.0, 2.0, 9.0], "evaluation": [1.0]}
+    assert sides.rates([30.0, 2.5], seconds).compiling == 0.0, "nothing is compiled here"
+    sides.job = replace(sides.job, step_mode=StepMode("inductor", "asked for"))
+    assert sides.rates([30.0, 2.5], seconds).compiling == pytest.approx(32.5 - 2 * 2.0)
+    assert sides.rates([1.0], seconds).compiling == 0.0
+
+
 def test_the_mode_of_steps_is_that_of_the_run_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is measured is few images, and on a GPU the real number decides whether compiling pays."""
     asked: list[int | None] = []
@@ -301,16 +313,14 @@ def test_the_mode_of_steps_is_that_of_the_run_itself(tmp_path: Path, monkeypatch
 
 def test_what_is_captured_is_warmed_up_before_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = sides_of(tmp_path)
-    assert (sides.cold_steps, sides.warm_up()) == (1, [])
+    assert (sides.cold_steps, sides.warm_up(sides.loop)) == (1, [])
     monkeypatch.setattr("cifar100cli.sides.CapturedSteps", type(sides.loop_steps))
     assert sides.cold_steps == 4
     taken: list[int] = []
-    monkeypatch.setattr(sides, "loop", lambda: taken.append(1))
-    monkeypatch.setattr(sides, "bare", lambda: taken.append(2))
     for steps, turns in ((1, 4), (3, 2), (50, 1)):
         sides.steps = steps
-        assert len(sides.warm_up()) == turns
-        assert [taken.pop(0) for _ in range(2 * turns)] == [1, 2] * turns
+        assert len(sides.warm_up(lambda: taken.append(1))) == turns
+        assert [taken.pop() for _ in range(turns)] == [1] * turns
 
 
 def test_minutes_that_are_too_few_or_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_scalars_mean_what_a_user_means(tmp_path: Path, text: str, key: str, val
         ("data: {first_image_size: 16, grow_until: 1}", ["data.grow_until", "below 1"]),
         (
             "{data: {first_image_size: 16}, finetune: {cache: on}}",
-            ["finetune.cache = on", "leave out data.first_image_size"],
+            ["finetune.cache = on is not possible", "the images grow (data.first_image_size)"],
         ),
         ("model: {drop_rate: 1}", ["model.drop_rate", "1", "below 1"]),
         ("augment: off", ["augment", "off", "policy"]),

@@ -79,6 +79,7 @@ def test_networks_of_our_own(tmp_path: Path, name: str) -> None:
         image_size=32,
         mean=(0.5, 0.5, 0.5),
         std=(0.25, 0.25, 0.25),
+        unseen={"cifar10": 0.0},
         config=config.model_dump(mode="json"),
     )
     checkpoint.save_model(tmp_path / "model.safetensors", model.state_dict(), card)

@@ -236,9 +236,15 @@ def test_free_memory_is_a_sensible_number() -> None:
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
-        ({"augment": {"policy": "crop_flip"}, "finetune": {"cache": "on"}}, "makes no two views the same"),
-        ({"augment": {"policy": "flip", "cutout": 8}, "finetune": {"cache": "on"}}, "augment.cutout = 8 makes no two"),
-        ({"finetune": {"cache": "on", "bn": "adapt"}}, "choose one"),
+        (
+            {"augment": {"policy": "crop_flip"}, "finetune": {"cache": "on"}},
+            "no two views are the same under augment.policy",
+        ),
+        (
+            {"augment": {"policy": "flip", "cutout": 8}, "finetune": {"cache": "on"}},
+            "the same under augment.cutout = 8",
+        ),
+        ({"finetune": {"cache": "on", "bn": "adapt"}}, "batch statistics move"),
     ],
 )
 def test_caches_that_cannot_be(sections: dict[str, dict[str, Any]], words: str) -> None:
@@ -379,7 +385,10 @@ def test_no_epoch_is_chosen_on_images_that_the_weights_know(run_cli: Cli) -> Non
     refused = run_cli(*plan, *choosing, "data.val_fraction=0.3")
     assert refused.code == 2
     assert "with data.val_fraction = 0.1, and so on images that 0.3 holds out" in refused.err
+    assert "hold out no more than that (--set data.val_fraction=0.1)" in refused.err
     assert not Path("runs/finetune-layer4").exists()
+    smaller = run_cli(*plan, *choosing, "data.val_fraction=0.05", "--dry-run")
+    assert smaller.code == 0, f"a tenth holds out the twentieth, too: {smaller.err}"
     taken = run_cli(*plan, *choosing, "data.val_fraction=0.1")
     assert taken.code == 0, taken.err
     assert "the weights saw images of 32 pixels, and see 48 now" in taken.err
@@ -388,14 +397,59 @@ def test_no_epoch_is_chosen_on_images_that_the_weights_know(run_cli: Cli) -> Non
     second = json.loads(
         run_cli(*started, f"{first}/model.safetensors", "--set", "data.val_fraction=0.3", "--json").out
     )["run_dir"]
-    for share in ("0.1", "0.3"):
-        refused = run_cli(
-            "train", *TINY, "--weights", f"{second}/model.safetensors", *choosing, f"data.val_fraction={share}"
-        )
-        assert (refused.code, "or began from weights that were, with data.val_fraction = 0," in refused.err) == (
-            2,
-            True,
-        )
+    again = ("train", *TINY, "--dry-run", "--weights", f"{second}/model.safetensors", *choosing)
+    assert run_cli(*again, "data.val_fraction=0.1").code == 0
+    refused = run_cli(*again, "data.val_fraction=0.3")
+    assert refused.code == 2
+    assert "or began from weights that were, with data.val_fraction = 0.1, and so on images" in refused.err
+
+
+def test_images_are_known_beyond_another_data_set(tmp_path: Path, weights: Path) -> None:
+    """Weights that went from one data set to another and come back have not forgotten the first."""
+    first = workflows.train(preset(weights), where(tmp_path / "first"), Listening())["run_dir"]
+    about = checkpoint.load_model(Path(first)).card
+    assert about.unseen == {"synthetic": 0.0}
+    elsewhere = about.model_copy(update={"dataset": "cifar10", "unseen": {"synthetic": 0.0, "cifar10": 0.2}})
+    file = tmp_path / "elsewhere.safetensors"
+    checkpoint.save_model(file, load_file(Path(first) / runs.MODEL), elsewhere)
+    chosen: dict[str, Any] = {"data": {"val_fraction": 0.1}, "train": {"select": "best_val", "watch_test": False}}
+    with pytest.raises(UsageError, match=r"with data.val_fraction = 0, and so on images that 0.1 holds out"):
+        jobs.prepare(preset(file, **chosen), where(tmp_path), Listening())
+    chosen["train"] = {}
+    card = jobs.prepare(preset(file, **chosen), where(tmp_path), Listening()).card
+    assert card.unseen == {"synthetic": 0.0, "cifar10": 0.2}
+    third = elsewhere.model_copy(update={"unseen": {"cifar10": 0.2}})
+    checkpoint.save_model(file, load_file(Path(first) / runs.MODEL), third)
+    card = jobs.prepare(preset(file, **chosen), where(tmp_path), Listening()).card
+    assert card.unseen == {"synthetic": 0.1, "cifar10": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("unseen", "config", "found"),
+    [(0.2, {"data": {"val_fraction": 0.3}}, 0.2), (None, {"data": {"val_fraction": 0.3}}, 0.3), (None, {}, 0.0)],
+)
+def test_older_models_tell_of_their_own_data_set(unseen: float | None, config: dict[str, Any], found: float) -> None:
+    about = {"format": 1, "preset": "mine", "dataset": "cifar10", "classes": ["a", "b"], "image_size": 32}
+    card = Card.model_validate({**about, "mean": [0] * 3, "std": [1] * 3, "unseen": unseen, "config": config})
+    assert card.unseen == {"cifar10": found}
+
+
+def test_a_resumed_run_knows_what_its_weights_had_learned(tmp_path: Path, weights: Path) -> None:
+    """They may be gone by then; the model's file must not tell another story for that."""
+    first = workflows.train(preset(weights, data={"val_fraction": 0.2}), where(tmp_path / "first"), Listening())[
+        "run_dir"
+    ]
+    start = tmp_path / "start.safetensors"
+    shutil.copy(Path(first) / runs.MODEL, start)
+    second = preset(start, data={"val_fraction": 0.4})
+    workflows.train(second, where(tmp_path / "unbroken"), Listening())
+    with pytest.raises(RunInterrupted):
+        workflows.train(second, where(tmp_path / "broken"), StopAfter(9))
+    start.unlink()
+    workflows.resume(only_run(tmp_path / "broken"), where(tmp_path / "broken"), Listening())
+    unbroken, broken = (only_run(tmp_path / kind).path / runs.MODEL for kind in ("unbroken", "broken"))
+    assert checkpoint.load_model(broken).card.unseen == {"synthetic": 0.2}
+    assert unbroken.read_bytes() == broken.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -411,7 +465,7 @@ def test_no_epoch_is_chosen_on_images_that_the_weights_know(run_cli: Cli) -> Non
         (["--init", "imagenet", "--set", "model.pretrained=false"], 2, "leave one out"),
         (["--fraction", "0"], 2, "data.fraction = 0 (--fraction)"),
         (["--bn", "off"], 2, "frozen, adapt"),
-        (["--cache", "--augment", "crop_flip"], 2, "makes no two views the same"),
+        (["--cache", "--augment", "crop_flip"], 2, "no two views are the same"),
     ],
 )
 def test_mistakes(run_cli: Cli, arguments: list[str], code: int, words: str) -> None:
@@ -452,3 +506,26 @@ def test_a_stem_of_our_own_is_taken_over(tmp_path: Path) -> None:
     }
     second = create_model(Config.model_validate({"model": section}), classes=3)
     assert torch.equal(second.state_dict()["conv1.weight"], model.state_dict()["conv1.weight"])
+
+
+def test_a_new_stem_is_not_frozen(tmp_path: Path) -> None:
+    """Behind random filters and their batch norm's foreign statistics nothing that is frozen means anything."""
+    plain = create_model(Config.model_validate({"model": {"backbone": "resnet18"}}), classes=10)
+    save_file(plain.state_dict(), tmp_path / "weights.safetensors")
+
+    def tried(unfreeze: str, **model: Any) -> None:
+        model = {"backbone": "resnet18", "pretrained": True, "weights": str(tmp_path / "weights.safetensors"), **model}
+        job = make_preset(finetune={"unfreeze": unfreeze}, model=model)
+        workflows.dry_run(job, where(tmp_path), Listening())
+
+    with pytest.raises(UsageError, match=r"frozen, the new one stays random.*finetune.unfreeze=all"):
+        tried("layer4", stem="cifar")
+    tried("all", stem="cifar")
+    tried("layer4")
+
+
+def test_drop_out_that_nothing_would_drop_is_refused(tmp_path: Path, weights: Path) -> None:
+    model: dict[str, Any] = {"backbone": "resnet18", "pretrained": False, "drop_rate": 0.3, "head": "cosine"}
+    with pytest.raises(UsageError, match=r"model.drop_rate = 0.3 does nothing where a cosine head learns alone"):
+        workflows.dry_run(make_preset(finetune={"unfreeze": "fc"}, model=model), where(tmp_path), Listening())
+    workflows.dry_run(make_preset(finetune={"unfreeze": "layer4"}, model=model), where(tmp_path), Listening())

@@ -9,7 +9,7 @@ import timm
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
-from cifar100cli import jobs
+from cifar100cli import jobs, trainer
 from cifar100cli.errors import UsageError
 from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.models import CosineHead, classifiers
@@ -156,7 +156,7 @@ def test_frozen_weights_are_not_hidden() -> None:
 # ---------------------------------------------------------------------------------------------------- in a run
 
 
-def prepared(tmp_path: Path, **sections: dict[str, Any]) -> tuple[jobs.Job, Listening]:
+def prepared(tmp_path: Path, **sections: dict[str, Any]) -> tuple[trainer.Job, Listening]:
     watcher = Listening()
     return jobs.prepare(make_preset(**sections), where(tmp_path), watcher), watcher
 

@@ -361,7 +361,7 @@ def test_they_learn(tmp_path: Path, head: str) -> None:
     """One batch, again and again: the loss falls."""
     preset = make_preset(model={"backbone": "airbench94", "head": head}, data={"fraction": 0.25, "batch_size": 100})
     job = jobs.prepare(preset, where(tmp_path), Listening())
-    training = trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
+    training = trainer.prepare_steps(job)
     taken = create_steps(training, job.step_mode)
     losses = [trainer.train_epoch(taken, job.config, epoch, Listening().step)["train_loss"] for epoch in range(1, 7)]
     assert losses[-1] < 0.9 * losses[0]

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("small_synthetic")
 
 def training_of(preset: Preset, tmp_path: Path) -> Training:
     job = jobs.prepare(preset, where(tmp_path), Listening())
-    return trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
+    return trainer.prepare_steps(job)
 
 
 def epochs(taken: Steps, preset: Preset, count: int) -> list[dict[str, float]]:
@@ -171,10 +171,10 @@ def test_nothing_in_a_step_waits_for_the_device(tmp_path: Path, monkeypatch: pyt
 
 def test_nothing_waits_in_fp16(tmp_path: Path) -> None:
     """With a network that a CPU can train in fp16."""
-    training = training_of(make_preset(optimizer={"name": "sgd"}), tmp_path)
+    job = jobs.prepare(make_preset(optimizer={"name": "sgd"}, train={"ema": 0.9}), where(tmp_path), Listening())
     network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3072, 100))
-    config = make_preset(train={"precision": "fp16", "ema": 0.9}).config
-    taken = Steps(trainer.prepare_steps(network, training.task, training.loader, everything(network), config, "fp16"))
+    job = replace(job, model=network, groups=everything(network), precision="fp16")
+    taken = Steps(trainer.prepare_steps(job))
     taken.begin(1)
     taken.take(0)
     with NoWaiting():  # type: ignore[no-untyped-call]
@@ -316,7 +316,7 @@ def test_a_captured_run_on_cuda_is_the_eager_one(tmp_path: Path, recipe: str) ->
 
     def curve(step_mode: str) -> list[float]:
         job = jobs.prepare(preset, jobs.Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
-        training = trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
+        training = trainer.prepare_steps(job)
         return [row["train_loss"] for row in epochs(steps.create_steps(training, StepMode(step_mode, "")), preset, 2)]
 
     # Sums of many threads come out in another order each time, and training grows the difference: 2e-4 were seen.

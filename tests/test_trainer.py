@@ -306,11 +306,11 @@ def diverge_after(taken: int, preset: Preset, folder: Path, monkeypatch: pytest.
 
     prepare = jobs.prepare
 
-    def remember(*arguments: Any, **keywords: Any) -> jobs.Job:
+    def remember(*arguments: Any, **keywords: Any) -> trainer.Job:
         made.append(prepare(*arguments, **keywords))
         return made[0]
 
-    made: list[jobs.Job] = []
+    made: list[trainer.Job] = []
     monkeypatch.setattr(workflows, "prepare", remember)
     with pytest.raises(DivergedError) as failure:
         workflows.train(preset, where(folder), Spoil())
@@ -360,7 +360,7 @@ def test_shared_weights_have_one_average() -> None:
 def test_the_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
     """Against an average in float64 over the weights after every step, batch statistics included."""
     weights: list[dict[str, torch.Tensor]] = []
-    made: list[jobs.Job] = []
+    made: list[trainer.Job] = []
 
     class Collect(Listening):
         def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
@@ -370,13 +370,7 @@ def test_the_average_is_what_is_measured_and_kept(tmp_path: Path) -> None:
     made.append(job)
     average = {name: t.double().clone() for name, t in job.model.state_dict().items()}
     run = runs.RunDir.create(tmp_path / "runs", "mine", job.config, {})
-    trainer.fit(
-        *(job.model, job.task, job.loaders, job.config, run, job.card),
-        groups=job.groups,
-        precision=job.precision,
-        step_mode=job.step_mode,
-        watcher=Collect(),
-    )
+    trainer.fit(job, run, Collect())
     assert len(weights) == 21
     for step, after in enumerate(weights):
         decay = min(0.7, (1 + step) / (10 + step))
@@ -407,7 +401,7 @@ def dense(preset: Preset, tmp_path: Path) -> Training:
     model = torch.nn.Sequential(
         torch.nn.Flatten(), torch.nn.Linear(3072, 64), torch.nn.GELU(), torch.nn.Linear(64, 100)
     )
-    return trainer.prepare_steps(model, job.task, job.loaders.train, everything(model), job.config, job.precision)
+    return trainer.prepare_steps(replace(job, model=model, groups=everything(model)))
 
 
 FP16: dict[str, Any] = {"train": {"precision": "fp16", "ema": 0.9}, "optimizer": {"name": "sgd", "lr": 0.01}}
@@ -564,7 +558,7 @@ def test_a_device_that_is_not_here() -> None:
 def test_an_epoch_on_cuda_never_waits_before_its_end(tmp_path: Path) -> None:
     preset = make_preset(augment=EVERYTHING, data={"normalize": "dataset"})
     job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
-    training = trainer.prepare_steps(job.model, job.task, job.loaders.train, job.groups, job.config, job.precision)
+    training = trainer.prepare_steps(job)
     taken = steps.create_steps(training, job.step_mode)
 
     class Watch(Listening):
