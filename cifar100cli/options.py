@@ -104,7 +104,9 @@ WeightDecay = Annotated[str | None, _text("X", "Weight decay.")]
 Teacher = Annotated[
     Path | None, _text("RUN|CHECKPOINT", "A trained model of ours with the same classes.", completion.trained)
 ]
-Alpha = Annotated[str | None, _text("A", "Weight of the teacher; the labels have 1 - A. [preset: 0.7]")]
+Alpha = Annotated[
+    str | None, _text("A", "Weight of the teacher; the labels have 1 - A. [default: the preset's, mostly 0.7]")
+]
 Temperature = Annotated[str | None, _text("T", "Both softmaxes are taken at logits / T. [preset: 4]")]
 Unfreeze = Annotated[
     str | None,
