@@ -133,5 +133,5 @@ def our_network(path: Path) -> Network | None:
         model = card.config["model"]
         names = one_line(model["backbone"]), one_line(model["stem"])
         return Network(*names, card.image_size, card.mean, card.std, card.unseen)
-    except (KeyError, ValueError, TypeError, AttributeError):
+    except (KeyError, ValueError, TypeError, AttributeError, OSError):  # whoever reads its weights tells what is wrong
         return None

@@ -475,17 +475,23 @@ def presets(
     name: Annotated[
         str | None, typer.Argument(metavar="NAME", help="Show this one as YAML.", autocompletion=completion.presets)
     ] = None,
+    keys: Annotated[bool, typer.Option("--keys", help="List every key that a preset may have.")] = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """List the presets, or show one as YAML.
+    """List the presets, show one as YAML, or list the keys that one may have.
 
     Example: cifar100 presets resnet18-baseline > mine.yaml
     """
     _one_process()
-    from cifar100cli.config import load_preset, shipped_presets
+    from cifar100cli.config import described_keys, load_preset, shipped_presets
 
+    if keys:
+        if name is not None:
+            raise UsageError("presets --keys lists the keys of every preset: leave the name out")
+        show.keys(described_keys(), json)
+        return
     if name is not None:
         config = load_preset(name).config
         if json:

@@ -297,6 +297,25 @@ def keys() -> list[str]:
     return [key for key, _ in _fields() if key.split(".")[0] not in DESCRIBING]
 
 
+@dataclass(frozen=True)
+class Key:
+    """A key of a preset, for people: what it is unless a preset says otherwise, what it may be, and what it is for."""
+
+    key: str
+    default: object
+    allowed: str
+    description: str
+
+
+def described_keys() -> list[Key]:
+    """Every key that `--set` takes, with what the schema says of it."""
+    return [
+        Key(key, field.default, _allowed(field.annotation, field.metadata), field.description or "")
+        for key, field in _fields()
+        if key.split(".")[0] not in DESCRIBING
+    ]
+
+
 def choices(key: str) -> tuple[str, ...]:
     """The words that a key may be, where it is one of a few."""
     field = _field(key)
@@ -334,7 +353,7 @@ def _nearest_key(key: str) -> str:
         or [leaves[near] for near in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.6)]
         or difflib.get_close_matches(key, sections + known, n=1, cutoff=0.5)
     )
-    return f"; did you mean {guesses[0]}?" if guesses else "; `cifar100 train --print-config` shows every key"
+    return f"; did you mean {guesses[0]}?" if guesses else "; `cifar100 presets --keys` lists all keys"
 
 
 def _show(value: object) -> str:

@@ -62,7 +62,10 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     for source in sources:
         if str(source).startswith(("http:/", "https:/")):
             raise DataError(f"{source}: is an address, and nothing is fetched from the web: download the picture first")
-        look(source)
+        try:
+            look(source)
+        except OSError as error:
+            raise DataError(f"{source}: {error.strerror}") from None
         if source.is_dir():
             below = sorted(folder / name for folder, names in walk(source, hidden=True) for name in names)
             inside = [path for path in below if path.suffix.lower() in ENDINGS and path.is_file()]

@@ -409,17 +409,21 @@ def _finetune(
             f" = {finetune.stage_decay:g} is for networks of few stages, and {name} has {len(stages)}; "
             "--set finetune.stage_decay=0.75 lets all of them learn"
         )
-    if dry or finetune.cache == "off" or len(kept) == len(stages):
+    if finetune.cache == "off" or (finetune.cache == "auto" and len(kept) == len(stages)):
         return groups, None
     parted = Parted(model, kept[0].start)
     sample = loaders.train.preprocessing(loaders.train.images[:2])
     obstacle = config.obstacle_to_kept_features()
-    if obstacle is None and not parted.is_exact(sample):
+    if len(kept) == len(stages):
+        obstacle = "everything learns, and nothing is frozen"
+    elif obstacle is None and not parted.is_exact(sample):
         obstacle = f"{name} is no chain of stages that could be entered at {first}"
     if obstacle is not None:
         if finetune.cache == "on":
             raise UsageError(f"finetune.cache = on is not possible: {obstacle}; leave --cache out")
         watcher.say(f"the frozen part runs in every epoch, because {obstacle}")
+        return groups, None
+    if dry:
         return groups, None
     cast = devices.autocast(loaders.train.device, precision)
     if precision == "fp32":  # in others, a folded weight is rounded otherwise than the two that it is made of

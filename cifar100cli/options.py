@@ -152,7 +152,10 @@ Ablate = Annotated[
 Settings = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Set any key; may be repeated.", autocompletion=completion.settings
+        "--set",
+        metavar="KEY=VALUE",
+        help="Set any key of `presets --keys`; may be repeated.",
+        autocompletion=completion.settings,
     ),
 ]
 Log = Annotated[
@@ -272,7 +275,7 @@ def with_pretrained(found: dict[str, "Override"]) -> list["Override"]:
     if "model.weights" in found and found["model.weights"].value is not None:
         weights = found["model.weights"]
         network = our_network(expand(Path(weights.value))) if isinstance(weights.value, str) else None
-        if network is not None and "data.normalize" not in found:
+        if network is not None and not found.keys() & {"data.normalize", "data.mean", "data.std"}:
             untouched = not any(network.mean) and set(network.std) == {1.0}
             pixels = {
                 "normalize": "none" if untouched else "values",

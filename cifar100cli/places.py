@@ -76,7 +76,7 @@ def _would_be_lost(path: Path, target: Path, inputs: Sequence[Path]) -> str | No
 
 
 def data_folder(given: Path | None, run: Path | None = None) -> Path:
-    """The folder that the user names; else the one that the run was trained from; else the user's cache."""
+    """The folder that the user names; else the one that the run was trained from; else the usual one."""
     if given is not None:
         return expand(given)
     if run is not None and run.is_dir():
@@ -85,7 +85,8 @@ def data_folder(given: Path | None, run: Path | None = None) -> Path:
         recorded = RunDir(run).recorded("data_dir")
         if recorded is not None and Path(recorded).is_dir():
             return Path(recorded)
-    return user_cache()
+    named = os.environ.get("CIFAR100_DATA_DIR")
+    return expand(Path(named)) if named else user_cache()
 
 
 def cache_dir() -> Path:
@@ -105,7 +106,7 @@ def check_minutes(minutes: float, config: "Config") -> None:
 
 def check_device(name: str) -> str:
     """A device by its name, or `UsageError`. Whether there is one is asked later."""
-    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?|mps", name):
+    if not isinstance(name, str) or not re.fullmatch(r"auto|cpu|cuda(:(0|[1-9][0-9]?))?|mps", name):
         raise UsageError(f"--device {name}: must be auto, cpu, cuda, cuda:N or mps")
     return name
 

@@ -130,7 +130,10 @@ def collect(folders: Sequence[Path]) -> Report:
     paths: dict[Path, Path] = {}
     unusable = []
     for folder in folders:
-        look(folder)
+        try:
+            look(folder)
+        except OSError as error:
+            raise DataError(f"{folder}: {error.strerror}") from None
         if not folder.is_dir():
             raise DataError(
                 f"{folder}: there is no such folder of runs; `cifar100 train` makes them, and "

@@ -401,6 +401,17 @@ def same_run(root: Path, preset: str, config: Config, teacher: str | None) -> Ru
     return max(found, key=lambda run: (run.complete, (run.path / CONFIG).stat().st_mtime_ns), default=None)
 
 
+def refuse_other_settings(run: RunDir, asked: Config, own: Config) -> None:
+    """A run goes on as it was begun: raise `UsageError` for a setting that is not the run's own."""
+    changed = differences(asked, own)
+    if changed:
+        key, (wanted, has) = next(iter(changed.items()))
+        raise UsageError(
+            f"--resume goes on with the run's own settings, and {run.path} has {key} = {has}, not {wanted}; "
+            "leave the flag out, or start a new run"
+        )
+
+
 def begun_by(root: Path, preset: str, config: Config, launch: str | None) -> RunDir | None:
     """The run of this preset and of these settings that this torchrun command began last, if it has begun one.
 

@@ -71,7 +71,7 @@ class Expected(Section):
 class Data(Section):
     """Which images the model sees."""
 
-    dataset: DatasetName = "cifar100"
+    dataset: DatasetName = Field("cifar100", description="what is trained on; synthetic: drawn shapes")
     image_size: Integer = Field(32, ge=16, le=1024, description="side in pixels; images are resized to it")
     batch_size: Integer = Field(250, ge=1, le=65536, description="images in a training step")
     fraction: Number = Field(1.0, gt=0, le=1, description="share of each class's training images that is used")
@@ -141,8 +141,10 @@ class Model(Section):
 class Loss(Section):
     """What training minimises."""
 
-    name: Literal["cross_entropy", "arcface", "cosface"] = "cross_entropy"
-    label_smoothing: Number = Field(0.0, ge=0, lt=1)
+    name: Literal["cross_entropy", "arcface", "cosface"] = Field(
+        "cross_entropy", description="arcface and cosface: with a margin between classes, on a cosine head"
+    )
+    label_smoothing: Number = Field(0.0, ge=0, lt=1, description="share of a label that all classes have alike")
     scale: Number = Field(8.0, gt=0, le=1000, description="of the cosines that a cosine head gives")
     margin: Number = Field(0.35, ge=0, le=1.5, description="radians for arcface; a cosine for cosface")
     gradient: Literal["exact", "straight_through"] = Field("exact", description="of arcface's margin")
@@ -154,7 +156,9 @@ class Distillation(Section):
     teacher: FilePath | None = Field(None, description="a run or checkpoint of the same classes")
     alpha: Number = Field(0.7, ge=0, le=1, description="weight of the teacher's term; the labels' is 1 - alpha")
     temperature: Number = Field(4.0, gt=0, le=100, description="both softmaxes are taken at logits / temperature")
-    form: Literal["plain", "decoupled"] = "plain"
+    form: Literal["plain", "decoupled"] = Field(
+        "plain", description="decoupled: the true class, and the others among themselves, each with a weight"
+    )
     target_weight: Number = Field(1.0, ge=0, le=1000, description="decoupled: of the true class against the rest")
     nontarget_weight: Number = Field(8.0, ge=0, le=1000, description="decoupled: among the other classes")
     standardize: bool = Field(False, description="first bring each image's logits to mean 0 and deviation 1")
@@ -190,7 +194,7 @@ class Optimizer(Section):
         "adamw", description="muon: for hidden layers' matrices and filters, and an auxiliary one for the rest"
     )
     lr: Number = Field(0.001, gt=0, le=100, description="learning rate, at its highest")
-    weight_decay: Number = Field(0.0001, ge=0, le=10)
+    weight_decay: Number = Field(0.0001, ge=0, le=10, description="of adamw and muon: apart from the gradient")
     decay_norms: bool = Field(True, description="weight decay on biases, norms and all that has one dimension, too")
     layer_decay: Number = Field(1.0, gt=0, le=1, description="of the rate, from each layer to the one before it")
     betas: tuple[
@@ -238,12 +242,14 @@ class Schedule(Section):
 class Train(Section):
     """How long, in which precision, and which epoch's weights are kept."""
 
-    epochs: Integer = Field(200, ge=1, le=100_000)
+    epochs: Integer = Field(200, ge=1, le=100_000, description="passes over the training images")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of matrix products; fp16 scales the loss by itself, so that gradients do not vanish"
     )
     ema: Number = Field(0.0, ge=0, lt=1, description="decay of a moving average of the weights, kept in their place")
-    select: Literal["best_test", "best_val", "last"] = "last"
+    select: Literal["best_test", "best_val", "last"] = Field(
+        "last", description="whose weights are kept: the epoch best on the test set, on held-out images, or the last"
+    )
     watch_test: bool = Field(False, description="measure the test set in every epoch, and choose nothing by it")
     compile: Literal["auto", "off", "graph", "inductor"] = Field(
         "auto", description="steps as one CUDA graph; inductor: with kernels compiled by torch.compile besides"
@@ -283,7 +289,7 @@ class Config(Section):
     description: Text = ""
     published: Published | None = None
     expected: Expected | None = None
-    seed: Integer = Field(0, ge=0, lt=MOST_SEEDS)
+    seed: Integer = Field(0, ge=0, lt=MOST_SEEDS, description="of all that is random")
     data: Data = Data()
     augment: Augment = Augment()
     model: Model = Model()

@@ -12,6 +12,7 @@ from cifar100cli.console import percent
 
 if TYPE_CHECKING:
     from cifar100cli.ablation import Ablation
+    from cifar100cli.config import Key
     from cifar100cli.schema import Config
 
 
@@ -349,6 +350,27 @@ def presets(configs: Mapping[str, "Config"], json: bool) -> None:
         right=(1, 2, 3),
     )
     console.result("?: a goal, not measured yet")
+
+
+def keys(found: Sequence["Key"], json: bool) -> None:
+    """What `--set` takes, section by section."""
+    if json:
+        console.result_json({"keys": [asdict(key) for key in found]})
+        return
+    sections: dict[str, list[tuple[str, ...]]] = {}
+    for key in found:
+        section, _, name = key.key.rpartition(".")
+        sections.setdefault(section, []).append((name, _as_in_yaml(key.default), key.allowed, key.description))
+    for section, rows in sections.items():
+        title = f"--set {section}.KEY=VALUE" if section else "--set KEY=VALUE"
+        console.table(title, ("key", "default", "may be", "what it is"), rows)
+
+
+def _as_in_yaml(value: object) -> str:
+    """A value as `--set` takes it."""
+    if isinstance(value, tuple):
+        return f"[{', '.join(map(_as_in_yaml, value))}]"
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _expected(preset: "Config") -> str:

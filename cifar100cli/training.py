@@ -65,7 +65,7 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
         left_out = ablation.without(chosen.config, blocks)
     in_turn = _in_turn(chosen, given["seeds"])
     if given["print_config"]:
-        config = _as_a_preset(chosen, load_preset(given["preset"] or default_preset))
+        config = _as_a_preset(chosen, given["preset"] or default_preset)
         if json:
             console.result_json(config.model_dump(mode="json"))
         else:
@@ -109,11 +109,15 @@ def _check_minutes(given: Mapping[str, Any], overrides: Sequence["Override"]) ->
         raise UsageError("--minutes measures one device: with torchrun, say how many --epochs")
 
 
-def _as_a_preset(chosen: "Preset", original: "Preset") -> "Config":
+def _as_a_preset(chosen: "Preset", name: str) -> "Config":
     """A configuration to be kept in a file; a figure of the preset that it comes from is not that of other settings."""
-    from cifar100cli.config import departures, without_figures
+    from cifar100cli.config import departures, load_preset, without_figures
 
-    return without_figures(chosen.config) if departures(chosen.config, original.config) else chosen.config
+    try:
+        changed = departures(chosen.config, load_preset(name).config)
+    except UsageError:  # it is whole with the flags alone
+        return without_figures(chosen.config)
+    return without_figures(chosen.config) if changed else chosen.config
 
 
 def _check_command(command: str, chosen: "Preset", overrides: Sequence["Override"]) -> None:
@@ -174,11 +178,14 @@ def _ablate(
     not keep the others: that may be just what a block is for.
     """
     from cifar100cli import ablation, checkpoint, teachers
+    from cifar100cli.config import shipped, without_figures
     from cifar100cli.runs import same_run
 
     chosen, teacher = in_turn[0], None
     if chosen.config.distillation is not None:
         teacher = teachers.digest(checkpoint.load_model(Path(chosen.config.distillation.required_teacher())))
+    if shipped(chosen.name) is None:  # a figure of the user's own preset is not that of other settings
+        left_out = {name: without_figures(config) for name, config in left_out.items()}
     settings = {"": chosen.config, **left_out}
     plan = [(name, preset.config.seed) for preset in in_turn for name in settings]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
@@ -278,6 +285,8 @@ def _check_weights(path: Path) -> None:
 def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str) -> None:
     if given["dry_run"] or given["print_config"]:
         raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
+    from cifar100cli.runs import refuse_other_settings
+
     meant = ranks.on_first(lambda: _run_to_resume(given, overrides, SECTIONS.get(command, (None,))[0]))
     run, own = meant.run, meant.own
     if command in SECTIONS and getattr(own, SECTIONS[command][0]) is None:
@@ -285,9 +294,12 @@ def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str)
             f"{command}: {run.path} is a run of {run.preset}, which {SECTIONS[command][1]}; "
             f"resume it with: cifar100 train --resume {console.argument(run.path)}"
         )
+    refuse_other_settings(run, meant.asked, own)
     if run.complete:
         _check_result(run)
         console.log(f"{run.path} is complete already; nothing is left to train")
+        show.training({**run.result(), "run_dir": str(run.path)}, own, given["json"])  # it may have been moved since
+        return
     try:
         where = places.where(meant.data_dir, given["out"], meant.device)
     except UsageError as error:
@@ -299,7 +311,6 @@ def _resume(given: Mapping[str, Any], overrides: list["Override"], command: str)
         ) from None
     from cifar100cli import workflows
 
-    workflows.refuse_other_settings(run, meant.asked, own)
     with console.TrainingDisplay(run.preset) as display, _tracked(display, given["log"]) as watcher:
         result = workflows.resume(run, where, watcher, own.distillation.teacher if own.distillation else None)
     show.training(result, own, given["json"])
@@ -327,7 +338,7 @@ def _run_to_resume(given: Mapping[str, Any], overrides: list["Override"], sectio
     from cifar100cli.runs import CONFIG, TEACHER_DIGEST, RunDir, latest_unfinished
 
     name, device = given["resume"], given["device"]
-    preset = load_preset(given["preset"]) if given["preset"] else None
+    preset = load_preset(given["preset"], overrides) if given["preset"] else None
     if name == "last":
         run = latest_unfinished(expand(given["out"]), preset.name if preset else None, section)
     else:
@@ -351,7 +362,10 @@ def _run_to_resume(given: Mapping[str, Any], overrides: list["Override"], sectio
         known = run.recorded(TEACHER_DIGEST) is not None  # by which it is known wherever it is now
         teacher = (asked.distillation if known else own.distillation).required_teacher()
         own = with_teacher(own, teacher)
-        look(Path(teacher))
+        try:
+            look(Path(teacher))
+        except OSError as error:
+            raise DataError(f"{teacher}: {error.strerror}") from None
         if not Path(teacher).exists():
             raise DataError(f"{teacher}: the run's teacher is not there: --teacher says where it is now")
     if device == "auto" and ranks.count() == 1:

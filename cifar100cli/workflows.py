@@ -14,7 +14,7 @@ from cifar100cli import checkpoint, console, devices, evaluation, images, machin
 from cifar100cli.card import read_card
 from cifar100cli.catalog import DatasetName
 from cifar100cli.classifier import PICTURES, Classifier
-from cifar100cli.config import Preset, differences, with_teacher
+from cifar100cli.config import Preset, with_teacher
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
 from cifar100cli.jobs import Where, prepare
 from cifar100cli.models import count_parameters
@@ -130,17 +130,6 @@ def _what_is_left(run: RunDir) -> _Left:
         with contextlib.suppress(DataError):  # where the last epoch is the best, the file is written anew
             unseen = read_card(run.path / MODEL).unseen
     return _Left(result, config, run.recorded("precision"), state, unseen)
-
-
-def refuse_other_settings(run: RunDir, asked: Config, own: Config) -> None:
-    """A run goes on as it was begun: raise `UsageError` for a setting that is not the run's own."""
-    changed = differences(asked, own)
-    if changed:
-        key, (wanted, has) = next(iter(changed.items()))
-        raise UsageError(
-            f"--resume goes on with the run's own settings, and {run.path} has {key} = {has}, not {wanted}; "
-            "leave the flag out, or start a new run"
-        )
 
 
 def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:

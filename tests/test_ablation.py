@@ -381,6 +381,17 @@ def test_the_report_finds_ablations(tmp_path: Path, capsys: pytest.CaptureFixtur
         assert any(line.endswith("within noise") for line in lines)
 
 
+def test_a_figure_of_ones_own_preset_is_not_that_of_what_is_left(run_cli: Cli) -> None:
+    Path("mine.yaml").write_text(
+        "{data: {dataset: synthetic, batch_size: 64}, model: {backbone: test_resnet}, loss: {label_smoothing: 0.1}, "
+        "train: {epochs: 1, precision: fp32}, published: {top1: 0.5}}"
+    )
+    outcome = run_cli("train", "--preset", "./mine.yaml", "--ablate", "label_smoothing", "--device", "cpu", "--json")
+    assert outcome.code == 0, outcome.err
+    published = [runs.RunDir(run).config().published for run in runs.find_runs(Path("runs"))]
+    assert sorted(figure is None for figure in published) == [False, True]
+
+
 def test_the_report_finds_the_base_of_ones_own_preset(tmp_path: Path) -> None:
     """The one that the others lack something of; several runs of a seed count as one."""
     for seed, top1 in ((0, 0.50), (1, 0.54), (1, 0.56)):

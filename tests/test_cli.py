@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from cifar100cli import __version__, checkpoint, page, places, synthetic
+from cifar100cli import __version__, checkpoint, config, page, places, synthetic
 from cifar100cli.card import KEY
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.config import load_preset
@@ -264,6 +264,24 @@ def test_presets(run_cli: Cli) -> None:
     assert yaml.safe_load(run_cli("presets", "resnet18-wd01").out)["optimizer"]["weight_decay"] == 0.1
 
 
+def test_every_key_is_listed_with_what_it_is(run_cli: Cli) -> None:
+    found = json.loads(run_cli("presets", "--keys", "--json").out)["keys"]
+    assert [key["key"] for key in found] == config.keys()
+    for key in found:
+        assert key["allowed"], key
+        assert key["description"], key
+    assert {
+        "key": "optimizer.lr",
+        "default": 0.001,
+        "allowed": "a number, above 0 and at most 100",
+        "description": "learning rate, at its highest",
+    } in found
+    shown = run_cli("presets", "--keys").out
+    assert "--set optimizer.KEY=VALUE" in shown
+    assert re.search(r"^nesterov +true +true or false +sgd and muon: look ahead", shown, re.MULTILINE)
+    assert re.search(r"^betas +\[0.9, 0.999\] ", shown, re.MULTILINE)
+
+
 def test_version_and_help(run_cli: Cli) -> None:
     assert run_cli("--version").out.strip() == f"cifar100 {__version__}"
     for arguments in (["--help"], [], ["train", "--help"], ["download", "-h"]):
@@ -318,6 +336,13 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["train", "--out", "x" * 300], 1, "File name too long; --out or CIFAR100_RUNS_DIR names another place"),
         (["report", ".", "--out", "x" * 300 + ".md"], 2, "File name too long; choose another name"),
         (["train", "--device", "gpu"], 2, "auto, cpu, cuda, cuda:N or mps"),
+        (["train", "--device", "cuda:01"], 2, "auto, cpu, cuda, cuda:N or mps"),
+        (["train", "--device", "cuda:256"], 2, "auto, cpu, cuda, cuda:N or mps"),  # PyTorch would make 0 of it
+        (["train", "--device", "cuda:\uff11"], 2, "auto, cpu, cuda, cuda:N or mps"),
+        (["train", "--weights", "n" * 300], 3, "File name too long"),
+        (["predict", "nowhere", "n" * 300], 3, "no such run or checkpoint"),
+        (["report", "n" * 300], 3, "File name too long"),
+        (["presets", "quickstart", "--keys"], 2, "leave the name out"),
         (["train", "--dry-run", "--resume", "last"], 2, "--dry-run"),
         (["train", "--resume", "last"], 3, "no unfinished run"),
         (["report", ".", "--check", "inf"], 2, "less than or equal to 100"),
@@ -514,6 +539,9 @@ def test_a_user_without_a_home(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
         assert "no home folder is known here: set HOME, or CIFAR100_DATA_DIR and CIFAR100_CACHE_DIR" in outcome.err
     told = run_cli("train", "--preset", "resnet18-baseline", "--data-dir", "mine").err
     assert "`cifar100 download --data-dir mine`" in told
+    for folder in ("CIFAR100_DATA_DIR", "CIFAR100_CACHE_DIR"):
+        monkeypatch.setenv(folder, "mine")
+    assert places.where(None, Path("runs"), "cpu").data_dir == Path("mine"), "predict and bench name no folder"
 
 
 def test_too_little_memory_for_pytorch(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,7 +61,7 @@ def test_scalars_mean_what_a_user_means(tmp_path: Path, text: str, key: str, val
         ("lr: 1", ["'lr'", "did you mean optimizer.lr?"]),
         ("optimizer: {learning_rate: 1}", ["'optimizer.learning_rate'", "did you mean optimizer.lr?"]),
         ("model: {arch: resnet18}", ["'model.arch'", "did you mean model.backbone?"]),
-        ("zzz: 1", ["'zzz'", "--print-config"]),
+        ("zzz: 1", ["'zzz'", "presets --keys"]),
         ("optimizer: {name: adanw}", ["optimizer.name", "adanw", "adamw, adam, sgd", "did you mean adamw?"]),
         ("optimizer: {lr: -1}", ["optimizer.lr", "-1", "above 0"]),
         ("optimizer: {lr: .nan}", ["optimizer.lr", ".nan", "a number"]),

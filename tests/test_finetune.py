@@ -508,6 +508,35 @@ def test_a_stem_of_our_own_is_taken_over(tmp_path: Path) -> None:
     assert torch.equal(second.state_dict()["conv1.weight"], model.state_dict()["conv1.weight"])
 
 
+def test_a_cache_that_cannot_be_is_refused_by_a_dry_run_too(tmp_path: Path) -> None:
+    def tried(dry: bool, **finetune: str) -> list[str]:
+        watcher = Listening()
+        job = make_preset(
+            finetune=finetune, model={"backbone": "test_vit", "pretrained": False}, data={"image_size": 160}
+        )
+        jobs.prepare(job, where(tmp_path), watcher, dry=dry)
+        return watcher.said
+
+    for dry in (True, False):
+        with pytest.raises(UsageError, match=r"cache = on is not possible: test_vit is no chain of stages"):
+            tried(dry, unfreeze="layer4", cache="on")
+        with pytest.raises(UsageError, match=r"cache = on is not possible: everything learns"):
+            tried(dry, unfreeze="all", cache="on")
+        assert any(
+            "runs in every epoch, because test_vit is no chain" in said for said in tried(dry, unfreeze="layer4")
+        )
+        assert not any("every epoch" in said for said in tried(dry, unfreeze="all"))
+
+
+def test_pixels_that_are_asked_for_are_above_those_of_the_weights(run_cli: Cli) -> None:
+    first = json.loads(run_cli("train", *TINY, "--epochs", "1", "--json").out)["run_dir"]
+    Path("mine.yaml").write_text("data: {normalize: values, mean: [0.1, 0.1, 0.1], std: [0.5, 0.5, 0.5]}\n")
+    asked = ("--set", "data.mean=[0.2, 0.2, 0.2]", "--print-config")
+    taken = run_cli("train", "--preset", "./mine.yaml", "--weights", f"{first}/model.safetensors", *asked)
+    data = yaml.safe_load(taken.out)["data"]
+    assert (data["mean"], data["std"]) == ([0.2] * 3, [0.5] * 3)
+
+
 def test_a_new_stem_is_not_frozen(tmp_path: Path) -> None:
     """Behind random filters and their batch norm's foreign statistics nothing that is frozen means anything."""
     plain = create_model(Config.model_validate({"model": {"backbone": "resnet18"}}), classes=10)
