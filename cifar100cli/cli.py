@@ -480,7 +480,7 @@ def presets(
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
 ) -> None:
-    """List the presets, show one as YAML, or list the keys that one may have.
+    """List the presets or their keys, or show one as YAML.
 
     Example: cifar100 presets resnet18-baseline > mine.yaml
     """
