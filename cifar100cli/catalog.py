@@ -7,6 +7,7 @@ from typing import Literal
 
 from cifar100cli.errors import FolderError
 
+SIDE = 32  # of CIFAR's images, in pixels
 DatasetName = Literal["cifar100", "cifar10", "synthetic"]
 
 

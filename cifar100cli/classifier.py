@@ -12,9 +12,9 @@ from PIL.Image import Image as Picture
 from torch import Tensor, nn
 
 from cifar100cli import devices, evaluation, images, metrics
+from cifar100cli.catalog import SIDE
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.errors import DataError, UsageError
-from cifar100cli.images import SIDE
 from cifar100cli.jobs import Where
 from cifar100cli.loader import Preprocessing
 from cifar100cli.options import expand

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-SIDE = 32  # of CIFAR's images
+from cifar100cli.catalog import SIDE
+
 CELL = 4  # pixels; from afar, an image is the mean colours of its cells
 BLUR = 5  # pixels; detail is what a mean over so many takes away
 FURTHEST = 4  # pixels that a twin may be moved by, each way

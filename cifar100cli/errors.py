@@ -57,13 +57,18 @@ class ChangedWeights(UserWarning):
     """A model's weights are not those that training wrote; the command line shows it as a line."""
 
 
+def exit_code_of(stop: KeyboardInterrupt) -> int:
+    """128 and the signal's number, as shells have it; a `KeyboardInterrupt` that says nothing is Ctrl-C's."""
+    return int(getattr(stop, "exit_code", 130))
+
+
 class RunInterrupted(KeyboardInterrupt):
     """Training was stopped by a signal; what was finished is saved. Without a folder the run had not begun."""
 
     def __init__(self, run_dir: Path | None, finished: int, epochs: int, cause: KeyboardInterrupt) -> None:
         super().__init__(f"stopped after {finished} of {epochs} epochs")
         self.run_dir, self.finished, self.epochs, self._cause = run_dir, finished, epochs, cause
-        self.exit_code = cause.exit_code if isinstance(cause, Terminated) else 130
+        self.exit_code = exit_code_of(cause)
 
     def __reduce__(self) -> tuple[Any, ...]:  # from one process to another
         return type(self), (self.run_dir, self.finished, self.epochs, self._cause)
@@ -75,7 +80,7 @@ class DownloadInterrupted(KeyboardInterrupt):
     def __init__(self, text: str, cause: KeyboardInterrupt) -> None:
         super().__init__(text)
         self._cause = cause
-        self.exit_code = cause.exit_code if isinstance(cause, Terminated) else 130
+        self.exit_code = exit_code_of(cause)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (str(self), self._cause)

@@ -22,8 +22,8 @@ from cifar100cli.errors import (
     DownloadInterrupted,
     FolderError,
     RunInterrupted,
-    Terminated,
     UsageError,
+    exit_code_of,
     nearest,
 )
 
@@ -167,17 +167,17 @@ def _torchs_message(error: RuntimeError | MemoryError) -> str:
 
 def _report_stop(stop: KeyboardInterrupt) -> int:
     if ranks.rank() > 0:  # rank 0 tells it
-        return getattr(stop, "exit_code", 130)
+        return exit_code_of(stop)
     if isinstance(stop, RunInterrupted):
         if stop.run_dir is None:
             console.error("interrupted before the run began: nothing was saved; start it again")
-            return stop.exit_code
+            return exit_code_of(stop)
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
         console.error(f"interrupted: {saved}; resume with: cifar100 train --resume {console.argument(stop.run_dir)}")
-        return stop.exit_code
+        return exit_code_of(stop)
     told = f": {stop}" if isinstance(stop, DownloadInterrupted) else ""
     console.error(f"interrupted{told}")
-    return stop.exit_code if isinstance(stop, Terminated | DownloadInterrupted) else 130
+    return exit_code_of(stop)
 
 
 def _usage_message(error: Any) -> str:

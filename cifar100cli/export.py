@@ -15,10 +15,10 @@ import torch
 from cifar100cli import __version__, checkpoint
 from cifar100cli.atomic import replacing
 from cifar100cli.card import Card
+from cifar100cli.catalog import SIDE
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.classifier import ImagesToLogits
 from cifar100cli.errors import CifarError, UsageError
-from cifar100cli.images import SIDE
 from cifar100cli.unrolled import as_pytorch_computes
 
 EXTRA = ("onnx", "onnxscript", "onnxruntime")

@@ -14,12 +14,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar100cli.bounded import look, one_line, walk
+from cifar100cli.catalog import SIDE
 from cifar100cli.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
 
-SIDE = 32  # of CIFAR's images
 STANDARD_INPUT = Path("-")
 MOST_PIXELS = 100_000_000
 MOST_JPEG_PIXELS = 400_000_000  # decoded at an eighth of their size

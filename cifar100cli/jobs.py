@@ -81,7 +81,7 @@ def prepare(
     evaluation = {}
     if held_out is not None:
         evaluation["val"] = evaluation_loader(held_out, device, preprocessing)
-    if config.train.select == "best_test" or config.train.watch_test:  # else the test set is looked at once, at the end
+    if config.train.measures_test:  # else the test set is looked at once, at the end
         evaluation["test"] = test_loader
     loaders = Loaders(train_loader, evaluation)
     task = create_task(config.loss)

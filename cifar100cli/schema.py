@@ -257,6 +257,11 @@ class Train(Section):
     deterministic: bool = Field(False, description="only kernels that give the same bits every time, if slower")
     sync_batch_norm: bool = Field(True, description="with torchrun: batch statistics of all ranks, as on one device")
 
+    @property
+    def measures_test(self) -> bool:
+        """Whether every epoch is measured on the test set: to choose by it, as the tutorial does, or to watch it."""
+        return self.select == "best_test" or self.watch_test
+
 
 # Keys that say how another key's work is done: that key, its values at which it does any (None: any but null), and
 # they. At others they do nothing, and stay as they are: a preset's own must not be in the way of one flag.

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar100cli.catalog import DATASETS
+from cifar100cli.catalog import DATASETS, SIDE
 
-SIDE = 32
 _ABOUT = DATASETS["synthetic"]
 TRAIN_PER_CLASS = _ABOUT.training_images // _ABOUT.classes
 TEST_PER_CLASS = _ABOUT.test_images // _ABOUT.classes

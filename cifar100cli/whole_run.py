@@ -37,7 +37,7 @@ def full_run(config: Config, rates: Rates) -> dict[str, float]:
     network's. Steps are compiled anew for each size of images.
     """
     (images, held_out), tested = images_of(config), DATASETS[config.data.dataset].test_images
-    looks = held_out + (tested if config.train.select == "best_test" or config.train.watch_test else 0)
+    looks = held_out + (tested if config.train.measures_test else 0)
     epochs = config.train.epochs
     work = fmean(config.work_in(epoch) for epoch in range(1, epochs + 1))
     sizes = {config.image_size_in(epoch) for epoch in range(1, epochs + 1)}
