@@ -234,6 +234,8 @@ def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence
     # Runs may share all settings, and not the figure that some of them were told to leave out.
     published = next((one.published for one in figures if one.published), None)
     expected = next((one.expected for one in figures if one.expected), None)
+    if expected is not None and ours is not None:  # a run may be older than what its preset is expected to reach now
+        expected = ours.expected
     own_dataset = (ours or config).data.dataset
     top1 = list(measured.top1.values())
     mean = fmean(top1)
