@@ -49,7 +49,8 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # mkstemp made it private
+        with contextlib.suppress(PermissionError):  # shares of other systems keep modes of their own
+            temporary.chmod(0o666 & ~_umask())  # mkstemp made it private
         temporary.replace(path)
     except OSError as error:
         remove_quietly(temporary)

@@ -4,6 +4,7 @@ Source of format and figures: https://www.cs.toronto.edu/~kriz/cifar.html
 """
 
 import contextlib
+import hashlib
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -81,9 +82,12 @@ def find(name: str, data_dir: Path) -> Path:
     except OSError as error:
         _refuse(folder, error.strerror or str(error))
     if not found:
+        if data_dir.resolve().name == FOLDERS[name]:
+            parent = shlex.quote(str(data_dir.parent))
+            raise DataError(f"{data_dir}: is the data set's own folder; name the one above it: --data-dir {parent}")
         raise DataError(
-            f"{TITLES[name]} is not in {data_dir}: run `{_download(name, data_dir)}`, or point --data-dir at it "
-            "(`cifar100 train --dataset synthetic` needs no download)"
+            f"{TITLES[name]} is not in {data_dir}: run `{_download(name, data_dir)}`, or point --data-dir at the "
+            f"folder that holds {FOLDERS[name]} (`cifar100 train --dataset synthetic` needs no download)"
         )
     return folder
 
@@ -196,6 +200,15 @@ def _by_class(labels: NDArray[np.int64], generator: np.random.Generator) -> Iter
     """The positions of each class's images, shuffled."""
     for label in range(int(labels.max()) + 1):
         yield generator.permutation(np.flatnonzero(labels == label))
+
+
+def digest(dataset: Dataset) -> str:
+    """What tells a data set's images and labels, in their order, from all others: their sha256."""
+    found = hashlib.sha256()
+    for split in (dataset.train, dataset.test):
+        found.update(np.ascontiguousarray(split.images).data)
+        found.update(np.ascontiguousarray(split.labels).data)
+    return found.hexdigest()
 
 
 def hold_out(split: Split, share: float) -> tuple[Split, Split | None]:

@@ -154,10 +154,13 @@ def install(
         raise DataError(f"{found.path}: is of another archive than that of --sha256 {sha256}; --force replaces it")
 
     if installed := in_place():
+        if source is not None:
+            log(f"{source}: not read, since a data set is in place already; --force replaces it")
         return installed
     _make_folder(data_dir)
     part = Part(data_dir / f"{archive.filename}.part")
-    with _in_words(data_dir, part.path), _locked(data_dir / f".download-{archive.dataset}.lock", archive.dataset, log):
+    under_way = part.path if source is None else None
+    with _in_words(data_dir, under_way), _locked(data_dir / f".download-{archive.dataset}.lock", archive.dataset, log):
         final = data_dir / archive.folder
         new, old = data_dir / f".{archive.dataset}-new", data_dir / f".{archive.dataset}-old"
         _repair(final, new, old)
@@ -195,11 +198,11 @@ def install(
 
 
 @contextlib.contextmanager
-def _in_words(data_dir: Path, part: Path) -> Iterator[None]:
+def _in_words(data_dir: Path, part: Path | None) -> Iterator[None]:
     """What ends an installation that is under way: where, what is kept of it, and what to do."""
 
     def kept() -> int:
-        return part.stat().st_size if part.is_file() else 0
+        return part.stat().st_size if part is not None and part.is_file() else 0
 
     try:
         yield

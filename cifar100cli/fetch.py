@@ -288,7 +288,7 @@ def fetch(
         except _FailedError as error:
             reasons[url] = str(error)
             failures = 0 if part.size >= before + PROGRESS else failures + 1
-            if failures >= retries:
+            if failures >= max(retries, len(waiting)):  # every mirror has its turn
                 break
             waiting.rotate(-1)
             ready[url] = time.monotonic() + error.retry_after

@@ -104,7 +104,8 @@ class _Listener:
         self._say, self._grace = say, grace
         self._forgiven = 0
         self._reading, self._writing = os.pipe()
-        os.set_blocking(self._writing, False)
+        if os.name != "nt":  # where `set_wakeup_fd` takes any, and Python 3.11 knows no other
+            os.set_blocking(self._writing, False)
         self._before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         threading.Thread(target=self._listen, name="signals", daemon=True).start()
 

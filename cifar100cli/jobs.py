@@ -105,6 +105,7 @@ def prepare(
         parted=parted,
         step_mode=_step_mode(config, model, train_loader, images or train_loader.count, watcher),
         teacher=teachers.digest(saved_teacher) if saved_teacher is not None else None,
+        images=datasets.digest(dataset),
     )
 
 

@@ -13,7 +13,7 @@ from cifar100cli.bounded import look
 from cifar100cli.config import TEACHER, departures, flat, preset_names, shipped, with_own_figures, with_teacher
 from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
-from cifar100cli.runs import TEACHER_DIGEST, RunDir, find_runs
+from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, RunDir, find_runs
 from cifar100cli.schema import SPLIT_OF, Config
 
 SPLITS = {"train": "training", "val": "held-out", "test": "test"}
@@ -123,6 +123,8 @@ class _Complete:
     metrics: list[dict[str, Any]]
     teacher: str | None
     """The digest of the teacher's weights, of a run that has one and says so."""
+    images: str | None
+    """The digest of its data set, which older runs do not tell."""
 
 
 def collect(folders: Sequence[Path]) -> Report:
@@ -155,10 +157,11 @@ def collect(folders: Sequence[Path]) -> Report:
             unusable.append(run)
         else:
             complete.append(run)
-    groups: dict[str, list[_Complete]] = {}
+    alike: dict[str, list[_Complete]] = {}
     for run in _with_named_teachers(complete):
         settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None, "expected": None})
-        groups.setdefault(f"{run.preset}\n{settings.model_dump_json()}", []).append(run)
+        alike.setdefault(f"{run.preset}\n{settings.model_dump_json()}", []).append(run)
+    groups = [part for group in alike.values() for part in _by_images(group)]
     ours = set(preset_names())
 
     def place(row: Row) -> tuple[bool, str, bool]:
@@ -170,10 +173,10 @@ def collect(folders: Sequence[Path]) -> Report:
         ablation.setting_of(
             group[0].preset, group[0].config, [{**run.result, "run_dir": str(run.path)} for run in group]
         )
-        for group in groups.values()
+        for _, group in groups
     ]
-    apart = _apart(groups.values())
-    rows = [_row(group, setting, apart) for group, setting in zip(groups.values(), measured, strict=True)]
+    apart = _apart([group for _, group in groups])
+    rows = [_row(group, setting, apart, data) for (data, group), setting in zip(groups, measured, strict=True)]
     return Report(sorted(rows, key=place), unusable, ablation.find(measured))
 
 
@@ -194,7 +197,27 @@ def _read(path: Path) -> _Complete | Unusable:
     if not isinstance(ranks, int) or not 1 <= ranks < 1e6:
         raise DataError(f"{path}: its number of ranks is not right")
     hardware = f"{f'{ranks} x ' if ranks != 1 else ''}{device}, {result['precision']}"
-    return _Complete(path, run.preset, config, result, hardware, run.metrics(), run.recorded(TEACHER_DIGEST))
+    return _Complete(
+        path,
+        run.preset,
+        config,
+        result,
+        hardware,
+        run.metrics(),
+        run.recorded(TEACHER_DIGEST),
+        run.recorded(DATA_DIGEST),
+    )
+
+
+def _by_images(group: Sequence[_Complete]) -> list[tuple[dict[str, object], list[_Complete]]]:
+    """Runs of the same settings on the same images, and where there are several, what tells their images apart."""
+    known = list(dict.fromkeys(run.images for run in group if run.images is not None))
+    if len(known) < 2:
+        return [({}, list(group))]
+    parts: dict[str, list[_Complete]] = {}
+    for run in group:
+        parts.setdefault(run.images or known[0], []).append(run)
+    return [({"data": f"images {images[:8]}"}, runs) for images, runs in parts.items()]
 
 
 def _with_named_teachers(runs: Sequence[_Complete]) -> list[_Complete]:
@@ -223,7 +246,9 @@ def _apart(groups: Collection[list[_Complete]]) -> dict[str, list[str]]:
     }
 
 
-def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence[str]]) -> Row:
+def _row(
+    group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence[str]], data: Mapping[str, object]
+) -> Row:
     first = group[0]
     ours = shipped(first.preset)
     figures = [run.config if ours is not None else with_own_figures(run.config) for run in group]
@@ -244,7 +269,7 @@ def _row(group: list[_Complete], measured: Setting, apart: Mapping[str, Sequence
     spread = noise.of_one_more(top1)
     return Row(
         preset=first.preset,
-        changes={key: own[key] for key in told},
+        changes={**data, **{key: own[key] for key in told}},
         shipped={key: there for key, (_, there) in changed.items()},
         dataset=config.data.dataset,
         published_top1=published.top1 if published else None,

@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import io
 import json
 import os
@@ -23,6 +24,7 @@ FORMAT = 1  # of a run folder; a newer one is refused
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 TEACHER_DIGEST = "teacher_sha256"  # in it, of a run that is distilled
+DATA_DIGEST = "data_sha256"  # in it, of the images and labels of its data set
 METRICS = "metrics.jsonl"
 TABLE = "metrics.csv"  # the same once more, for spreadsheets
 MODEL = "model.safetensors"
@@ -224,6 +226,8 @@ class RunDir:
     def append_metrics(self, row: Mapping[str, Any]) -> None:
         """Add one epoch's line and bring it to the disk. Raises `DataError` when earlier lines have gone."""
         path = self.path / METRICS
+        if not (self.path / CONFIG).is_file():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
         if len(self.metrics()) != row["epoch"] - 1:
             raise self._lost_lines(row["epoch"])
         try:
@@ -277,7 +281,9 @@ class RunDir:
             raise FolderError(f"{self.path}: another process is training this run right now") from None
         try:
             if not (self.path / CONFIG).is_file():  # which it has had; filelock makes a folder anew that has gone
-                raise FolderError(f"{self.path}: the run's folder is gone, and so is the run: begin it anew")
+                raise FolderError(
+                    f"{self.path}: the run's folder is gone; where it was moved to, --resume goes on with it"
+                )
             for pattern in (".*.tmp", ".tmp*"):  # half-written by a process that was killed: ours, and safetensors'
                 for left in self.path.glob(pattern):
                     left.unlink(missing_ok=True)

@@ -57,6 +57,8 @@ class Job:
     step_mode: StepMode
     teacher: str | None
     """The digest of the teacher's weights, where there is one."""
+    images: str
+    """The digest of the data set."""
 
     @property
     def cast(self) -> Cast:

@@ -175,12 +175,16 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
         if not plain or tensor.dtype not in (_FLOATING if not name.endswith(_COUNTER) else (torch.int64, *_FLOATING)):
             kind = str(tensor.dtype).removeprefix("torch.")
             _refuse(path, f"{one_line(name)} is no plain tensor of floating-point numbers, but of {kind}")
-    tensors = dict(content)
+    return _unwrapped(dict(content))
+
+
+def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Without the names of what stands around the network, however many of them there are."""
     for prefix in _WRAPPERS:
         inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
         # Beside a wrapped network there may be a head, as in our own files; anything else is not a wrapper.
         if inside and all(name.startswith((prefix, "head.")) for name in tensors):
-            tensors = inside
+            return _unwrapped(inside)
     return tensors
 
 

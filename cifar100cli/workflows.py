@@ -20,6 +20,7 @@ from cifar100cli.jobs import Where, prepare
 from cifar100cli.models import count_parameters
 from cifar100cli.runs import (
     CONFIG,
+    DATA_DIGEST,
     ENVIRONMENT,
     LARGEST,
     MODEL,
@@ -54,6 +55,7 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
         with devices.deterministic(preset.config.train.deterministic):
             job = prepare(preset, where, watcher)
             environment = machine.environment(job.device, job.precision, where.data_dir)
+            environment[DATA_DIGEST] = job.images
             if job.teacher is not None:
                 environment[TEACHER_DIGEST] = job.teacher
             run = ranks.on_first(lambda: RunDir.create(where.runs_dir, job.preset, job.config, environment))
@@ -79,6 +81,11 @@ def resume(run: RunDir, where: Where, watcher: Watcher, teacher: str | None = No
                     f"{job.precision}; resume it on the kind of machine that it was begun on"
                 )
             _refuse_other_teacher(job, run)
+            if run.recorded(DATA_DIGEST) not in (None, job.images):
+                raise DataError(
+                    f"{where.data_dir}: holds another {job.card.dataset} than {run.path} was begun with; --data-dir "
+                    "says where that one is, or train anew"
+                )
             return _fit(job, run, watcher)
     except KeyboardInterrupt as stop:
         raise _interrupted(run, config, stop) from None
@@ -186,7 +193,7 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         if not (run.path / CONFIG).is_file():
-            saved = f"the run's folder {run.path} is gone, and so is the run: begin it anew"
+            saved = f"the run's folder {run.path} is gone; where it was moved to, --resume goes on with it"
         else:
             mended = "there is room again" if error.errno in NO_ROOM else "that is mended"
             finished = checkpoint.finished_epochs(run.path / STATE)

@@ -120,8 +120,10 @@ def test_the_report_fits_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     lines = text().splitlines()
     tables = [line for line in lines if not line.startswith(("[", "best on test:", "in brackets:"))]
     assert max(map(len, tables)) <= 80
-    curves = [line for line in lines if re.search(r" 1\.00 +▁\S+█ +40\.00 +40\.00 @40", line)]
+    curves = [line for line in lines if re.search(r" 1\.00 +▁\S+█ +40\.00 ", line)]
     assert len(curves) == 4, "every setting has its curve"
+    best = [line for line in curves if line.endswith(" 40.00 @40")]
+    assert len(best) == 2, "and its best epoch, where one was chosen on these images"
 
 
 def test_durations() -> None:

@@ -87,6 +87,11 @@ def test_unpickles_arrays(protocol: int, dtype: str, order: Any) -> None:
         assert one.dtype == array.dtype
 
 
+def test_the_data_sets_own_folder_is_one_too_deep(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=rf"own folder; name the one above it: --data-dir {tmp_path}$"):
+        datasets.find("cifar100", tmp_path / FOLDERS["cifar100"])
+
+
 class _Calls:
     """Pickles to a call of any function with any arguments."""
 

@@ -261,6 +261,19 @@ def test_mirrors_share_what_has_come(server: Server, tmp_path: Path) -> None:
     assert_complete(tmp_path)
 
 
+def test_a_file_that_is_not_read_is_told(server: Server, tmp_path: Path) -> None:
+    install(tmp_path / "data", server.url("/a", good))
+    (tmp_path / "mine.tar.gz").write_bytes(b"another")
+    listener = Listener()
+    install(tmp_path / "data", source=tmp_path / "mine.tar.gz", sha256=None, listener=listener)
+    assert any("mine.tar.gz: not read" in line and "--force" in line for line in listener.lines)
+
+
+def test_every_mirror_has_its_turn(server: Server, tmp_path: Path) -> None:
+    install(tmp_path, server.url("/a", page), server.url("/b", page), server.url("/c", good), retries=1)
+    assert_complete(tmp_path)
+
+
 @pytest.mark.parametrize("ranges", [True, False])
 def test_a_smaller_archive_does_not_cost_what_has_come(server: Server, tmp_path: Path, ranges: bool) -> None:
     body = gzip.compress(b"another")

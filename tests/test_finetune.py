@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cifar100cli import checkpoint, computed, evaluation, jobs, runs, workflows
+from cifar100cli import checkpoint, computed, datasets, evaluation, jobs, runs, workflows
 from cifar100cli.card import Card
 from cifar100cli.config import Preset, load_preset
-from cifar100cli.errors import CifarError, RunInterrupted, UsageError
+from cifar100cli.errors import CifarError, DataError, RunInterrupted, UsageError
 from cifar100cli.models import create_model
 from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli, Listening, StopAfter, make_preset, only_run, where
@@ -506,6 +507,22 @@ def test_a_stem_of_our_own_is_taken_over(tmp_path: Path) -> None:
     }
     second = create_model(Config.model_validate({"model": section}), classes=3)
     assert torch.equal(second.state_dict()["conv1.weight"], model.state_dict()["conv1.weight"])
+
+
+def test_a_run_goes_on_with_its_own_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A data set of the same shape may lie where its own did, or where a flag or a variable says now."""
+    job = make_preset()
+    with pytest.raises(RunInterrupted):
+        workflows.train(job, where(tmp_path), StopAfter(9))
+    own = datasets.load("synthetic", tmp_path)
+    changed = own.test.images.copy()
+    changed[0, 0, 0, 0] ^= 1
+    other = replace(own, test=replace(own.test, images=changed))
+    with monkeypatch.context() as context:
+        context.setattr(datasets, "load", lambda *_: other)
+        with pytest.raises(DataError, match=r"holds another synthetic than .* was begun with; --data-dir says where"):
+            workflows.resume(only_run(tmp_path), where(tmp_path), Listening())
+    assert workflows.resume(only_run(tmp_path), where(tmp_path), Listening())["complete"]
 
 
 def test_a_cache_that_cannot_be_is_refused_by_a_dry_run_too(tmp_path: Path) -> None:

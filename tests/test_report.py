@@ -198,6 +198,23 @@ def test_a_teacher_is_its_weights(tmp_path: Path) -> None:
     assert [pair.gain for pair in found.pairs] == pytest.approx([0.15, 0.0]), "of one teacher each"
 
 
+def test_runs_on_other_images_are_other_rows(tmp_path: Path) -> None:
+    """A data set of the right shape may lie in another folder. Older runs do not say which theirs was."""
+    for seed, digest in enumerate(("", "a" * 64, "a" * 64, "b" * 64)):
+        run = make_run(tmp_path, "resnet18-baseline", 0.40 + 0.01 * seed, seed)
+        if digest:
+            recorded(run, data_sha256=digest)
+        if seed == 2:
+            (row,) = report.collect([tmp_path]).rows
+            assert (row.changes, row.seeds) == ({}, [0, 1, 2])
+    rows = report.collect([tmp_path]).rows
+    assert {(str(row.changes["data"]), tuple(row.seeds)) for row in rows} == {
+        ("images aaaaaaaa", (0, 1, 2)),
+        ("images bbbbbbbb", (3,)),
+    }
+    assert "(data=images bbbbbbbb)" in report_text.render(report.collect([tmp_path]), "markdown")
+
+
 def test_pairs_are_of_one_teacher(tmp_path: Path) -> None:
     kd = "resnet18-arcface-kd"
     make_run(tmp_path, kd, 0.5, distillation__teacher="a")

@@ -206,6 +206,9 @@ def test_lines_that_vanish_while_training(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="missing or broken before epoch 3"):
         run.append_metrics({"epoch": 3, "train_loss": 1.0})
     assert not (run.path / runs.METRICS).exists()
+    run.path.rename(tmp_path / "elsewhere")  # which takes no line away
+    with pytest.raises(FileNotFoundError):
+        run.append_metrics({"epoch": 3, "train_loss": 1.0})
 
 
 def test_a_lock_on_a_file_that_is_removed_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,12 @@ SAVERS: dict[str, Callable[[State, Path], None]] = {
     "PyTorch, legacy": lambda state, path: torch.save(state, path, _use_new_zipfile_serialization=False),
     "a training checkpoint": lambda state, path: torch.save({"epoch": 3, "state_dict": state}, path),
     "of DataParallel": lambda state, path: torch.save({f"module.{k}": t for k, t in state.items()}, path),
+    "of compiled DataParallel": lambda state, path: torch.save(
+        {f"_orig_mod.module.{k}": t for k, t in state.items()}, path
+    ),
+    "of Lightning, compiled": lambda state, path: torch.save(
+        {"state_dict": {f"model._orig_mod.{k}": t for k, t in state.items()}}, path
+    ),
     "of torch.compile": lambda state, path: torch.save({f"_orig_mod.{k}": t for k, t in state.items()}, path),
     "without counters": lambda state, path: save_safetensors(
         {k: t for k, t in state.items() if "num_batches" not in k}, path
