@@ -168,9 +168,8 @@ def _where(
     device: str, data_dir: AnyPath | None = None, *, runs_dir: AnyPath | None = None, run: Path | None = None
 ) -> Where:
     device = places.check_device(str(device) if isinstance(device, torch.device) else device)
-    data_dir = data_dir or os.environ.get("CIFAR100_DATA_DIR") or None
     return Where(
-        places.data_folder(Path(data_dir) if data_dir is not None else None, run),
+        places.data_folder(Path(data_dir) if data_dir else None, run),
         expand(Path(runs_dir or os.environ.get("CIFAR100_RUNS_DIR") or "runs")),
         places.cache_dir(),
         device,

@@ -76,17 +76,17 @@ def _would_be_lost(path: Path, target: Path, inputs: Sequence[Path]) -> str | No
 
 
 def data_folder(given: Path | None, run: Path | None = None) -> Path:
-    """The folder that the user names; else the one that the run was trained from; else the usual one."""
-    if given is not None:
-        return expand(given)
+    """The folder that the user or the variable names; else the run's own; else the user's cache."""
+    named = given or os.environ.get("CIFAR100_DATA_DIR")
+    if named:
+        return expand(Path(named))
     if run is not None and run.is_dir():
         from cifar100cli.runs import RunDir
 
         recorded = RunDir(run).recorded("data_dir")
         if recorded is not None and Path(recorded).is_dir():
             return Path(recorded)
-    named = os.environ.get("CIFAR100_DATA_DIR")
-    return expand(Path(named)) if named else user_cache()
+    return user_cache()
 
 
 def cache_dir() -> Path:
