@@ -5,7 +5,6 @@ Paths are strings or `Path`s. The folders are those of the commands: an argument
 stderr. What goes wrong is raised: a `CifarError`, whose message names options as the command line does.
 """
 
-import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -14,12 +13,24 @@ from typing import Any
 
 import torch
 
-from cifar100cli import checkpoint, config, console, devices, evaluation, places, ranks, runs, time_limit, workflows
+from cifar100cli import (
+    checkpoint,
+    config,
+    devices,
+    evaluation,
+    folders,
+    places,
+    ranks,
+    runs,
+    time_limit,
+    workflows,
+)
 from cifar100cli.classifier import Classifier
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
+from cifar100cli.display import TrainingDisplay
 from cifar100cli.errors import CifarError, UsageError
-from cifar100cli.jobs import Where
-from cifar100cli.options import expand, with_pretrained
+from cifar100cli.folders import Where, expand
+from cifar100cli.options import with_pretrained
 from cifar100cli.runs import RunDir
 from cifar100cli.watcher import Watcher
 
@@ -75,19 +86,28 @@ def train(
 
 
 def resume(
-    run: AnyPath, *, data_dir: AnyPath | None = None, device: str = "auto", progress: bool = False
+    run: AnyPath,
+    *,
+    teacher: AnyPath | None = None,
+    data_dir: AnyPath | None = None,
+    device: str = "auto",
+    progress: bool = False,
 ) -> dict[str, Any]:
     """Go on with a run that was stopped, to the bits of one that was not; returns what `train` does.
 
-    The data folder and the device are those that the run began with, unless others are named. A complete run is only
-    read. Raises what `train` does, and `DataError` for a folder that is no run of ours or cannot be gone on with.
+    The data folder and the device are those that the run began with, unless others are named; `teacher` is where that
+    of a distillation is now. A complete run is only read. Raises what `train` does, and `DataError` for a folder that
+    is no run of ours or cannot be gone on with.
     """
     opened = RunDir.open(_path("run", run))
+    path = _path("teacher", teacher) if teacher is not None else None
+    if path is not None and opened.recorded(runs.TEACHER_DIGEST) is None:
+        raise UsageError(f"teacher={path}: {opened.path} has none, or does not know it by its weights; leave it out")
     if device == "auto" and ranks.count() == 1:
         device = opened.recorded("device") or device
     where = _where(device, data_dir, run=opened.path)
     with _watcher(opened.preset, progress) as watcher:
-        return workflows.resume(opened, where, watcher)
+        return workflows.resume(opened, where, watcher, str(path.absolute()) if path is not None else None)
 
 
 def evaluate(
@@ -170,8 +190,8 @@ def _where(
     device = places.check_device(str(device) if isinstance(device, torch.device) else device)
     return Where(
         places.data_folder(Path(data_dir) if data_dir else None, run),
-        expand(Path(runs_dir or os.environ.get("CIFAR100_RUNS_DIR") or "runs")),
-        places.cache_dir(),
+        expand(Path(runs_dir)) if runs_dir else folders.runs_dir(),
+        folders.cache_dir(),
         device,
     )
 
@@ -182,7 +202,7 @@ def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
     try:
         with (
             _alone(),
-            console.TrainingDisplay(name) if progress else nullcontext(Watcher()) as watcher,
+            TrainingDisplay(name) if progress else nullcontext(Watcher()) as watcher,
         ):
             yield watcher
     except (RuntimeError, MemoryError) as error:

@@ -17,7 +17,7 @@ import torch
 from cifar100cli import __version__, devices, machine
 from cifar100cli.config import Preset
 from cifar100cli.flops import step_flops
-from cifar100cli.jobs import Where
+from cifar100cli.folders import Where
 from cifar100cli.sides import Sides, cost_of_a_step, take_turn, without_files
 from cifar100cli.tasks import DistillationTask
 from cifar100cli.teachers import CachedTeacher

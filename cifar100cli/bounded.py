@@ -1,18 +1,19 @@
 """Files that nobody vouches for, read within bounds: no pipe holds a reader up, and no file fills the memory."""
 
-import contextlib
 import json
 import os
 import stat
 import unicodedata
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cifar100cli.errors import DataError
+from cifar100cli.errors import CifarError, DataError
 
 DEEPEST_JSON = 20  # containers within containers
 DEEPEST_FOLDER = 32  # folders within folders
+
+Kind = Literal["file", "folder", "other"]
 
 
 def one_line(text: object, most: int = 120) -> str:
@@ -30,6 +31,11 @@ def printable(text: str) -> str:
 
 def _is_harmless(character: str) -> bool:
     return character.isprintable() or unicodedata.category(character) == "Zs" or character in "\u200c\u200d"
+
+
+def not_text(path: Path) -> str | None:
+    """The first part of a path that is not UTF-8, if any: safetensors opens no such file."""
+    return next((printable(part) for part in path.parts if part.encode("utf-8", "ignore") != os.fsencode(part)), None)
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -100,10 +106,16 @@ def walk(
         yield folder, sorted(files)
 
 
-def look(path: Path) -> None:
-    """Raise what keeps one from looking at `path`; is_file(), is_dir() and exists() hide it from Python 3.14 on.
+def kind_of(path: Path, called: str = "", error: type[CifarError] = DataError) -> Kind | None:
+    """What is at `path`, or None where nothing is; a link counts as what it leads to.
 
-    That nothing is there is no error.
+    Raises `error`, with the path's name or what it is `called`, where one is kept from looking: is_file(), is_dir()
+    and exists() hide that from Python 3.14 on.
     """
-    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
-        path.stat()
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as problem:  # the latter of a name that holds a null byte
+        raise error(f"{called or path}: {getattr(problem, 'strerror', None) or problem}") from None
+    return "folder" if stat.S_ISDIR(mode) else "file" if stat.S_ISREG(mode) else "other"

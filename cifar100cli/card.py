@@ -1,6 +1,7 @@
 """What a model's file says about the model: enough to use it without the folder that it came from. No torch here."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Self
@@ -8,9 +9,9 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from cifar100cli import interrupts
-from cifar100cli.bounded import one_line, parse_json
+from cifar100cli.bounded import kind_of, one_line, parse_json
 from cifar100cli.catalog import DatasetName
-from cifar100cli.errors import DataError
+from cifar100cli.errors import DataError, UsageError
 
 KEY = "cifar100"  # of the metadata of our own safetensors files
 
@@ -86,7 +87,7 @@ def parse_metadata(metadata: Mapping[str, str] | None) -> dict[str, Any]:
 
 def check_header(path: Path) -> None:
     """Refuse a safetensors file whose header alone would fill the memory. Raises `DataError`."""
-    if not path.is_file():
+    if kind_of(path) != "file":
         raise DataError(f"{path}: there is no such file")
     try:
         with path.open("rb") as file:
@@ -98,8 +99,8 @@ def check_header(path: Path) -> None:
 
 
 @interrupts.held_back()
-def read_card(path: Path) -> Card:
-    """The card of a model's file; its weights are left where they are.
+def read_about(path: Path) -> dict[str, Any]:
+    """What a file of ours says of itself; its tensors are left where they are.
 
     Raises `DataError` for a file that is missing, broken or foreign.
     """
@@ -108,10 +109,25 @@ def read_card(path: Path) -> Card:
     check_header(path)
     try:
         with safe_open(path, framework="np") as file:
-            about = parse_metadata(file.metadata())
+            return parse_metadata(file.metadata())
     except (SafetensorError, OSError, ValueError, KeyError):
         raise DataError(f"{path}: not a model's file of ours") from None
-    return parse_card(about, path)
+
+
+def read_card(path: Path) -> Card:
+    """The card of a model's file. Raises `DataError` as `read_about` does, and for a card that is not right."""
+    return parse_card(read_about(path), path)
+
+
+def check_models(paths: Sequence[Path], split: str) -> None:
+    """Raise `UsageError` for a model that is named twice, and where `split` is val and a run held nothing out."""
+    for number, path in enumerate(paths):
+        if any(path.samefile(earlier) for earlier in paths[:number]):
+            raise UsageError(f"{path}: is named twice; an ensemble has each model once")
+        with contextlib.suppress(DataError):  # whoever reads the weights tells what is wrong
+            data = read_card(path).config.get("data")
+            if split == "val" and isinstance(data, dict) and not data.get("val_fraction"):
+                raise UsageError(f"--split val: {path} comes from a run that held nothing out (data.val_fraction is 0)")
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
-
-from cifar100cli.errors import FolderError
 
 SIDE = 32  # of CIFAR's images, in pixels
 DatasetName = Literal["cifar100", "cifar10", "synthetic"]
@@ -29,18 +26,3 @@ DATASETS: Mapping[DatasetName, About] = {
 }
 TITLES: Mapping[str, str] = {name: about.title for name, about in DATASETS.items()}
 FOLDERS: Mapping[str, str] = {name: about.folder for name, about in DATASETS.items() if about.folder is not None}
-
-
-def user_cache() -> Path:
-    """Where data sets, and what is computed from them, are kept if nobody names a place.
-
-    Raises `FolderError` for a user without a home, as in a container under any number.
-    """
-    from platformdirs import user_cache_path
-
-    try:
-        return user_cache_path("cifar100", appauthor=False)
-    except RuntimeError:
-        raise FolderError(
-            "no home folder is known here: set HOME, or CIFAR100_DATA_DIR and CIFAR100_CACHE_DIR"
-        ) from None

@@ -4,32 +4,27 @@ A model's file describes itself: architecture, classes, preprocessing and the wh
 metadata, so that it can be used without the folder that it came from.
 """
 
-import json
-import os
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from cifar100cli import interrupts
-from cifar100cli.atomic import replacing
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.bounded import one_line
-from cifar100cli.card import KEY, Card, check_header, parse_card, parse_metadata
+from cifar100cli.card import KEY, Card, parse_card, parse_metadata, read_about
 from cifar100cli.config import parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model, outline
-from cifar100cli.runs import MODEL, find_model, not_text
+from cifar100cli.optim import keys_of_state
+from cifar100cli.runs import MODEL, find_model
 from cifar100cli.schema import Config
+from cifar100cli.tensors import are_as_written, load_tensors, save_tensors
 from cifar100cli.watcher import TrainState
-from cifar100cli.weights import checksum, warn_of_change
+from cifar100cli.weights import warn_of_change
 
 FORMAT = 1  # of a model's file; a newer one is refused
 # Of a training state. Going on from one of another format would draw other batches than the run began with.
@@ -53,7 +48,7 @@ class Checkpoint:
 
 def save_model(path: Path, weights: Mapping[str, Tensor], card: Card) -> None:
     """Write weights, as a model's `state_dict` has them, and card to `path`, whole or not at all."""
-    _save(path, weights, card.model_dump(mode="json"))
+    save_tensors(path, weights, card.model_dump(mode="json"))
 
 
 def load_model(path: Path) -> Checkpoint:
@@ -68,6 +63,8 @@ def load_model(path: Path) -> Checkpoint:
     try:
         card = parse_card(saved.about, path)
         config = parse_config(card.config, str(path))
+        if card.image_size != config.data.image_size:
+            raise DataError(f"{path}: its description is not right at 'image_size'")
         # A few bytes may call themselves a network of gigabytes: these are for weights that fit.
         _check_fit(outline(config, len(card.classes)), saved.tensors, path)
         model = create_model(config, len(card.classes), pretrained=False)
@@ -164,7 +161,7 @@ def snapshot(state: TrainState, trained: Trained) -> Snapshot:
 
 def save_state(path: Path, snapshot: Snapshot) -> None:
     """Write all that the next epoch needs, whole or not at all."""
-    _save(path, snapshot.tensors, snapshot.about)
+    save_tensors(path, snapshot.tensors, snapshot.about)
 
 
 def restore_model(saved: Saved, model: nn.Module) -> None:
@@ -203,25 +200,13 @@ def restore(saved: Saved, trained: Trained) -> TrainState:
                 elif tensor.shape != () or key != "step":  # a fused optimizer would write beyond what is there
                     raise ValueError(f"{name} has another shape than its weights")
                 kept.setdefault(int(number), {})[key] = tensor
+        for index, expected in enumerate(keys_of_state(optimizer)):
+            if index in kept and kept[index].keys() != expected:
+                raise ValueError(f"optimizer.{index} holds {', '.join(sorted(kept[index]))}, as of another optimizer")
         optimizer.load_state_dict({**optimizer.state_dict(), "state": kept})
-    except (KeyError, IndexError, ValueError, TypeError) as error:
+    except (KeyError, IndexError, ValueError, TypeError, OverflowError) as error:
         raise DataError(f"{path}: not a training state of this run ({type(error).__name__}: {error})") from None
     return state
-
-
-@interrupts.held_back()
-def _save(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    # One key only: safetensors writes several in an order that changes from process to process, and the same
-    # training must end in the same bytes.
-    metadata = {KEY: json.dumps({**about, "crc32": checksum(tensors)}, ensure_ascii=False)}
-    with replacing(path) as temporary:
-        try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary, metadata)
-        except SafetensorError as error:  # safetensors' own word for a full disk and the like
-            number = re.search(r"os error (\d+)", str(error))
-            if number is None:
-                raise
-            raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
 
 
 def read_state(path: Path) -> Saved:
@@ -237,13 +222,11 @@ def read_state(path: Path) -> Saved:
     return saved
 
 
-@interrupts.held_back()
 def finished_epochs(path: Path) -> int:
     """How many epochs of a run a training state has in it; 0 where there is none that could be gone on from."""
     try:
-        with safe_open(path, framework="pt") as file:
-            return int(parse_metadata(file.metadata())["epoch"])
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        return int(read_about(path)["epoch"])
+    except (ValueError, KeyError, TypeError, OverflowError):
         return 0
 
 
@@ -252,33 +235,23 @@ def _is_state(about: Mapping[str, Any]) -> bool:
     return "best_epoch" in about
 
 
-@interrupts.held_back()
 def read(path: Path) -> Saved:
     """Read a file of ours. Raises `DataError` for one that is missing, broken, foreign or newer than this version."""
-    if strange := not_text(path):
-        raise DataError(f"{path}: cannot be opened, since {strange} is not UTF-8: rename it, or copy the run elsewhere")
-    check_header(path)
+    found, metadata = load_tensors(path)
+    if KEY not in metadata:
+        raise DataError(f"{path}: not written by cifar100: it does not say which model it holds")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if KEY not in metadata:
-                raise DataError(f"{path}: not written by cifar100: it does not say which model it holds")
-            about = parse_metadata(metadata)
-            found = about["format"]
-            if not isinstance(found, int) or found < 1:
-                raise DataError(f"{path}: its format number is not right")
-            newest = STATE_FORMAT if _is_state(about) else FORMAT
-            if found > newest:
-                raise DataError(f"{path}: written by a newer cifar100 (format {found}; this one reads up to {newest})")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, DataError):
-            raise
+        about = parse_metadata(metadata)
+        written = about["format"]
+    except (ValueError, KeyError) as error:
         raise DataError(f"{path}: corrupt, or no safetensors file ({one_line(error)})") from None
-    except RuntimeError as error:  # there is no room to map it
-        raise DataError(f"{path}: cannot be read ({one_line(error)})") from None
+    if not isinstance(written, int) or written < 1:
+        raise DataError(f"{path}: its format number is not right")
+    newest = STATE_FORMAT if _is_state(about) else FORMAT
+    if written > newest:
+        raise DataError(f"{path}: written by a newer cifar100 (format {written}; this one reads up to {newest})")
     if not _is_state(about):
-        warn_of_change(path, about, tensors)
-    elif "crc32" in about and about["crc32"] != checksum(tensors):
+        warn_of_change(path, about, found)
+    elif not are_as_written(found, about):
         raise DataError(f"{path}: corrupt: its numbers are not those that were written; train anew")
-    return Saved(path, tensors, about)
+    return Saved(path, found, about)

@@ -15,9 +15,8 @@ from cifar100cli import devices, evaluation, images, metrics
 from cifar100cli.catalog import SIDE
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.errors import DataError, UsageError
-from cifar100cli.jobs import Where
+from cifar100cli.folders import Where, expand
 from cifar100cli.loader import Preprocessing
-from cifar100cli.options import expand
 
 PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
 
@@ -47,7 +46,7 @@ class Classifier(ImagesToLogits):
         network, _, _ = evaluation.ready(saved, where)
         super().__init__(network, saved.preprocessing)
         self.path, self.card = saved.path, saved.card
-        self._precision = saved.config.train.precision
+        self._config = saved.config
         self.eval()
         # What it keeps for its device is made now: `torch.jit.trace` would find two graphs, with it and without.
         self.preprocessing(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=self.device))
@@ -75,7 +74,7 @@ class Classifier(ImagesToLogits):
         if images.shape[-2:] != (SIDE, SIDE):
             images = _small(images)
         device = self.device
-        cast = devices.autocast(device, devices.resolve_precision(self._precision, device))
+        cast = devices.autocast(device, devices.precision_of(self._config, device))
         with nullcontext() if torch.compiler.is_compiling() else devices.exact_float32, cast():
             return super().forward(images.to(device))
 

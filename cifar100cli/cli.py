@@ -12,10 +12,11 @@ from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
-from cifar100cli import __version__, completion, console, exits, options, places, ranks, show, training
+from cifar100cli import __version__, completion, console, exits, extras, options, places, ranks, show, training
 from cifar100cli.catalog import FOLDERS
+from cifar100cli.display import TrainingDisplay, transfer
 from cifar100cli.errors import DataError, ToleranceError, UsageError, did_you_mean
-from cifar100cli.options import expand
+from cifar100cli.folders import DATA_DIR, DEFAULT_RUNS, RUNS_DIR, expand
 
 app = typer.Typer(
     name="cifar100",
@@ -117,7 +118,7 @@ def download(
     reports = []
     for name in names:
         archive = ARCHIVES[name]
-        with console.transfer(archive.folder) as progress:
+        with transfer(archive.folder) as progress:
             installed = install(
                 archive,
                 places.data_folder(data_dir),
@@ -170,7 +171,7 @@ def train(
     settings: options.Settings = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
-    out: options.RunsDir = Path("runs"),
+    out: options.RunsDir = Path(DEFAULT_RUNS),
     log: options.Log = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
@@ -216,7 +217,7 @@ def distill(
     settings: options.Settings = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
-    out: options.RunsDir = Path("runs"),
+    out: options.RunsDir = Path(DEFAULT_RUNS),
     log: options.Log = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
@@ -262,7 +263,7 @@ def finetune_cifar10(
     settings: options.Settings = None,
     data_dir: options.DataDir = None,
     device: options.Device = "auto",
-    out: options.RunsDir = Path("runs"),
+    out: options.RunsDir = Path(DEFAULT_RUNS),
     log: options.Log = None,
     resume: options.Resume = None,
     dry_run: options.DryRun = False,
@@ -329,10 +330,12 @@ def evaluate(
 
     Example: cifar100 evaluate runs/resnet18-baseline/20260101-120000-seed0 --predictions test.csv
     """
+    from cifar100cli.card import check_models
     from cifar100cli.runs import find_model
 
     models = [expand(checkpoint) for checkpoint in checkpoints]
     files = [find_model(model) for model in models]
+    check_models(files, split)
     csv_file = places.check_output("--predictions", predictions, files) if predictions is not None else None
     drawing = None
     if near_duplicates is not None:
@@ -340,7 +343,7 @@ def evaluate(
     where = places.where(data_dir, Path("runs"), device, models[0])
     from cifar100cli import evaluation
 
-    with console.TrainingDisplay("evaluate") as display:
+    with TrainingDisplay("evaluate") as display:
         measured = evaluation.measure(models, where, display, split, tta=tta, near_duplicates=drawing is not None)
     show.evaluation(measured.result, json)
     if csv_file is not None:
@@ -383,7 +386,7 @@ def predict(
     where = places.where(None, Path("runs"), device)
     from cifar100cli import workflows
 
-    with console.TrainingDisplay("predict") as display:
+    with TrainingDisplay("predict") as display:
         result = workflows.predict(model, pictures, where, display, top)
     show.prediction(result, json)
     skipped = [f"{show.source(skip['image'])}: {skip['reason']}" for skip in result["skipped"]]
@@ -416,6 +419,7 @@ def export(
     from cifar100cli.runs import find_model
 
     out = places.check_output("--out", out, [find_model(expand(checkpoint))])
+    extras.check("export", *extras.EXPORT)
     with console.waiting("starting PyTorch ..."):
         from cifar100cli import export as exporting
     with console.waiting("exporting ..."):
@@ -436,11 +440,11 @@ def bench(
     device: options.Device = "auto",
     steps: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Steps per measurement; default: some seconds of them."),
+        typer.Option(min=1, max=1000, metavar="N", help="Steps per measurement; default: some seconds of them."),
     ] = None,
     repeats: Annotated[
         int | None,
-        typer.Option(min=1, metavar="N", help="Measurements of each; default: 7, or 3 long ones."),
+        typer.Option(min=1, max=1000, metavar="N", help="Measurements of each; default: 7, or 3 long ones."),
     ] = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -465,7 +469,7 @@ def bench(
     where = places.where(None, Path("runs"), device)
     from cifar100cli import benchmark
 
-    with console.TrainingDisplay(chosen.name) as display:
+    with TrainingDisplay(chosen.name) as display:
         result = benchmark.bench(chosen, where, display, steps=steps, repeats=repeats)
     show.bench(result, json)
 
@@ -497,7 +501,7 @@ def presets(
         if json:
             console.result_json({"name": name, **config.model_dump(mode="json")})
         else:
-            console.result(config.to_yaml().rstrip())
+            console.result(config.to_yaml(ascii_only=not console.takes_unicode()).rstrip())
         return
     show.presets(dict(shipped_presets()), json)
 
@@ -522,14 +526,12 @@ def report(
     ] = None,
     runs_dir: Annotated[
         Path,
-        typer.Option(
-            "--runs-dir", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders are.", readable=False
-        ),
-    ] = Path("runs"),
+        typer.Option("--runs-dir", envvar=RUNS_DIR, metavar="DIR", help="Where run folders are.", readable=False),
+    ] = Path(DEFAULT_RUNS),
     data_dir: Annotated[
         Path | None,
         typer.Option(
-            envvar="CIFAR100_DATA_DIR",
+            envvar=DATA_DIR,
             metavar="DIR",
             help="Where example images for the page are; default: where a run found them.",
             readable=False,
@@ -564,6 +566,8 @@ def report(
         else:
             text = report_text.render(found, chosen)
         if out is None:
+            if chosen == "html" and not console.takes_unicode():
+                text = text.encode("ascii", "xmlcharrefreplace").decode()
             sys.stdout.write(text)
         else:
             from cifar100cli.atomic import write_text

@@ -3,7 +3,6 @@
 Typer leaves out what does not begin as the user's word does; where nothing is left, bash and zsh offer files.
 """
 
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -61,7 +60,8 @@ def starts() -> Sequence[str]:
 
 
 def _runs() -> list[Path]:
+    from cifar100cli import folders
     from cifar100cli.runs import find_runs
 
-    runs = find_runs(Path(os.environ.get("CIFAR100_RUNS_DIR") or "runs").expanduser())
+    runs = find_runs(folders.runs_dir())
     return sorted(runs, key=lambda run: run.name, reverse=True)  # a name begins with the time

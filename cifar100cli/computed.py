@@ -16,17 +16,16 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 from torch import Tensor
 
 from cifar100cli import interrupts, ranks
-from cifar100cli.atomic import replacing
 from cifar100cli.augment import Views
+from cifar100cli.card import parse_metadata
 from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.loader import DeviceLoader
+from cifar100cli.tensors import are_as_written, load_tensors, save_tensors
 from cifar100cli.watcher import Watcher
-from cifar100cli.weights import checksum
 
 FORMAT = 2  # of a part; in its key
 PART = 5000  # images
@@ -35,18 +34,18 @@ STALE = 3600  # seconds that no part takes to be written
 SHARE = 0.5  # of the memory that is free, which a table may take
 
 
-def key(about: Mapping[str, object], tensors: Iterable[tuple[str, Tensor]], loader: DeviceLoader) -> str:
+def key(about: Mapping[str, object], weights: Iterable[tuple[str, Tensor]], loader: DeviceLoader) -> str:
     """A name for what a network with these weights and settings computes from the images of a loader."""
     digest = hashlib.sha256(json.dumps({**about, "format": FORMAT}, sort_keys=True).encode())
-    take_in(digest, tensors)
+    take_in(digest, weights)
     digest.update(f"{loader.device.type} {tuple(loader.images.shape)} ".encode())
     digest.update(loader.images.cpu().numpy().tobytes())
     return digest.hexdigest()[:32]
 
 
-def take_in(digest: "hashlib._Hash", tensors: Iterable[tuple[str, Tensor]]) -> None:
+def take_in(digest: "hashlib._Hash", weights: Iterable[tuple[str, Tensor]]) -> None:
     """Let a digest tell tensors from all others, by their names, shapes and bytes."""
-    for name, tensor in tensors:
+    for name, tensor in weights:
         digest.update(f"{name} {tuple(tensor.shape)} ".encode() + tensor.cpu().contiguous().numpy().tobytes())
 
 
@@ -129,12 +128,12 @@ def _path(folder: Path, version: Callable[[Tensor], Tensor], start: int) -> Path
 def _read(path: Path, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor | None:
     """A part, or None when it is not there, not whole, or not what was written."""
     try:
-        with safe_open(path, framework="pt") as file:
-            part, written = file.get_tensor("part"), (file.metadata() or {})["crc32"]
-    except (OSError, SafetensorError, KeyError, ValueError):
+        found, metadata = load_tensors(path)
+        part, about = found["part"], parse_metadata(metadata)
+    except (KeyError, ValueError):  # of which DataError is one
         return None
     whole = part.shape == shape and part.dtype == dtype and bool(torch.isfinite(part).all())
-    return part if whole and str(checksum({"part": part})) == written else None
+    return part if whole and "crc32" in about and are_as_written(found, about) else None
 
 
 @interrupts.held_back()
@@ -142,9 +141,7 @@ def _write(path: Path, part: Tensor) -> str | None:
     """Save a part; returns why it could not be saved."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            tensors = {"part": part.cpu().contiguous()}
-            save_file(tensors, temporary, {"crc32": str(checksum(tensors))})
+        save_tensors(path, {"part": part.cpu()}, {})
     except (OSError, SafetensorError) as error:
         reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
         return f"cannot be written to ({' '.join(reason.split())[:80]})"

@@ -17,8 +17,9 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from cifar100cli import backbones, safe_yaml
-from cifar100cli.bounded import look, printable, read_file
+from cifar100cli.bounded import kind_of, printable, read_file
 from cifar100cli.errors import UsageError, did_you_mean
+from cifar100cli.folders import expand
 from cifar100cli.schema import DESCRIBING, TUNING, Config, Section
 
 DEFAULT_PRESET = "quickstart"
@@ -69,23 +70,16 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
     if name in preset_names():
         path = shipped
     elif name.lower().endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
-        try:
-            path = Path(name).expanduser()
-        except RuntimeError:
-            raise UsageError(f"--preset {name}: there is no such user's home") from None
+        path = expand(Path(name), f"--preset {name}")
         if path.stem.startswith(".") or printable(path.stem) != path.stem:  # it becomes the name of a folder
             raise UsageError(f"--preset {name}: give the file another name: this one cannot name a run")
-        try:
-            look(path)
-            if not path.exists():
-                raise UsageError(
-                    f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name"
-                )
-            if not path.is_file():
-                kind = "a folder" if path.is_dir() else "not a plain file"
-                raise UsageError(f"--preset {name}: is {kind}; name a file")
-        except OSError as error:
-            raise UsageError(f"--preset {name}: cannot be read: {error.strerror}") from None
+        kind = kind_of(path, f"--preset {name}: cannot be read", UsageError)
+        if kind is None:
+            raise UsageError(f"--preset {name}: there is no such file; `cifar100 presets` lists the presets by name")
+        if kind != "file":
+            raise UsageError(
+                f"--preset {name}: is {'a folder' if kind == 'folder' else 'not a plain file'}; name a file"
+            )
     else:
         raise UsageError(
             f"unknown preset {name!r}{did_you_mean(name, preset_names())} "

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cifar100cli import synthetic
-from cifar100cli.bounded import look, read_file
-from cifar100cli.catalog import DATASETS, FOLDERS, TITLES, user_cache
+from cifar100cli.bounded import kind_of, read_file
+from cifar100cli.catalog import DATASETS, FOLDERS, TITLES
 from cifar100cli.errors import DataError, FolderError, UsageError
+from cifar100cli.folders import user_cache
 from cifar100cli.unpickle import PickleError, as_text, read_pickle
 
 LARGEST_FILE = 256 * 1024 * 1024  # bytes; CIFAR-100's training file has 155,249,918
@@ -76,12 +77,7 @@ def load(name: str, data_dir: Path) -> Dataset:
 def find(name: str, data_dir: Path) -> Path:
     """The data set's folder. Raises `DataError`, which says what to do, when it is not there."""
     folder = data_dir / FOLDERS[name]
-    try:
-        look(folder)
-        found = folder.is_dir()
-    except OSError as error:
-        _refuse(folder, error.strerror or str(error))
-    if not found:
+    if kind_of(folder) != "folder":
         if data_dir.resolve().name == FOLDERS[name]:
             parent = shlex.quote(str(data_dir.parent))
             raise DataError(f"{data_dir}: is the data set's own folder; name the one above it: --data-dir {parent}")

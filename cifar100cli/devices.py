@@ -15,6 +15,7 @@ import torch
 
 from cifar100cli import depthwise, ranks
 from cifar100cli.errors import UsageError
+from cifar100cli.schema import Config
 
 Cast = Callable[[], AbstractContextManager[object]]  # a context for a forward pass
 
@@ -176,21 +177,26 @@ def _device_of_rank(name: str) -> torch.device:
     return torch.device("cuda", ranks.local_rank())
 
 
-def resolve_precision(name: str, device: torch.device) -> str:
+def resolve_precision(name: str, device: torch.device, *, fp16: bool = True) -> str:
     """`auto` is bf16 where the hardware multiplies it (CUDA, or a CPU with AVX512-BF16 or AMX), else fp32.
 
-    A CUDA device that has tensor cores, but none for bf16, such as a T4, takes fp16.
+    A CUDA device that has tensor cores, but none for bf16, such as a T4, takes fp16, unless that is ruled out.
     """
     if name != "auto":
         return name
     if device.type == "cuda":
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
-        return "fp16" if torch.cuda.get_device_capability(device) >= TENSOR_CORES else "fp32"
+        return "fp16" if fp16 and torch.cuda.get_device_capability(device) >= TENSOR_CORES else "fp32"
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
     return "fp32"
+
+
+def precision_of(config: Config, device: torch.device) -> str:
+    """In which precision a preset computes on a device, to train and to measure: one that its optimizer can take."""
+    return resolve_precision(config.train.precision, device, fp16=config.takes_fp16)
 
 
 def autocast(device: torch.device, precision: str) -> Cast:

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
-from cifar100cli.bounded import look, parse_json, read_file
+from cifar100cli.bounded import kind_of, parse_json, read_file
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import DataError, DownloadInterrupted, FolderError, UsageError
 from cifar100cli.fetch import GZIP_MAGIC, Log, Part, Progress, fetch, refuse_unusable
@@ -109,6 +109,10 @@ def find_installed(archive: Archive, data_dir: Path) -> Installed | None:
                 _write_manifest(archive, folder, md5s, sha256)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         return None
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: {error.strerror}; --data-dir or CIFAR100_DATA_DIR names another place"
+        ) from None
     return Installed(archive.dataset, folder, md5s == dict(archive.files), sha256, True, 0, 0)
 
 
@@ -329,12 +333,9 @@ def _check(check: Callable[[Path], None], folder: Path, label: str) -> None:
 
 
 def _refuse_missing(source: Path) -> None:
-    try:
-        look(source)
-    except OSError as error:
-        raise DataError(f"{source}: {error.strerror or error}") from None
-    if not source.is_file():
-        raise DataError(f"{source}: {'not a file' if source.exists() else 'no such file'}; --from takes a .tar.gz")
+    kind = kind_of(source)
+    if kind != "file":
+        raise DataError(f"{source}: {'no such file' if kind is None else 'not a file'}; --from takes a .tar.gz")
 
 
 def _digest_of_file(source: Path, expected: str | None, progress: Progress) -> str:

@@ -23,6 +23,8 @@ class CifarError(ValueError):
     """Something that the user can understand and act on; shown as one line, never as a traceback."""
 
     exit_code = 1
+    run_dir: Path | None = None
+    """The run that it has ended, if one had begun."""
 
 
 class UsageError(CifarError):

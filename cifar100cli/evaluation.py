@@ -14,10 +14,13 @@ from torch import Tensor, nn
 from cifar100cli import checkpoint, datasets, devices, duplicates, metrics, ranks
 from cifar100cli.analysis import COLUMNS
 from cifar100cli.atomic import replacing
+from cifar100cli.card import check_models
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
-from cifar100cli.jobs import Where, evaluation_loader, training_splits
+from cifar100cli.folders import Where
+from cifar100cli.jobs import evaluation_loader, training_splits
+from cifar100cli.runs import find_model
 from cifar100cli.watcher import Watcher
 
 # What decides which images a split holds, beside the data set.
@@ -70,6 +73,7 @@ def measure(
     Raises `DataError` for models of different data sets or classes, and `UsageError` where these were not trained and
     held out on the same images and `split` is not the test set.
     """
+    check_models([find_model(path) for path in paths], split)
     members = [checkpoint.load_model(path) for path in paths]
     _check_alike(members, split)
     first = members[0]
@@ -117,7 +121,13 @@ def measure(
 def _names(members: Sequence[Checkpoint], answers: Sequence[Tensor], labels: Tensor) -> dict[str, Any]:
     """Which model it was; of several, each with what it can do alone."""
     alone = [
-        {"checkpoint": str(member.path), "preset": member.card.preset, "epoch": member.card.epoch} for member in members
+        {
+            "checkpoint": str(member.path),
+            "preset": member.card.preset,
+            "epoch": member.card.epoch,
+            "select": member.config.train.select,
+        }
+        for member in members
     ]
     if len(members) == 1:
         return alone[0]
@@ -126,6 +136,7 @@ def _names(members: Sequence[Checkpoint], answers: Sequence[Tensor], labels: Ten
         "checkpoint": " + ".join(str(member.path) for member in members),
         "preset": " + ".join(dict.fromkeys(member.card.preset for member in members)),
         "epoch": None,
+        "select": None,
         "members": [{**one, "top1": s.top1, "loss": s.loss} for one, s in zip(alone, scores, strict=True)],
     }
 
@@ -133,9 +144,7 @@ def _names(members: Sequence[Checkpoint], answers: Sequence[Tensor], labels: Ten
 def _check_alike(members: Sequence[Checkpoint], split: str) -> None:
     """Models can be averaged when they answer the same question, and about images that are as new to each of them."""
     first = members[0]
-    for number, other in enumerate(members[1:], start=1):
-        if any(other.path.samefile(earlier.path) for earlier in members[:number]):
-            raise UsageError(f"{other.path}: is named twice; an ensemble has each model once")
+    for other in members[1:]:
         if other.card.dataset != first.card.dataset:
             raise DataError(
                 f"{other.path}: knows {other.card.dataset}, and {first.path} {first.card.dataset}; "
@@ -166,11 +175,7 @@ def ready(saved: Checkpoint, where: Where) -> tuple[nn.Module, torch.device, dev
     """The model on the device that is asked for, in its preset's precision: where that is `auto`, the device's."""
     device = devices.select_device(where.device)
     model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return (
-        model.eval(),
-        device,
-        devices.autocast(device, devices.resolve_precision(saved.config.train.precision, device)),
-    )
+    return model.eval(), device, devices.autocast(device, devices.precision_of(saved.config, device))
 
 
 def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
@@ -180,8 +185,7 @@ def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
     training, held_out = training_splits(dataset, saved.config)
     if split == "train":
         return training
-    if held_out is None:
-        raise UsageError(f"--split val: {saved.path} comes from a run that held nothing out (data.val_fraction is 0)")
+    assert held_out is not None
     return held_out
 
 

@@ -74,6 +74,11 @@ def leave_with(app: typer.Typer) -> NoReturn:
     """Run the command line and leave with the exit code of the contract."""
     console.use_safe_streams()
     console.set_verbosity(console.NORMAL)
+    try:
+        ranks.count(), ranks.rank(), ranks.local_rank()
+    except UsageError as error:  # whatever is done asks for them, and so does telling what went wrong
+        console.error(str(error))
+        sys.exit(error.exit_code)
     grace = interrupts.GRACE if ranks.launch() else 0.0
     with interrupts.orderly(console.last_word, grace=grace):
         try:
@@ -93,11 +98,13 @@ def leave_with(app: typer.Typer) -> NoReturn:
 def _own_warnings_in_lines() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("default", ChangedWeights)
-        others = warnings.showwarning
+        others, shown = warnings.showwarning, set()
 
         def show(message: Warning | str, category: type[Warning], *about: Any, **more: Any) -> None:
             if issubclass(category, ChangedWeights):
-                console.warn(str(message))
+                if str(message) not in shown:  # a file may be read more than once
+                    console.warn(str(message))
+                shown.add(str(message))
             else:
                 others(message, category, *about, **more)
 
@@ -173,7 +180,9 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
             console.error("interrupted before the run began: nothing was saved; start it again")
             return exit_code_of(stop)
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
-        console.error(f"interrupted: {saved}; resume with: cifar100 train --resume {console.argument(stop.run_dir)}")
+        from cifar100cli.runs import RunDir
+
+        console.error(f"interrupted: {saved}; resume with: {RunDir(stop.run_dir).to_go_on()}")
         return exit_code_of(stop)
     told = f": {stop}" if isinstance(stop, DownloadInterrupted) else ""
     console.error(f"interrupted{told}")

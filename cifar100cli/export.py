@@ -1,7 +1,6 @@
 """A trained model as an ONNX file that takes uint8 images, checked on the spot against the model that it came from."""
 
 import contextlib
-import importlib.util
 import io
 import json
 import logging
@@ -12,25 +11,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from cifar100cli import __version__, checkpoint
+from cifar100cli import __version__, checkpoint, extras
 from cifar100cli.atomic import replacing
 from cifar100cli.card import Card
 from cifar100cli.catalog import SIDE
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.classifier import ImagesToLogits
-from cifar100cli.errors import CifarError, UsageError
+from cifar100cli.errors import CifarError
 from cifar100cli.unrolled import as_pytorch_computes
 
-EXTRA = ("onnx", "onnxscript", "onnxruntime")
 TOLERANCE = 1e-4  # of a logit, and of its size where that is more than one
 CHECKED = (1, 7, 32)  # images at a time
-
-
-def check_extra() -> None:
-    """Raise `UsageError` when the libraries are not installed that an export needs."""
-    missing = [name for name in EXTRA if importlib.util.find_spec(name) is None]
-    if missing:
-        raise UsageError(f"export needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def export(path: Path, out: Path) -> dict[str, Any]:
@@ -38,7 +29,7 @@ def export(path: Path, out: Path) -> dict[str, Any]:
 
     Raises `CifarError`, and leaves nothing under the name, when ONNX Runtime does not compute what the model does.
     """
-    check_extra()
+    extras.check("export", *extras.EXPORT)
     saved = checkpoint.load_model(path)
     as_pytorch_computes(saved.model)  # a convolution is to be one in the graph
     network = ImagesToLogits(saved.model.eval(), saved.preprocessing)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar100cli.bounded import look, one_line, walk
+from cifar100cli.bounded import kind_of, one_line, walk
 from cifar100cli.catalog import SIDE
 from cifar100cli.errors import DataError, UsageError
 
@@ -62,11 +62,8 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     for source in sources:
         if str(source).startswith(("http:/", "https:/")):
             raise DataError(f"{source}: is an address, and nothing is fetched from the web: download the picture first")
-        try:
-            look(source)
-        except OSError as error:
-            raise DataError(f"{source}: {error.strerror}") from None
-        if source.is_dir():
+        kind = kind_of(source)
+        if kind == "folder":
             below = sorted(folder / name for folder, names in walk(source, hidden=True) for name in names)
             inside = [path for path in below if path.suffix.lower() in ENDINGS and path.is_file()]
             if not inside:
@@ -75,7 +72,7 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
                 endings = " ".join(sorted(ENDINGS))
                 raise DataError(f"{source}: there is no image in this folder (known endings: {endings})")
             found += inside
-        elif source != STANDARD_INPUT and not source.exists():
+        elif source != STANDARD_INPUT and kind is None:
             raise DataError(f"{source}: there is no such image")
         else:
             found.append(source)

@@ -1,6 +1,6 @@
 """The optimizer over groups of weights, and the rate that it is given."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -95,6 +95,17 @@ class CombinedOptimizer(torch.optim.Optimizer):
         """Take on what `state_dict` gave."""
         super().load_state_dict(state_dict)
         self._share()
+
+
+def keys_of_state(optimizer: torch.optim.Optimizer) -> Iterator[set[str]]:
+    """What the optimizer keeps of each weight that it has moved, by name, in the order of its groups."""
+    for part in optimizer.parts if isinstance(optimizer, CombinedOptimizer) else [optimizer]:
+        for group in part.param_groups:
+            if isinstance(part, torch.optim.Adam):  # and AdamW
+                keys = {"step", "exp_avg", "exp_avg_sq"}
+            else:
+                keys = {"momentum_buffer"} if isinstance(part, Muon) or group["momentum"] else set()
+            yield from (keys for _ in group["params"])
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -4,15 +4,17 @@ An option that sets a key is text here, and read and checked as a preset's YAML 
 `readable=False`: a file that is shut is told of where it is opened, as one that is not there is, and not by Typer.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from cifar100cli import completion, console
+from cifar100cli import completion, console, folders
 from cifar100cli.catalog import DATASETS
 from cifar100cli.errors import DataError, UsageError, did_you_mean
+from cifar100cli.folders import expand
 
 if TYPE_CHECKING:
     from cifar100cli.config import Override
@@ -51,7 +53,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print exactly one JSON docum
 DataDir = Annotated[
     Path | None,
     typer.Option(
-        envvar="CIFAR100_DATA_DIR",
+        envvar=folders.DATA_DIR,
         metavar="DIR",
         help="Where data sets are; default: the user's cache.",
         readable=False,
@@ -59,7 +61,7 @@ DataDir = Annotated[
 ]
 RunsDir = Annotated[
     Path,
-    typer.Option("--out", envvar="CIFAR100_RUNS_DIR", metavar="DIR", help="Where run folders go.", readable=False),
+    typer.Option("--out", envvar=folders.RUNS_DIR, metavar="DIR", help="Where run folders go.", readable=False),
 ]
 Device = Annotated[
     str, _text("NAME", "auto, cpu, cuda, cuda:N or mps.", completion.words("auto", "cpu", "cuda", "mps"))
@@ -144,7 +146,9 @@ Minutes = Annotated[
     ),
 ]
 Seed = Annotated[str | None, _text("N", "Random seed of weights, data order and augmentation.")]
-Seeds = Annotated[int, typer.Option(min=1, metavar="N", help="How many runs to train in turn, with consecutive seeds.")]
+Seeds = Annotated[
+    int, typer.Option(min=1, max=1000, metavar="N", help="How many runs to train in turn, with consecutive seeds.")
+]
 Ablate = Annotated[
     list[str] | None,
     _text("BLOCK,BLOCK", "Train the preset whole and without each of these blocks (augment, ema, ...), and compare."),
@@ -196,12 +200,28 @@ KEYS = {
 }
 
 
-def expand(path: Path) -> Path:
-    """`~` as the user's home."""
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise UsageError(f"{path}: there is no such user's home") from None
+@dataclass(frozen=True)
+class Request:
+    """What a command that trains is asked for, beside the keys of a preset."""
+
+    preset: str | None
+    data_dir: Path | None
+    out: Path
+    device: str
+    seeds: int
+    ablate: Sequence[str]
+    minutes: float | None
+    log: Sequence[str]
+    resume: str | None
+    dry_run: bool
+    print_config: bool
+    json: bool
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Self:
+        """From a command's parameters by name; what a command has no option for is not asked for."""
+        several = {"ablate": given.get("ablate") or (), "log": given.get("log") or ()}
+        return cls(**{field.name: given.get(field.name) for field in fields(cls)} | several)
 
 
 def overrides(given: Mapping[str, Any]) -> list["Override"]:

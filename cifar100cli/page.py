@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from cifar100cli import __version__, analysis, charts, console, datasets
+from cifar100cli import __version__, analysis, charts, datasets, wording
 from cifar100cli.ablation import Ablation
 from cifar100cli.analysis import Confusion, Predictions
 from cifar100cli.bounded import printable, read_file
@@ -19,8 +19,8 @@ from cifar100cli.card import Card, read_card
 from cifar100cli.catalog import TITLES
 from cifar100cli.charts import Bar, Line
 from cifar100cli.config import LARGEST_PRESET
-from cifar100cli.console import PROTOCOLS
 from cifar100cli.datasets import Split
+from cifar100cli.display import counting
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.report import (
     SPLITS,
@@ -34,6 +34,7 @@ from cifar100cli.report import (
     study_rows,
 )
 from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, RunDir
+from cifar100cli.wording import PROTOCOLS
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -55,7 +56,7 @@ def render(report: Report, data_dir: Path | None = None) -> str:
     chosen = _to_detail(report)
     charted = [row for row in report.rows if row.curves][:DETAILED]
     pictures = _Pictures(data_dir)
-    with console.counting("report", len(chosen) + len(charted)) as advance:
+    with counting("report", len(chosen) + len(charted)) as advance:
         drawn = []
         for row in charted:
             drawn.append(_chart_row(row))
@@ -79,7 +80,7 @@ def render(report: Report, data_dir: Path | None = None) -> str:
         left_out=len(drawn) < len(report.rows) or len(details) < sum(len(row.runs) for row in report.rows),
         most=DETAILED,
         protocols=PROTOCOLS,
-        expected=console.expected,
+        expected=wording.expected,
         titles=TITLES,
         version=__version__,
         today=date.today().isoformat(),
@@ -100,16 +101,16 @@ def _environment() -> "Environment":
         finalize=lambda value: printable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
     )
     environment.filters |= {
-        "percent": console.percent,
-        "duration": console.duration,
+        "percent": wording.percent,
+        "duration": wording.duration,
         "setting": setting,
         "effect_name": effect_name,
         "published_beside": published_beside,
         "published_cell": published_cell,
         "spark": lambda row: charts.sparkline(row.curves.get(judged(row) or "", [])),
-        "last": lambda row, name: console.loss(row.curves[name][-1]) if row.curves.get(name) else "-",
+        "last": lambda row, name: wording.loss(row.curves[name][-1]) if row.curves.get(name) else "-",
         "mean": lambda row: (
-            console.percent(row.top1_mean) + ("" if row.top1_std is None else f" ± {100 * row.top1_std:.2f}")
+            wording.percent(row.top1_mean) + ("" if row.top1_std is None else f" ± {100 * row.top1_std:.2f}")
         ),
     }
     return environment
@@ -276,13 +277,13 @@ def _detail(row: Row, path: str, anchor: str, pictures: _Pictures) -> dict[str, 
     result = run.result()
     test = result["test"]
     figures = [
-        ("Test top-1", console.percent(test["top1"])),
-        ("Test top-5", console.percent(test["top5"])),
-        ("Test loss", console.loss(test["loss"])),
+        ("Test top-1", wording.percent(test["top1"])),
+        ("Test top-5", wording.percent(test["top5"])),
+        ("Test loss", wording.loss(test["loss"])),
         ("Calibration error", f"{test['ece']:.4f}"),
         ("Epoch", f"{result['best']['epoch']} of {result['epochs']}"),
         ("Chosen by", PROTOCOLS[row.select]),
-        ("Time", console.duration(result["seconds"])),
+        ("Time", wording.duration(result["seconds"])),
         ("Images a second", f"{result['images_per_second']:,.0f}"),
     ]
     view, missing = None, None
@@ -293,8 +294,8 @@ def _detail(row: Row, path: str, anchor: str, pictures: _Pictures) -> dict[str, 
     except (DataError, OSError) as error:
         missing = f"Classes, confusions and mistakes are not shown: {error}."
         if not (run.path / PREDICTIONS).exists():
-            missing += f" This makes them: cifar100 evaluate {console.argument(run.path)} "
-            missing += f"--predictions {console.argument(run.path / PREDICTIONS)}"
+            missing += f" This makes them: cifar100 evaluate {wording.argument(run.path)} "
+            missing += f"--predictions {wording.argument(run.path / PREDICTIONS)}"
     return {
         "anchor": anchor,
         "path": path,

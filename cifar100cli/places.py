@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar100cli import console, interrupts
-from cifar100cli.catalog import FOLDERS, user_cache
+from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import UsageError
-from cifar100cli.options import expand
+from cifar100cli.folders import DATA_DIR, Where, cache_dir, expand, named_by, user_cache
 
 if TYPE_CHECKING:
-    from cifar100cli.jobs import Where
     from cifar100cli.schema import Config
 
 
@@ -77,22 +76,16 @@ def _would_be_lost(path: Path, target: Path, inputs: Sequence[Path]) -> str | No
 
 def data_folder(given: Path | None, run: Path | None = None) -> Path:
     """The folder that the user or the variable names; else the run's own; else the user's cache."""
-    named = given or os.environ.get("CIFAR100_DATA_DIR")
-    if named:
-        return expand(Path(named))
-    if run is not None and run.is_dir():
+    named = expand(given) if given is not None else named_by(DATA_DIR)
+    if named is not None:
+        return named
+    if run is not None:
         from cifar100cli.runs import RunDir
 
-        recorded = RunDir(run).recorded("data_dir")
+        recorded = RunDir(run if run.is_dir() else run.parent).recorded("data_dir")
         if recorded is not None and Path(recorded).is_dir():
             return Path(recorded)
     return user_cache()
-
-
-def cache_dir() -> Path:
-    """Where a teacher's logits and a frozen network's features are kept."""
-    named = os.environ.get("CIFAR100_CACHE_DIR")
-    return expand(Path(named)) if named else user_cache() / "computed"
 
 
 def check_minutes(minutes: float, config: "Config") -> None:
@@ -111,12 +104,11 @@ def check_device(name: str) -> str:
     return name
 
 
-def where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None = None) -> "Where":
+def where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None = None) -> Where:
     """Folders and device for a workflow. Importing it brings torch in, which takes a moment."""
     check_device(device)
     with console.waiting("starting PyTorch ..."), interrupts.at_once():
         from cifar100cli import machine, workflows  # noqa: F401 - workflows for the command, where all is imported
-        from cifar100cli.jobs import Where
     found = Where(data_folder(data_dir, run), expand(runs_dir), cache_dir(), device)
     console.detail(f"data folder {found.data_dir.absolute()}, runs folder {found.runs_dir.absolute()}")
     console.detail(machine.in_one_line(device))

@@ -9,12 +9,12 @@ from typing import Any
 
 from cifar100cli import ablation, noise
 from cifar100cli.ablation import Ablation, Effect, Setting
-from cifar100cli.bounded import look
+from cifar100cli.bounded import kind_of
 from cifar100cli.config import TEACHER, departures, flat, preset_names, shipped, with_own_figures, with_teacher
-from cifar100cli.console import percent
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, RunDir, find_runs
 from cifar100cli.schema import SPLIT_OF, Config
+from cifar100cli.wording import percent
 
 SPLITS = {"train": "training", "val": "held-out", "test": "test"}
 FIXED = "-fixed"  # ends the name of the preset that stands beside the tutorial's with the evident repairs
@@ -132,11 +132,7 @@ def collect(folders: Sequence[Path]) -> Report:
     paths: dict[Path, Path] = {}
     unusable = []
     for folder in folders:
-        try:
-            look(folder)
-        except OSError as error:
-            raise DataError(f"{folder}: {error.strerror}") from None
-        if not folder.is_dir():
+        if kind_of(folder) != "folder":
             raise DataError(
                 f"{folder}: there is no such folder of runs; `cifar100 train` makes them, and "
                 "--runs-dir DIR names another folder"

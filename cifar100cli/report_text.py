@@ -6,11 +6,10 @@ from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from cifar100cli import console
+from cifar100cli import console, wording
 from cifar100cli.ablation import Ablation, Effect
 from cifar100cli.bounded import printable
 from cifar100cli.catalog import TITLES
-from cifar100cli.console import PROTOCOLS, percent
 from cifar100cli.errors import UsageError
 from cifar100cli.report import (
     SPLITS,
@@ -25,6 +24,7 @@ from cifar100cli.report import (
     setting,
     study_rows,
 )
+from cifar100cli.wording import PROTOCOLS, percent
 
 FORMATS = {".html": "html", ".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
 COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
@@ -71,7 +71,7 @@ def _pair_cells(pair: Pair, changed: str) -> tuple[str, ...]:
 
 def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
     deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
-    last = {name: console.loss(values[-1]) for name, values in row.curves.items() if values}
+    last = {name: wording.loss(values[-1]) for name, values in row.curves.items() if values}
     return (
         f"{row.unfreeze}{mark}",
         str(row.epochs),
@@ -153,7 +153,7 @@ def _notes(report: Report) -> list[str]:
     if any(row.dataset == "synthetic" for row in report.rows):
         notes.append("synthetic: drawn shapes; these figures say nothing about CIFAR-100.")
     notes += [
-        f"{row.preset}: expected {console.expected(row.expected_top1, row.expected_runs)}."
+        f"{row.preset}: expected {wording.expected(row.expected_top1, row.expected_runs)}."
         for row in report.rows
         if row.expected_top1 is not None and not row.changes
     ]

@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any, Self
 
 from cifar100cli.atomic import remove_quietly, write_json, write_text
-from cifar100cli.bounded import look, parse_json, printable, read_file, walk
+from cifar100cli.bounded import kind_of, not_text, parse_json, printable, read_file, walk
 from cifar100cli.config import differences, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
+from cifar100cli.folders import DATA_DIR, named_by
 from cifar100cli.schema import SPLIT_OF, Config
+from cifar100cli.wording import argument
 
 FORMAT = 1  # of a run folder; a newer one is refused
 
@@ -122,20 +124,16 @@ class RunDir:
     @classmethod
     def open(cls, path: Path) -> Self:
         """An existing run. Raises `DataError` when the folder is none, shut, or of a newer format."""
-        try:
-            look(path)
-            if path.is_file() and (path.parent / CONFIG).is_file():
-                raise DataError(f"{path}: is a file of a run; name the run's folder: {path.parent}")
-            if not path.is_dir():
-                raise DataError(f"{path}: there is no such run folder; `cifar100 report --json` names the runs")
-            look(path / CONFIG)
-            if not (path / CONFIG).is_file():
-                raise DataError(f"{path}: not a run folder: it has no {CONFIG}{_latest_below(path, CONFIG)}")
-            for name in FILES:
-                if (path / name).exists() and not (path / name).is_file():
-                    raise DataError(f"{path}: {name} is not a plain file")
-        except OSError as error:
-            raise DataError(f"{error.filename or path}: {error.strerror}") from None
+        kind = kind_of(path)
+        if kind == "file" and kind_of(path.parent / CONFIG) == "file":
+            raise DataError(f"{path}: is a file of a run; name the run's folder: {path.parent}")
+        if kind != "folder":
+            raise DataError(f"{path}: there is no such run folder; `cifar100 report --json` names the runs")
+        if kind_of(path / CONFIG) != "file":
+            raise DataError(f"{path}: not a run folder: it has no {CONFIG}{_latest_below(path, CONFIG)}")
+        for name in FILES:
+            if kind_of(path / name) not in ("file", None):
+                raise DataError(f"{path}: {name} is not a plain file")
         run = cls(path)
         found = run.environment().get("format")
         if not isinstance(found, int) or isinstance(found, bool) or found < 1:
@@ -167,6 +165,15 @@ class RunDir:
     def preset(self) -> str:
         """The name of the preset."""
         return self.recorded("preset") or self.path.parent.name
+
+    def to_go_on(self) -> str:
+        """The command that goes on with the run, with what must be said again: trackers, and a folder of its own."""
+        words = ["cifar100 train --resume", argument(self.path)]
+        words += [f"--log {name}" for name in TRACKED if (self.path / name).is_dir()]
+        named, own = named_by(DATA_DIR), self.recorded("data_dir")
+        if named is not None and own is not None and Path(own) != named.absolute():
+            words += ["--data-dir", argument(own)]
+        return " ".join(words)
 
     @property
     def complete(self) -> bool:
@@ -326,11 +333,6 @@ def check_writable(root: Path) -> None:
         raise _unwritable(root, f"there is no permission to write to {existing}")
 
 
-def not_text(path: Path) -> str | None:
-    """The first part of a path that is not UTF-8, if any: safetensors opens no such file."""
-    return next((printable(part) for part in path.parts if part.encode("utf-8", "ignore") != os.fsencode(part)), None)
-
-
 def _unwritable(root: Path, reason: str | None) -> FolderError:
     return FolderError(f"runs cannot be written to {root}: {reason}; --out or CIFAR100_RUNS_DIR names another place")
 
@@ -386,10 +388,11 @@ def _begun(path: Path) -> tuple[float, float]:
         return written, written
 
 
-def same_run(root: Path, preset: str, config: Config, teacher: str | None) -> RunDir | None:
+def same_run(root: Path, preset: str, config: Config, teacher: str | None, images: str) -> RunDir | None:
     """The latest run of this preset with the very same settings and seed: a complete one, or else one to go on with.
 
-    One that was distilled from weights of another digest than `teacher` is another run, wherever they lay.
+    One that was distilled from weights of another digest than `teacher` is another run, wherever they lay, and so is
+    one on a data set of another digest than `images`.
     """
     found = []
     for path in find_runs(root / preset):
@@ -398,6 +401,8 @@ def same_run(root: Path, preset: str, config: Config, teacher: str | None) -> Ru
             if differences(run.config(), config):
                 continue
             if config.distillation is not None and run.recorded(TEACHER_DIGEST) not in (None, teacher):
+                continue
+            if run.recorded(DATA_DIGEST) not in (None, images):
                 continue
             if run.complete:
                 run.result()
@@ -434,20 +439,16 @@ def begun_by(root: Path, preset: str, config: Config, launch: str | None) -> Run
 
 def find_model(path: Path) -> Path:
     """The model's file of a run folder, or the file itself. Raises `DataError` where it cannot be had."""
-    try:
-        look(path)
-        if path.is_dir():
-            path = path / MODEL
-            look(path)
-            if not path.is_file():
-                hint = _latest_below(path.parent, MODEL)
-                raise DataError(f"{path.parent}: has no {MODEL}: not a run folder, or no epoch of it is finished{hint}")
-        elif not path.is_file():
-            raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report --json` names the runs")
-        elif path.name in FILES and path.suffix != ".safetensors" and (path.parent / CONFIG).is_file():
-            raise DataError(f"{path}: is a file of a run, and no model; name the run's folder: {path.parent}")
-    except OSError as error:
-        raise DataError(f"{error.filename or path}: {error.strerror}") from None
+    kind = kind_of(path)
+    if kind == "folder":
+        if kind_of(path / MODEL) != "file":
+            hint = _latest_below(path, MODEL)
+            raise DataError(f"{path}: has no {MODEL}: not a run folder, or no epoch of it is finished{hint}")
+        return path / MODEL
+    if kind != "file":
+        raise DataError(f"{path}: there is no such run or checkpoint; `cifar100 report --json` names the runs")
+    if path.name in FILES and path.suffix != ".safetensors" and kind_of(path.parent / CONFIG) == "file":
+        raise DataError(f"{path}: is a file of a run, and no model; name the run's folder: {path.parent}")
     return path
 
 

@@ -88,7 +88,7 @@ def parse(text: str, where: str, loader: Any = Loader) -> object:
         raise UsageError(f"{where}: not a preset: nested too deeply") from None
 
 
-def dump(keys: object) -> str:
+def dump(keys: object, *, ascii_only: bool = False) -> str:
     """YAML that `parse` reads back to the same, also from a terminal, which shows no character that could steer it."""
 
     def written(*, allow_unicode: bool) -> str:
@@ -96,4 +96,4 @@ def dump(keys: object) -> str:
 
     text = written(allow_unicode=True)
     harmless = all(printable(line) == line for line in text.split("\n"))
-    return text if harmless else written(allow_unicode=False)
+    return text if harmless and not ascii_only else written(allow_unicode=False)

@@ -315,6 +315,11 @@ class Config(Section):
                 raise ValueError(f"data.{key} is for data.normalize = values, not {data.normalize}; leave one out")
         return self
 
+    @property
+    def takes_fp16(self) -> bool:
+        """Whether a step can be skipped, as fp16 must where its scaled loss overflows; Muon cannot."""
+        return self.optimizer.name != "muon"
+
     def obstacle_to_kept_features(self) -> str | None:
         """Why a frozen part must run in every epoch, and not once for all of them, or None."""
         if unbounded := self.augment.unbounded():
@@ -416,7 +421,6 @@ class Config(Section):
         """What an epoch costs, of one with whole images: smaller ones are taken to cost as their area says."""
         return (self.image_size_in(epoch) / self.data.image_size) ** 2
 
-    def to_yaml(self) -> str:
-        """The preset as YAML that `load_preset` reads back to an equal `Config`."""
-        keys = self.model_dump(mode="json", exclude_none=True)
-        return safe_yaml.dump(keys)
+    def to_yaml(self, *, ascii_only: bool = False) -> str:
+        """The preset as YAML that `load_preset` reads back to an equal `Config`; in ASCII for where UTF-8 is not."""
+        return safe_yaml.dump(self.model_dump(mode="json", exclude_none=True), ascii_only=ascii_only)

@@ -7,8 +7,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from cifar100cli import console, noise
-from cifar100cli.console import percent
+from cifar100cli import console, folders, noise, wording
+from cifar100cli.wording import percent
 
 if TYPE_CHECKING:
     from cifar100cli.ablation import Ablation
@@ -24,9 +24,9 @@ def dry_run(result: Mapping[str, Any], json: bool) -> None:
     console.result(
         f"{result['preset']} is ready: {result['backbone']} with {result['parameters']:,} parameters, "
         f"{result['training_images']:,} images of {result['dataset']} in {result['steps_per_epoch']:,} steps, "
-        f"{console.several(result['epochs'], 'epoch')}, {result['precision']} on {result['device']}"
+        f"{wording.several(result['epochs'], 'epoch')}, {result['precision']} on {result['device']}"
     )
-    console.result(f"one step on a batch of {tuple(result['batch'])} gave the loss {console.loss(result['loss'])}")
+    console.result(f"one step on a batch of {tuple(result['batch'])} gave the loss {wording.loss(result['loss'])}")
     console.result("nothing was written (dry run)")
 
 
@@ -44,12 +44,12 @@ def training(result: Mapping[str, Any], preset: "Config", json: bool) -> None:
     synthetic = " of the synthetic (drawn) data" if result["dataset"] == "synthetic" else ""
     console.result(
         f"{result['preset']}, seed {result['seed']}: test{synthetic} {percent(test['top1'])}, "
-        f"top-5 {percent(test['top5'])}, loss {console.loss(test['loss'])}"
+        f"top-5 {percent(test['top5'])}, loss {wording.loss(test['loss'])}"
     )
     console.result(f"selected: {how}")
     _beside(test["top1"], result["preset"], preset)
     console.result(
-        f"{console.several(result['epochs'], 'epoch')} in {console.duration(result['seconds'])}, "
+        f"{wording.several(result['epochs'], 'epoch')} in {wording.duration(result['seconds'])}, "
         f"{result['images_per_second']:,.0f} images/s in {result['precision']} on {_where(result)}"
     )
     console.result(f"the run is {result['run_dir']}")
@@ -72,7 +72,7 @@ def _beside(top1: float, name: str, config: "Config") -> None:
         told = ", ".join(f"{key} = {here} (not {there})" for key, (here, there) in changes.items())
         console.result(f"not the preset's own settings: {told}")
     if expected is not None:
-        console.result(f"expected of the preset: {console.expected(expected.top1, expected.runs, expected.deviation)}")
+        console.result(f"expected of the preset: {wording.expected(expected.top1, expected.runs, expected.deviation)}")
     if published is None or config.data.dataset == "synthetic":
         return
     at = f" at epoch {published.epoch}" if published.epoch else ""
@@ -82,10 +82,10 @@ def _beside(top1: float, name: str, config: "Config") -> None:
 
 
 def _next(run: str) -> None:
-    console.result(f"next: cifar100 evaluate {console.argument(run)}")
+    console.result(f"next: cifar100 evaluate {wording.argument(run)}")
     root = str(Path(run).parent.parent)
-    found_by_itself = root == os.environ.get("CIFAR100_RUNS_DIR", "runs")
-    console.result("      cifar100 report" + ("" if found_by_itself else f" {console.argument(root)}"))
+    found_by_itself = root == os.environ.get(folders.RUNS_DIR, folders.DEFAULT_RUNS)
+    console.result("      cifar100 report" + ("" if found_by_itself else f" {wording.argument(root)}"))
 
 
 def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) -> None:
@@ -113,7 +113,7 @@ def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) ->
             (
                 str(result["seed"]),
                 *(percent(result["test"][name]) for name in ("top1", "top5")),
-                console.loss(result["test"]["loss"]),
+                wording.loss(result["test"]["loss"]),
                 str(result["best"]["epoch"]),
                 result["run_dir"],
             )
@@ -121,9 +121,9 @@ def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) ->
         ],
         right=range(5),
     )
-    how = console.PROTOCOLS[first["select"]]
+    how = wording.PROTOCOLS[first["select"]]
     spread = "" if deviation is None else f", deviation {100 * deviation:.2f} points"
-    console.result(f"mean {percent(mean)}{spread} over {console.several(len(results), 'seed')} ({how})")
+    console.result(f"mean {percent(mean)}{spread} over {wording.several(len(results), 'seed')} ({how})")
     _beside(mean, first["preset"], preset)
     _next(first["run_dir"])
 
@@ -156,6 +156,8 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
     if json:
         console.result_json(result)
         return
+    from cifar100cli.schema import SPLIT_OF
+
     name = "synthetic (drawn)" if result["dataset"] == "synthetic" else result["dataset"]
     views = ", six views of each (test-time augmentation)" if result["tta"] else ""
     if "members" in result:
@@ -164,7 +166,7 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
             f"An ensemble of {len(members)}: alone, and below together",
             ("top-1", "loss", "epoch", "preset", "member"),
             [
-                (percent(m["top1"]), console.loss(m["loss"]), str(m["epoch"]), m["preset"], m["checkpoint"])
+                (percent(m["top1"]), wording.loss(m["loss"]), str(m["epoch"]), m["preset"], m["checkpoint"])
                 for m in members
             ],
             right=(0, 1, 2),
@@ -174,10 +176,13 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
         console.result(f"{result['checkpoint']} (epoch {result['epoch']})")
         together = ""
     console.result(f"{together}on {result['count']:,} {result['split']} images of {name}{views}")
+    chosen_on = {SPLIT_OF[model["select"]] for model in result.get("members", [result])}
+    if result["split"] in chosen_on:
+        console.result("the epoch was chosen on these very images: optimistic")
     rows = [
         ("top-1", percent(result["top1"])),
         ("top-5", percent(result["top5"])),
-        ("loss", console.loss(result["loss"])),
+        ("loss", wording.loss(result["loss"])),
         ("calibration error (ECE)", f"{result['ece']:.4f}"),
     ]
     if result["superclass_top1"] is not None:
@@ -322,8 +327,8 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
     console.result(f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB; steps: {result['compile']}")
     console.result(
         f"the full run, {run['epochs']} epochs of {run['training_images']:,} images: "
-        f"{console.duration(run['seconds'])} ({run['seconds_per_epoch']:.1f} s an epoch, measuring included"
-        f"{f', after {console.duration(before)} of the frozen part' if before else ''})"
+        f"{wording.duration(run['seconds'])} ({run['seconds_per_epoch']:.1f} s an epoch, measuring included"
+        f"{f', after {wording.duration(before)} of the frozen part' if before else ''})"
         + (", after the teacher's look at each image, which is not counted" if run["teacher_not_counted"] else "")
     )
 
@@ -342,7 +347,7 @@ def presets(configs: Mapping[str, "Config"], json: bool) -> None:
                 percent(config.published.top1) if config.published else "-",
                 _expected(config),
                 str(config.train.epochs),
-                console.PROTOCOLS[config.train.select],
+                wording.PROTOCOLS[config.train.select],
                 config.description,
             )
             for name, config in configs.items()

@@ -22,7 +22,8 @@ from cifar100cli.card import read_card
 from cifar100cli.catalog import DATASETS
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
-from cifar100cli.jobs import Where, evaluation_loader, prepare
+from cifar100cli.folders import Where
+from cifar100cli.jobs import evaluation_loader, prepare
 from cifar100cli.loader import Batch, DeviceLoader, Features, Plan, evaluation_batch_size
 from cifar100cli.plain import PlainLoop
 from cifar100cli.runs import find_model

@@ -7,14 +7,23 @@ evaluation mode.
 import hashlib
 import time
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from cifar100cli import computed
+from cifar100cli import checkpoint, computed, devices, metrics
+from cifar100cli.augment import Views
 from cifar100cli.checkpoint import Checkpoint
+from cifar100cli.datasets import Dataset
 from cifar100cli.devices import Cast
+from cifar100cli.errors import DataError
+from cifar100cli.folded import fold
 from cifar100cli.loader import Batch, DeviceLoader, Preprocessing, evaluation_batch_size
+from cifar100cli.runs import RunDir
+from cifar100cli.schema import Config, Distillation
+from cifar100cli.tasks import Teacher
+from cifar100cli.watcher import Watcher
 
 
 class OnlineTeacher:
@@ -58,6 +67,66 @@ class CachedTeacher:
         """Logits (N, classes) float32."""
         assert batch.views is not None
         return self.table[batch.views, batch.positions]
+
+
+def load(config: Config, distillation: Distillation, dataset: Dataset, watcher: Watcher) -> Checkpoint:
+    """Read the teacher that a preset names. Raises `DataError` where it knows other classes than are to be learned."""
+    path = Path(distillation.required_teacher())
+    saved = checkpoint.load_model(path)
+    if path.is_dir() and not RunDir(path).complete:
+        watcher.say(f"the teacher's run is not complete: its weights are those of epoch {saved.card.epoch}")
+    if saved.card.classes != dataset.classes:
+        kind = "other" if len(saved.card.classes) == len(dataset.classes) else f"{len(saved.card.classes)}"
+        raise DataError(
+            f"--teacher {path}: knows {kind} classes, of {saved.card.dataset}, and the student is to learn "
+            f"the {len(dataset.classes)} of {dataset.name}; name a teacher that was trained on {dataset.name}"
+        )
+    unseen = saved.card.unseen.get(config.data.dataset, 1.0)
+    if config.train.select == "best_val" and unseen < config.data.val_fraction:
+        watcher.say(
+            f"the teacher was trained with data.val_fraction = {unseen:g}, and so on images that are held out of the "
+            "student's: what is found on these may be optimistic; the test figure is not"
+        )
+    return saved
+
+
+def make_ready(
+    saved: Checkpoint,
+    loader: DeviceLoader,
+    precision: str,
+    config: Config,
+    cache_dir: Path,
+    watcher: Watcher,
+    *,
+    dry: bool,
+) -> Teacher:
+    """The teacher of a run: looked up where an image has few versions, else, or if `dry`, run in every step."""
+    device = loader.device
+    model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if precision == "fp32":
+        model = fold(model, saved.preprocessing(loader.images[:2]))
+    online = OnlineTeacher(model, saved.preprocessing, devices.autocast(device, precision))
+    metrics.refuse_no_answer(online.logits(loader.images[:2]), saved.path)
+    if dry:
+        return online
+    if isinstance(loader.policy, Views):
+        logits = computed.table(
+            "the teacher's logits",
+            online.logits,
+            loader,
+            batch_size=online.batch_size,
+            dtype=torch.float32,
+            folder=cache_dir / key(saved, loader, precision),
+            watcher=watcher,
+        )
+        return CachedTeacher(logits.to(device))
+    seconds = online.seconds(next(iter(loader.epoch(1)))) * len(loader)
+    watcher.say(
+        f"the teacher runs in every step, because no two views are the same under {config.augment.unbounded()}: "
+        f"it adds about {seconds:.1f} s an epoch here, {seconds * config.train.epochs / 3600:.1f} h in all; "
+        "with --augment none or flip and no more it would look at each image once or twice"
+    )
+    return online
 
 
 def digest(saved: Checkpoint) -> str:

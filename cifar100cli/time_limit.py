@@ -7,13 +7,13 @@ from pathlib import Path
 
 from cifar100cli import devices
 from cifar100cli.config import Preset, parse_config, shipped, without_figures
-from cifar100cli.console import duration
 from cifar100cli.errors import UsageError
-from cifar100cli.jobs import Where
+from cifar100cli.folders import Where
 from cifar100cli.runs import MOST_EPOCHS
 from cifar100cli.sides import Sides, cost_of_a_step, take_turn, without_files
 from cifar100cli.watcher import Watcher
 from cifar100cli.whole_run import Rates, full_run, images_of
+from cifar100cli.wording import duration
 
 TURNS = 3  # whose median counts
 

@@ -3,7 +3,6 @@
 Neither torch nor a tracker is imported before a run begins, nor what reads presets, which `--help` has no use for.
 """
 
-import importlib.util
 import os
 import re
 import threading
@@ -12,6 +11,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
+from cifar100cli import extras
 from cifar100cli.bounded import one_line
 from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.watcher import EpochProgress, StageRow, TrainState, Watcher
@@ -139,8 +139,7 @@ def check(names: Iterable[str]) -> None:
     for name in names:
         if name not in TRACKERS:
             raise UsageError(f"--log {name}: must be one of {', '.join(TRACKERS)}{did_you_mean(name, TRACKERS)}")
-        if importlib.util.find_spec(name) is None:
-            raise UsageError(f"--log {name} needs {name}: pip install {name}")
+        extras.check(f"--log {name}", name)
         if name == "wandb":
             _check_wandb()
 

@@ -6,21 +6,20 @@ import pickletools
 import re
 import warnings
 import zipfile
-import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, NoReturn
 
 import timm
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
 from cifar100cli import interrupts
-from cifar100cli.bounded import one_line
-from cifar100cli.card import check_header, our_network, parse_metadata
+from cifar100cli.bounded import kind_of, one_line
+from cifar100cli.card import our_network, parse_metadata
 from cifar100cli.errors import ChangedWeights, DataError
+from cifar100cli.tensors import are_as_written, load_tensors
 
 # Where training scripts put the weights in a file that holds other things too; averaged ones first, as timm does.
 _INSIDE = ("state_dict_ema", "model_ema", "state_dict", "model_state_dict", "model")
@@ -41,7 +40,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises `DataError` for a file that is missing, broken, of another kind, or that asks for more than tensors.
     """
-    if not path.is_file():
+    if kind_of(path) != "file":
         raise DataError(f"{path}: there is no such file of weights")
     try:
         with path.open("rb") as file:
@@ -61,26 +60,15 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     return _tensors(path, content)
 
 
-def checksum(tensors: Mapping[str, Tensor]) -> int:
-    """The CRC-32 of tensors' names and bytes, in the order of the names: safetensors has none of its own."""
-    found = 0
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous().reshape(-1)
-        found = zlib.crc32(tensor.view(torch.uint8).numpy().data, zlib.crc32(name.encode(), found))
-    return found
-
-
 def warn_of_change(path: Path, about: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
     """Warn (`ChangedWeights`) where a file of ours holds other numbers than were written; older files do not say."""
-    if "crc32" in about and about["crc32"] != checksum(tensors):
+    if not are_as_written(tensors, about):
         words = f"{path}: its weights are not those that training wrote: they were changed since, or damaged"
         warnings.warn(words, ChangedWeights, stacklevel=3)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    check_header(path)
-    with safe_open(path, framework="pt") as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    tensors, metadata = load_tensors(path)
     with contextlib.suppress(KeyError, ValueError):  # of another's file
         warn_of_change(path, parse_metadata(metadata), tensors)
     return tensors

@@ -2,7 +2,7 @@
 
 import contextlib
 import errno
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,18 +10,17 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from cifar100cli import checkpoint, console, devices, evaluation, images, machine, metrics, ranks, trainer
+from cifar100cli import checkpoint, devices, evaluation, images, machine, metrics, ranks, trainer
 from cifar100cli.card import read_card
-from cifar100cli.catalog import DatasetName
 from cifar100cli.classifier import PICTURES, Classifier
 from cifar100cli.config import Preset, with_teacher
-from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
-from cifar100cli.jobs import Where, prepare
+from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted
+from cifar100cli.folders import Where
+from cifar100cli.jobs import Begun, prepare
 from cifar100cli.models import count_parameters
 from cifar100cli.runs import (
     CONFIG,
     DATA_DIGEST,
-    ENVIRONMENT,
     LARGEST,
     MODEL,
     PREDICTIONS,
@@ -72,34 +71,10 @@ def resume(run: RunDir, where: Where, watcher: Watcher, teacher: str | None = No
     config = left.config if teacher is None else with_teacher(left.config, teacher)
     try:
         with devices.deterministic(config.train.deterministic):
-            job = prepare(Preset(run.preset, config), where, watcher, state=left.state, unseen=left.unseen)
-            if left.precision is None:
-                raise DataError(f"{run.path / ENVIRONMENT}: does not say in which precision the run was begun")
-            if job.config.train.precision == "auto" and left.precision != job.precision:
-                raise UsageError(
-                    f"{run.path}: was begun in {left.precision}, and here `train.precision: auto` means "
-                    f"{job.precision}; resume it on the kind of machine that it was begun on"
-                )
-            _refuse_other_teacher(job, run)
-            if run.recorded(DATA_DIGEST) not in (None, job.images):
-                raise DataError(
-                    f"{where.data_dir}: holds another {job.card.dataset} than {run.path} was begun with; --data-dir "
-                    "says where that one is, or train anew"
-                )
+            job = prepare(Preset(run.preset, config), where, watcher, begun=left.begun)
             return _fit(job, run, watcher)
     except KeyboardInterrupt as stop:
         raise _interrupted(run, config, stop) from None
-
-
-def _refuse_other_teacher(job: Job, run: RunDir) -> None:
-    """Raise `DataError` where what is at the teacher's place now is not what the run was begun with."""
-    began_with = run.recorded(TEACHER_DIGEST)
-    if job.teacher is not None and began_with not in (None, job.teacher):
-        assert job.config.distillation is not None
-        raise DataError(
-            f"{job.config.distillation.teacher}: is not the teacher that {run.path} was begun with: other weights are "
-            "there now; bring those back, or distil anew"
-        )
 
 
 def _interrupted(run: RunDir | None, config: Config, stop: KeyboardInterrupt) -> RunInterrupted:
@@ -109,13 +84,11 @@ def _interrupted(run: RunDir | None, config: Config, stop: KeyboardInterrupt) ->
 
 
 class _Left(NamedTuple):
-    """What is in a run's folder: a result, if it is complete, and else the state that it can go on from, if any."""
+    """What is in a run's folder: a result, if it is complete, and else what it can go on from."""
 
     result: dict[str, Any] | None
     config: Config
-    precision: object
-    state: checkpoint.Saved | None
-    unseen: Mapping[DatasetName, float] | None
+    begun: Begun
 
 
 def _what_is_left(run: RunDir) -> _Left:
@@ -136,16 +109,21 @@ def _what_is_left(run: RunDir) -> _Left:
     if state is not None:
         with contextlib.suppress(DataError):  # where the last epoch is the best, the file is written anew
             unseen = read_card(run.path / MODEL).unseen
-    return _Left(result, config, run.recorded("precision"), state, unseen)
+    precision, images, teacher = (run.recorded(key) for key in ("precision", DATA_DIGEST, TEACHER_DIGEST))
+    return _Left(result, config, Begun(run.path, precision, images, teacher, state, unseen))
 
 
 def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
-    with _in_words(job, run), _alone(run):
-        ranks.on_first(run.forget_divergence)
-        state = trainer.fit(job, run, watcher)
-        result = _result(job, run, state)
-        ranks.on_first(lambda: run.write_result(result))  # the last file: from now on the run is complete
-        watcher.finish(result)
+    try:
+        with _in_words(job, run), _alone(run):
+            ranks.on_first(run.forget_divergence)
+            state = trainer.fit(job, run, watcher)
+            result = _result(job, run, state)
+            ranks.on_first(lambda: run.write_result(result))  # the last file: from now on the run is complete
+            watcher.finish(result)
+    except CifarError as error:
+        error.run_dir = run.path
+        raise
     return result
 
 
@@ -164,7 +142,7 @@ class _NoAnswer(DivergedError):  # noqa: N818
 @contextlib.contextmanager
 def _in_words(job: Job, run: RunDir) -> Iterator[None]:
     """What ends a run, with what is left of it and what to do."""
-    go_on = f"resume with: cifar100 train --resume {console.argument(run.path)}"
+    go_on = f"resume with: {run.to_go_on()}"
     try:
         yield
     except DivergedError as error:

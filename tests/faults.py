@@ -30,7 +30,7 @@ from typing import Any
 import safetensors.torch
 from safetensors import safe_open
 
-from cifar100cli import checkpoint, cli, computed, download
+from cifar100cli import checkpoint, cli, download, tensors
 from tests import kills
 from tests.kills import GO_ON, SMALL, check, ended, last_words, only_run, started
 
@@ -93,15 +93,14 @@ def inject(folder: Path, kind: str | None, at: int) -> None:
         operation(Path(f"/proc/self/fd/{handle}").readlink(), room=True)
         fsync(handle)
 
-    def failing_save(tensors: Any, path: Path, *rest: Any) -> None:
+    def failing_save(content: Any, path: Path, *rest: Any) -> None:
         path.write_bytes(b"half")  # which is there when the disk is full
         operation(path, room=True)
-        save_file(tensors, path, *rest)
+        save_file(content, path, *rest)
 
     sys.addaudithook(hook)
     os.fsync = failing_fsync  # type: ignore[assignment]
-    for module in (checkpoint, computed):
-        module.save_file = failing_save  # type: ignore[attr-defined]
+    tensors.save_file = failing_save  # type: ignore[attr-defined,assignment]
 
 
 def _inside(path: str, folder: Path) -> bool:

@@ -19,8 +19,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cifar100cli.console import duration, percent
 from cifar100cli.runs import CONFIG, ENVIRONMENT, METRICS, RESULT, RunDir, find_runs
+from cifar100cli.wording import duration, percent
 
 WANTED = (
     *("speedrun-75:3", "speedrun-cifar10-94:3", "speedrun-cifar10-96:1", "resnet18-cifar:1"),

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cifar100cli import ablation, noise, page, report, report_text, runs
+from cifar100cli import ablation, datasets, noise, page, report, report_text, runs
 from cifar100cli.ablation import Ablation, Effect
 from cifar100cli.config import Override, differences, flat, load_preset, preset_names
 from cifar100cli.errors import DivergedError, UsageError
@@ -306,6 +306,18 @@ def test_an_ablation_that_was_stopped_goes_on(run_cli: Cli, monkeypatch: pytest.
     assert again.err.count("going on with") >= 1
     assert len(runs.find_runs(Path("runs"))) == 2
     assert "one seed" in again.out
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_runs_on_other_images_are_not_taken(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = ["train", *TINY, "--epochs", "1", "--label-smoothing", "0.1", "--ablate", "label_smoothing"]
+    assert run_cli(*command).code == 0
+    digest = datasets.digest
+    with monkeypatch.context() as patch:
+        patch.setattr(datasets, "digest", lambda dataset: digest(dataset)[::-1])
+        other = run_cli(*command)
+    assert (other.code, other.err.count("taken from")) == (0, 0)
+    assert len(runs.find_runs(Path("runs"))) == 4
 
 
 def test_blocks_may_be_named_one_by_one(run_cli: Cli) -> None:

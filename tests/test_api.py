@@ -34,12 +34,12 @@ from cifar100cli import (
     augment,
     errors,
     evaluate,
-    jobs,
     load_model,
     load_preset,
     loader,
     preset_names,
     resume,
+    starting_weights,
     synthetic,
     train,
 )
@@ -464,7 +464,7 @@ def test_mistakes_are_raised(kept: Classifier, tmp_path: Path, monkeypatch: pyte
         kept.predict("notes.txt")
     full = unittest.mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory"))
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "create_model", full)
+        patch.setattr(starting_weights, "create_model", full)
         with pytest.raises(CifarError, match="out of memory: lower --batch-size"):
             train(load_preset("quickstart", {"model.backbone": "resnet18"}), device="cpu")
     with pytest.raises(UsageError, match=r"not ndarray: Image\.fromarray makes one"):

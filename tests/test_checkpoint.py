@@ -1,6 +1,7 @@
 """Files of weights and training state: what comes back, and what is refused."""
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from cifar100cli import checkpoint, devices, runs
+from cifar100cli import checkpoint, devices, runs, tensors
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.card import KEY, Card
 from cifar100cli.errors import ChangedWeights, DataError
@@ -20,8 +21,8 @@ from cifar100cli.groups import everything
 from cifar100cli.models import create_model
 from cifar100cli.optim import create_optimizer
 from cifar100cli.schema import Config
+from cifar100cli.tensors import checksum
 from cifar100cli.watcher import TrainState
-from cifar100cli.weights import checksum
 from tests.conftest import Cli, Trained
 
 CONFIG = Config.model_validate({"model": {"backbone": "test_resnet"}})
@@ -153,6 +154,12 @@ for name in sys.argv[1:]:
     assert int(lines[-1].split()[1]) < 2**18  # KiB
 
 
+def test_a_card_of_other_images_than_its_preset(saved: Path) -> None:
+    edit(saved, about={"image_size": 96})
+    with pytest.raises(DataError, match="its description is not right at 'image_size'"):
+        checkpoint.load_model(saved)
+
+
 def test_weights_that_do_not_fit(saved: Path) -> None:
     edit(saved, tensors={"extra.weight": torch.zeros(1)})
     with pytest.raises(DataError, match=r"has besides what the model has extra\.weight"):
@@ -258,6 +265,23 @@ def test_a_state_whose_optimizer_has_other_shapes(tmp_path: Path, name: str, sha
         checkpoint.restore(checkpoint.read_state(tmp_path / "state"), state)
 
 
+@pytest.mark.parametrize(("name", "other"), [("sgd", "adamw"), ("adamw", "sgd"), ("adam", "sgd")])
+def test_a_state_of_another_optimizer(tmp_path: Path, name: str, other: str) -> None:
+    """PyTorch's Adam would miss its moments, and SGD would go on without momentum and say nothing."""
+    model = make_model()
+    optimizers = [
+        create_optimizer(Config.model_validate({"optimizer": {"name": one}}).optimizer, everything(model))
+        for one in (name, other)
+    ]
+    model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+    optimizers[0].step()
+    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(1, 1, 0.5), Trained(model, optimizers[0])))
+    saved = checkpoint.read_state(tmp_path / "state")
+    with pytest.raises(DataError, match=r"not a training state of this run .*as of another optimizer"):
+        checkpoint.restore(saved, Trained(model, optimizers[1]))
+    checkpoint.restore(saved, Trained(model, optimizers[0]))
+
+
 @pytest.mark.parametrize("state", [(0, 0, 0.5), (-1, -1, 0.5), (2, 3, 0.5), (2, 0, 0.5), (1, 1, 1e300), (1, 1, 1.5)])
 def test_a_state_of_epochs_that_cannot_be(tmp_path: Path, state: tuple[int, int, float]) -> None:
     trains = trained(make_model())
@@ -266,13 +290,23 @@ def test_a_state_of_epochs_that_cannot_be(tmp_path: Path, state: tuple[int, int,
         checkpoint.restore(checkpoint.read_state(tmp_path / "s"), trains)
 
 
+@pytest.mark.parametrize("about", [{"epoch": math.inf, "best_epoch": math.inf}, {"best_top1": 10**400}])
+def test_a_state_of_numbers_without_end(tmp_path: Path, about: dict[str, object]) -> None:
+    trains = trained(make_model())
+    checkpoint.save_state(tmp_path / "s", checkpoint.snapshot(TrainState(1, 1, 0.5), trains))
+    edit(tmp_path / "s", about=about)
+    with pytest.raises(DataError, match="not a training state of this run"):
+        checkpoint.restore(checkpoint.read_state(tmp_path / "s"), trains)
+    assert checkpoint.finished_epochs(tmp_path / "s") == int("epoch" not in about)
+
+
 def test_a_file_larger_than_there_is_room_to_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("unable to mmap 200000004616 bytes from file: Cannot allocate memory (12)")
 
     path = tmp_path / "model.safetensors"
     checkpoint.save_model(path, make_model().state_dict(), make_card())
-    monkeypatch.setattr(checkpoint, "safe_open", full)
+    monkeypatch.setattr(tensors, "safe_open", full)
     with pytest.raises(DataError, match=r"cannot be read \(unable to mmap"):
         checkpoint.read(path)
     assert devices.is_out_of_memory(RuntimeError("Cannot allocate memory (12)"))

@@ -16,8 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from cifar100cli import console, report, report_text, workflows
+from cifar100cli import console, report, report_text, wording, workflows
 from cifar100cli.bounded import printable
+from cifar100cli.display import TrainingDisplay
 from tests.conftest import make_preset, where
 from tests.test_report import make_run
 
@@ -62,7 +63,7 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
 @pytest.mark.usefixtures("small_synthetic")
 def test_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     preset = make_preset(data={"val_fraction": 0.1}, train={"select": "best_val"})
-    with terminal(monkeypatch) as text, console.TrainingDisplay("mine") as display:
+    with terminal(monkeypatch) as text, TrainingDisplay("mine") as display:
         workflows.train(preset, where(tmp_path), display)
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", text())]
     assert max(map(len, lines)) <= 80
@@ -78,7 +79,7 @@ def test_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 
 @pytest.mark.usefixtures("small_synthetic")
 def test_training_in_a_pipe(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    with console.TrainingDisplay("mine") as display:
+    with TrainingDisplay("mine") as display:
         workflows.train(make_preset(data={"val_fraction": 0.1}, train={"select": "best_val"}), where(tmp_path), display)
     captured = capfd.readouterr()
     assert captured.out == ""
@@ -96,7 +97,7 @@ def test_time_left_while_images_grow(
     assert [growing.image_size_in(epoch) for epoch in range(1, 5)] == [16, 16, 32, 32]
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    display = console.TrainingDisplay("mine")
+    display = TrainingDisplay("mine")
     display.begin(growing, Path(), first, 5, "cpu in fp32")
     for epoch, seconds in ((1, 10), (2, 10), (3, 40), (4, 40)):
         if epoch >= first:
@@ -127,7 +128,7 @@ def test_the_report_fits_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_durations() -> None:
-    assert [console.duration(seconds) for seconds in (0.4, 59.4, 60, 3725)] == ["0 s", "59 s", "1:00", "1:02:05"]
+    assert [wording.duration(seconds) for seconds in (0.4, 59.4, 60, 3725)] == ["0 s", "59 s", "1:00", "1:02:05"]
 
 
 def test_figures_stay_whole_in_a_narrow_terminal(

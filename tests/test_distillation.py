@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar100cli import checkpoint, computed, jobs, losses, runs, teachers, workflows
+from cifar100cli import checkpoint, computed, jobs, losses, resume, runs, teachers, workflows
 from cifar100cli.config import Override, Preset, load_preset
 from cifar100cli.errors import DataError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch
@@ -206,7 +207,7 @@ def test_training_with_either_teacher_is_the_same(
 ) -> None:
     preset = student(teacher_run, augment={"policy": "flip"})
     workflows.train(preset, where(tmp_path / "cached"), Listening())
-    monkeypatch.setattr(jobs, "Views", ())  # no policy counts as one of few versions
+    monkeypatch.setattr(teachers, "Views", ())  # no policy counts as one of few versions
     workflows.train(preset, where(tmp_path / "online"), Listening())
     curves = [[row["train_loss"] for row in only_run(tmp_path / kind).metrics()] for kind in ("cached", "online")]
     assert curves[0] == pytest.approx(curves[1], rel=1e-4)
@@ -339,8 +340,14 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with(
         assert (gone.code, "--teacher says where it is now" in gone.err) == (3, True)
         other = run_cli("distill", "--resume", run.path, "--teacher", run.path)
         assert (other.code, "is not the teacher that" in other.err) == (3, True)
+        by_hand = shutil.copytree(run.path, tmp_path / "copy")
+        assert resume(by_hand, teacher=moved)["complete"]
+        with pytest.raises(UsageError, match=r"has none, or does not know it by its weights"):
+            resume(moved, teacher=moved)
         outcome = run_cli("distill", "--resume", run.path, "--teacher", moved, "--json")
         assert (outcome.code, json.loads(outcome.out)["complete"]) == (0, True), outcome.err
+        again = run_cli("distill", "--resume", run.path, "--teacher", moved, "--json")
+        assert (again.code, json.loads(again.out)) == (0, json.loads(outcome.out)), again.err
     finally:
         moved.rename(teacher_run)
 

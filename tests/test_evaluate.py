@@ -137,7 +137,7 @@ def test_an_ensemble_by_the_command(run_cli: Cli) -> None:
     assert found["loss"] == pytest.approx(loss, rel=1e-4)
     assert found["checkpoint"] == " + ".join(one["checkpoint"] for one in alone)
     assert found["members"] == [
-        {key: one[key] for key in ("checkpoint", "preset", "epoch", "top1", "loss")} for one in alone
+        {key: one[key] for key in ("checkpoint", "preset", "epoch", "select", "top1", "loss")} for one in alone
     ]
     assert set(found) - set(alone[0]) == {"members"}
     rows = list(csv.DictReader(Path("both.csv").read_text().splitlines()))
@@ -212,3 +212,21 @@ def test_splits_that_members_share(run_cli: Cli) -> None:
         outcome = run_cli("evaluate", *pair, "--split", split)
         assert outcome.code == 2
         assert words in outcome.err
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_figure_on_images_that_chose_the_epoch_is_called_optimistic(run_cli: Cli) -> None:
+    chosen = train(run_cli, "--set", "train.select=best_test")
+    held_out = train(run_cli, "--set", "train.select=best_val", "--set", "data.val_fraction=0.2")
+    for models, split, told in (
+        ([chosen], "test", True),
+        ([held_out], "test", False),
+        ([held_out], "val", True),
+        ([chosen], "train", False),
+        ([chosen, held_out], "test", True),
+    ):
+        outcome = run_cli("evaluate", *models, "--split", split)
+        assert outcome.code == 0, outcome.err
+        assert ("chosen on these very images: optimistic" in outcome.out) is told
+    found = json.loads(run_cli("evaluate", chosen, held_out, "--json").out)
+    assert [member["select"] for member in found["members"]] == ["best_test", "best_val"]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from cifar100cli import checkpoint, export, synthetic
+from cifar100cli import checkpoint, export, extras, synthetic
 from cifar100cli.card import Card
 from cifar100cli.classifier import ImagesToLogits
 from cifar100cli.models import create_model
@@ -127,7 +127,7 @@ def test_what_cannot_be_exported_is_told_at_once(plain: str, run_cli: Cli, monke
         outcome = run_cli("export", *arguments)
         assert (outcome.code, len(outcome.err.splitlines())) == (code, 1), outcome.err
         assert words in outcome.err
-    monkeypatch.setattr(export, "EXTRA", ("onnx", "not_installed"))
+    monkeypatch.setattr(extras, "EXPORT", ("onnx", "not_installed"))
     outcome = run_cli("export", plain, "--out", "model.onnx")
     assert outcome.code == 2
     assert "export needs not_installed: pip install not_installed" in outcome.err

@@ -554,6 +554,35 @@ def test_pixels_that_are_asked_for_are_above_those_of_the_weights(run_cli: Cli) 
     assert (data["mean"], data["std"]) == ([0.2] * 3, [0.5] * 3)
 
 
+def test_a_run_from_weights_with_its_own_stem_goes_on_without_them(tmp_path: Path) -> None:
+    model = {"stem": "cifar", "pretrained": False, "weights": None}
+    first = workflows.train(make_preset(model=model, train={"epochs": 1}), where(tmp_path / "first"), Listening())
+    start = tmp_path / "start.safetensors"
+    shutil.copy(Path(first["run_dir"]) / runs.MODEL, start)
+    second = make_preset(model={**model, "pretrained": True, "weights": str(start)}, finetune={"unfreeze": "layer4"})
+    with pytest.raises(RunInterrupted):
+        workflows.train(second, where(tmp_path), StopAfter(9))
+    start.unlink()
+    assert workflows.resume(only_run(tmp_path), where(tmp_path), Listening())["complete"]
+
+
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"optimizer": {"name": "muon"}}, "no matrix of a hidden layer is among what learns"),
+        ({"train": {"compile": "graph"}}, "CUDA graphs need a CUDA device"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_the_frozen_part_is_run(
+    tmp_path: Path, weights: Path, sections: dict[str, dict[str, Any]], words: str
+) -> None:
+    watcher = Listening()
+    with pytest.raises(UsageError, match=words):
+        jobs.prepare(preset(weights, finetune={"unfreeze": "fc"}, **sections), where(tmp_path), watcher)
+    assert not watcher.counted
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_new_stem_is_not_frozen(tmp_path: Path) -> None:
     """Behind random filters and their batch norm's foreign statistics nothing that is frozen means anything."""
     plain = create_model(Config.model_validate({"model": {"backbone": "resnet18"}}), classes=10)

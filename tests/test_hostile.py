@@ -167,6 +167,7 @@ def test_a_run_without_permission(tmp_path: Path) -> None:
         (("train", "--dry-run", "--weights", "FOLDER"), "is a folder; name the file in it"),
         (("train", "--dry-run", "--dataset", "cifar100", "--data-dir", "SHUT"), "Permission denied"),
         (("download", "--data-dir", "FOLDER", "--from", "FILE"), "shut.safetensors: Permission denied"),
+        (("download", "--data-dir", "SHUT"), "Permission denied; --data-dir or CIFAR100_DATA_DIR names another place"),
         (("report", "FILE"), "there is no such folder of runs"),
         (("evaluate", "n" * 300), "File name too long"),
     ],

@@ -85,6 +85,17 @@ def test_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
         ranks.count()
 
 
+@pytest.mark.parametrize("name", ["WORLD_SIZE", "RANK", "LOCAL_RANK"])
+def test_variables_that_are_no_numbers_end_any_command_in_a_line(
+    run_cli: Cli, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    for key, value in {**TORCHRUN, name: "2(x2)"}.items():
+        monkeypatch.setenv(key, value)
+    outcome = run_cli("presets")
+    assert (outcome.code, outcome.out, outcome.err.count("\n")) == (2, "", 1)
+    assert f"{name} = 2(x2): torchrun sets this to a whole number" in outcome.err
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from cifar100cli import checkpoint, interrupts, runs
+from cifar100cli import checkpoint, interrupts, runs, tensors
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.runs import RunDir
 from cifar100cli.saving import Saver
@@ -45,7 +45,7 @@ class Gate:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gate]:
     gate = Gate()
-    monkeypatch.setattr(checkpoint, "save_file", gate.save_file)
+    monkeypatch.setattr(tensors, "save_file", gate.save_file)
     yield gate
     gate.opened.set()
 

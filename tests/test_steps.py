@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cifar100cli import augment, jobs, steps, teachers, trainer
 from cifar100cli.config import Preset
 from cifar100cli.errors import CifarError, UsageError
+from cifar100cli.folders import Where
 from cifar100cli.groups import everything
 from cifar100cli.loader import DeviceLoader, Plan
 from cifar100cli.optim import set_learning_rate
@@ -315,7 +316,7 @@ def test_a_captured_run_on_cuda_is_the_eager_one(tmp_path: Path, recipe: str) ->
     preset = make_preset(**RECIPES[recipe])
 
     def curve(step_mode: str) -> list[float]:
-        job = jobs.prepare(preset, jobs.Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
+        job = jobs.prepare(preset, Where(tmp_path, tmp_path, tmp_path, "cuda"), Listening())
         training = trainer.prepare_steps(job)
         return [row["train_loss"] for row in epochs(steps.create_steps(training, StepMode(step_mode, "")), preset, 2)]
 

@@ -33,8 +33,8 @@ from cifar100cli import (
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.config import Preset
 from cifar100cli.errors import DataError, DivergedError, FolderError, RunInterrupted, UsageError
+from cifar100cli.folders import Where
 from cifar100cli.groups import everything
-from cifar100cli.jobs import Where
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
@@ -543,7 +543,11 @@ def test_auto_precision_asks_the_gpu(
     """An A100, a T4, and a GTX 1080."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    assert devices.resolve_precision("auto", torch.device("cuda", 0)) == expected
+    device = torch.device("cuda", 0)
+    assert devices.resolve_precision("auto", device) == expected
+    adamw, muon = (make_preset(optimizer={"name": name}, train={"precision": "auto"}) for name in ("adamw", "muon"))
+    assert devices.precision_of(adamw.config, device) == expected
+    assert devices.precision_of(muon.config, device) == ("fp32" if expected == "fp16" else expected)  # skips no step
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,8 @@ import yaml
 from safetensors import SafetensorError
 
 import cifar100cli
-from cifar100cli import checkpoint, errors, runs, time_limit, trainer
+from cifar100cli import checkpoint, errors, places, runs, tensors, time_limit, trainer
+from cifar100cli.config import load_preset
 from cifar100cli.runs import RunDir
 from cifar100cli.whole_run import Rates
 from tests.conftest import TINY, Cli, train
@@ -334,7 +337,7 @@ def test_a_full_disk(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         save_file(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", full)
+        patch.setattr(tensors, "save_file", full)
         outcome = run_cli("train", *TINY, "--epochs", "3")
     assert outcome.code == 1
     line = outcome.err.splitlines()[-1]
@@ -461,11 +464,56 @@ def test_seeds_that_are_left_when_one_has_not_begun(run_cli: Cli, monkeypatch: p
             raise KeyboardInterrupt
         return prepare(preset, *arguments, **keys)
 
-    monkeypatch.setattr(workflows, "prepare", stopped)
-    outcome = run_cli("train", *TINY, "--epochs", "1", "--seed", "3", "--seeds", "3")
+    with monkeypatch.context() as patch:
+        patch.setattr(workflows, "prepare", stopped)
+        outcome = run_cli("train", *TINY, "--epochs", "1", "--seed", "3", "--seeds", "3")
     assert outcome.code == 130
     assert "still to do: --seed 4 --seeds 2" in outcome.err
     assert "the same command" not in outcome.err
+    Path("broken.safetensors").write_bytes(b"none")
+    outcome = run_cli("train", *TINY, "--weights", "broken.safetensors", "--seeds", "3")
+    assert (outcome.code, "still to do: --seed 0 --seeds 3" in outcome.err) == (3, True)
+    outcome = run_cli("train", *TINY, "--batch-size", "1", "--seeds", "3")
+    assert (outcome.code, "still to do" in outcome.err) == (2, False)  # no seed is better off
+
+
+def begun(root: Path, **environment: str) -> RunDir:
+    chosen = load_preset("quickstart")
+    return RunDir.create(root, chosen.name, chosen.config, environment)
+
+
+def test_the_line_to_resume_says_what_the_run_does_not_remember(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CIFAR100_DATA_DIR", raising=False)
+    run = begun(tmp_path, data_dir=str(tmp_path / "own data"))
+    assert run.to_go_on() == f"cifar100 train --resume {run.path}"
+    (run.path / "tensorboard").mkdir()
+    assert run.to_go_on() == f"cifar100 train --resume {run.path} --log tensorboard"
+    monkeypatch.setenv("CIFAR100_DATA_DIR", str(tmp_path / "own data"))
+    assert "--data-dir" not in run.to_go_on()
+    monkeypatch.setenv("CIFAR100_DATA_DIR", str(tmp_path / "other"))  # is above what the run recorded
+    assert run.to_go_on().endswith(f"--log tensorboard --data-dir '{tmp_path / 'own data'}'")
+
+
+def test_a_models_file_finds_the_data_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CIFAR100_DATA_DIR", raising=False)
+    (tmp_path / "data").mkdir()
+    run = begun(tmp_path, data_dir=str(tmp_path / "data"))
+    for place in (run.path, run.path / runs.MODEL):
+        assert places.data_folder(None, place) == tmp_path / "data"
+    assert places.data_folder(None, tmp_path / "elsewhere.safetensors") != tmp_path / "data"
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_a_printed_preset_is_read_back_whatever_stdout_speaks(tmp_path: Path, encoding: str) -> None:
+    weights = tmp_path / "josé 日本.safetensors"
+    weights.touch()
+    command = [sys.executable, "-m", "cifar100cli", "train", "--set", f"model.weights={weights}", "--print-config"]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    printed = subprocess.run(command, capture_output=True, check=True, env=environment, cwd=tmp_path).stdout
+    (tmp_path / "mine.yaml").write_bytes(printed)
+    assert load_preset(str(tmp_path / "mine.yaml")).config.model.weights == str(weights)
 
 
 def test_a_command_goes_on_with_runs_of_its_own_job(run_cli: Cli) -> None:

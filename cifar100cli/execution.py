@@ -1,0 +1,125 @@
+"""What a command that trains does with its presets: one run, one for each seed, or an ablation; shown as they go."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cifar100cli import console, ranks, show, trackers, wording
+from cifar100cli.display import TrainingDisplay
+from cifar100cli.errors import CifarError, DivergedError, UsageError
+from cifar100cli.folders import Where
+from cifar100cli.options import Request
+
+if TYPE_CHECKING:
+    from cifar100cli.config import Preset
+    from cifar100cli.runs import RunDir
+    from cifar100cli.schema import Config
+
+
+def one(
+    preset: "Preset", request: Request, where: Where, run: "RunDir | None" = None, teacher: str | None = None
+) -> dict[str, Any]:
+    """A run from its beginning, or from where `run` stopped, with its `teacher` where that is now; its result."""
+    from cifar100cli import workflows
+
+    log = request.log if ranks.rank() == 0 else ()  # once, however many ranks there are
+    with TrainingDisplay(preset.name) as display, trackers.Tracked(display, log) as watcher:
+        if run is None:
+            return workflows.train(preset, where, watcher)
+        return workflows.resume(run, where, watcher, teacher)
+
+
+def seeds(in_turn: Sequence["Preset"], request: Request, where: Where) -> None:
+    """Train the preset with one seed after another. One whose loss stops being finite does not keep the others."""
+    results, lost = [], _NotCounted(len(in_turn))
+    for done, preset in enumerate(in_turn, start=1):
+        try:
+            results.append(one(preset, request, where))
+        except DivergedError as error:
+            lost.add(f"seed {preset.config.seed}", error)
+        except (KeyboardInterrupt, CifarError) as stop:
+            begun = getattr(stop, "run_dir", None) is not None
+            rest = in_turn[done if begun else done - 1 :]
+            if rest and not isinstance(stop, UsageError):  # which all of them share
+                left = f"--seed {rest[0].config.seed} --seeds {len(rest)}"
+                console.warn(f"still to do{' after this run' if begun else ''}: {left}{_instead(request, preset)}")
+            raise
+    if results:
+        show.seeds(results, in_turn[0].config, request.json)
+    lost.tell()
+
+
+def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], request: Request, where: Where) -> None:
+    """Train the preset as it is and without each block, with every seed in turn; what is complete is not done again.
+
+    Seed after seed, so that what is there when it is stopped can be compared. A run whose loss stops being finite does
+    not keep the others: that may be just what a block is for.
+    """
+    from cifar100cli import ablation, checkpoint, datasets, teachers
+    from cifar100cli.config import shipped, without_figures
+    from cifar100cli.runs import same_run
+
+    chosen, teacher = in_turn[0], None
+    if chosen.config.distillation is not None:
+        teacher = teachers.digest(checkpoint.load_model(Path(chosen.config.distillation.required_teacher())))
+    images = datasets.digest(datasets.load(chosen.config.data.dataset, where.data_dir))
+    if shipped(chosen.name) is None:  # a figure of the user's own preset is not that of other settings
+        left_out = {name: without_figures(config) for name, config in left_out.items()}
+    settings = {"": chosen.config, **left_out}
+    plan = [(name, turn.config.seed) for turn in in_turn for name in settings]
+    results: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
+    lost = _NotCounted(len(plan))
+    console.log(f"{wording.several(len(plan), 'run')}: {chosen.name} as it is, and without {', '.join(left_out)}")
+    for number, (name, seed) in enumerate(plan, start=1):
+        preset = replace(chosen, config=settings[name].model_copy(update={"seed": seed}))
+        setting = f"{f'no {name}' if name else 'as it is'}, seed {seed}"
+        what = f"run {number} of {len(plan)}: {setting}"
+        run = same_run(where.runs_dir, preset.name, preset.config, teacher, images)
+        if run is not None and run.complete:
+            console.log(f"{what}: taken from {run.path}, complete and of the same settings")
+            results[name].append({**run.result(), "run_dir": str(run.path)})
+            continue
+        console.log(what if run is None else f"{what}: going on with {run.path}, of the same settings")
+        try:
+            results[name].append(one(preset, request, where, run))
+        except DivergedError as error:
+            lost.add(setting, error)
+        except (KeyboardInterrupt, CifarError):
+            rest = len(plan) - number
+            console.warn(
+                f"still to do after this run: {rest} of {len(plan)}; the same command again{_instead(request, preset)} "
+                "takes what is complete, and goes on with this one"
+            )
+            raise
+    measured = {
+        name: ablation.setting_of(chosen.name, settings[name], found) for name, found in results.items() if found
+    }
+    if "" in measured:
+        others = [(name, True, measured[name]) for name in left_out if name in measured]
+        show.ablation(ablation.compare(measured[""], others), request.json)
+    lost.tell()
+
+
+def _instead(request: Request, preset: "Preset") -> str:
+    """What a command that goes on must say otherwise: measured again, a machine may have time for other epochs."""
+    return f" (with --epochs {preset.config.train.epochs} instead of --minutes)" if request.minutes is not None else ""
+
+
+class _NotCounted:
+    """Those of several runs whose loss stopped being finite, for a last word when the others are done."""
+
+    def __init__(self, runs: int) -> None:
+        self.runs = runs
+        self.errors: dict[str, DivergedError] = {}
+
+    def add(self, name: str, error: DivergedError) -> None:
+        """A run that is not counted."""
+        self.errors[name] = error
+        console.log(f"{name} is not counted: {error}")
+
+    def tell(self) -> None:
+        """Raise `DivergedError` with all of them, if there are any."""
+        if self.errors:
+            told = " | ".join(f"{name}: {error}" for name, error in self.errors.items())
+            raise DivergedError(f"{len(self.errors)} of {wording.several(self.runs, 'run')} not counted: {told}")

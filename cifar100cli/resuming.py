@@ -1,0 +1,120 @@
+"""A run that was stopped: which one is meant, whether it can go on as it is asked to, and on it goes."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from cifar100cli import console, execution, places, ranks, show, wording
+from cifar100cli.bounded import kind_of
+from cifar100cli.errors import DataError, UsageError
+from cifar100cli.folders import expand
+from cifar100cli.options import Request
+
+if TYPE_CHECKING:
+    from cifar100cli.config import Override
+    from cifar100cli.runs import RunDir
+    from cifar100cli.schema import Config
+
+
+# The section that a command's settings must have, and what is to be told where they have it not.
+SECTIONS = {
+    "distill": ("distillation", "has no teacher", "name one with --teacher RUN|CHECKPOINT"),
+    "finetune-cifar10": ("finetune", "does not fine-tune", "say with --unfreeze what is to be trained"),
+}
+
+
+def resume(request: Request, overrides: list["Override"], command: str) -> None:
+    """Go on with the run that `--resume` names, and show its result; of a complete one, show it alone."""
+    if request.seeds > 1 or request.ablate:
+        flag = "--seeds" if request.seeds > 1 else "--ablate"
+        raise UsageError(f"--resume goes on with one run: leave {flag} out")
+    if request.minutes is not None:
+        raise UsageError("--resume goes on to the epochs that the run has: leave --minutes out")
+    if request.dry_run or request.print_config:
+        raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
+    from cifar100cli.runs import refuse_other_settings
+
+    meant = ranks.on_first(lambda: _run_to_resume(request, overrides, SECTIONS.get(command, (None,))[0]))
+    run, own = meant.run, meant.own
+    if command in SECTIONS and getattr(own, SECTIONS[command][0]) is None:
+        raise UsageError(
+            f"{command}: {run.path} is a run of {run.preset}, which {SECTIONS[command][1]}; "
+            f"resume it with: cifar100 train --resume {wording.argument(run.path)}"
+        )
+    refuse_other_settings(run, meant.asked, own)
+    if meant.result is not None:
+        console.log(f"{run.path} is complete already; nothing is left to train")
+        show.training({**meant.result, "run_dir": str(run.path)}, own, request.json)  # it may have been moved since
+        return
+    try:
+        where = places.where(meant.data_dir, request.out, meant.device)
+    except UsageError as error:
+        if meant.device == request.device:
+            raise
+        reason = str(error).partition(": ")[2].partition(";")[0]
+        raise UsageError(
+            f"{run.path}: was begun on {meant.device}, and {reason}; --device cpu goes on without it"
+        ) from None
+    from cifar100cli.config import Preset
+
+    teacher = own.distillation.teacher if own.distillation is not None else None
+    show.training(execution.one(Preset(run.preset, own), request, where, run, teacher), own, request.json)
+
+
+def _result_of(run: "RunDir") -> dict[str, Any]:
+    try:
+        return run.result()
+    except DataError as error:
+        raise DataError(f"{error}; without this file, --resume measures the run again and writes it") from None
+
+
+class _Meant(NamedTuple):
+    """The run to go on with: its result if it is complete, the settings that are asked for and those that it has.
+
+    And its data folder and its device.
+    """
+
+    run: "RunDir"
+    result: dict[str, Any] | None
+    asked: "Config"
+    own: "Config"
+    data_dir: Path
+    device: str
+
+
+def _run_to_resume(request: Request, overrides: list["Override"], section: str | None) -> _Meant:
+    from cifar100cli.config import Override, differences, load_preset, with_teacher
+    from cifar100cli.runs import CONFIG, TEACHER_DIGEST, RunDir, latest_unfinished
+
+    name, device = request.resume, request.device
+    assert name is not None
+    preset = load_preset(request.preset, overrides) if request.preset else None
+    if name == "last":
+        run = latest_unfinished(expand(request.out), preset.name if preset else None, section)
+    else:
+        run = RunDir.open(expand(Path(name)))
+    own = asked = run.config()
+    if preset is not None:
+        if run.preset != preset.name:
+            raise UsageError(
+                f"--resume {run.path}: a run of {run.preset}, and not of {preset.name}; leave --preset out"
+            )
+        apart = {key: mine for key, (mine, _) in differences(own, preset.config).items() if key != "seed"}
+        if apart:
+            told = ", ".join(f"{key} = {value}" for key, value in apart.items())
+            console.log(f"{run.path} goes on with its own settings, which {preset.name} has not: {told}")
+    if overrides:
+        # A seed that is not given again is the run's.
+        if not any(override.key == "seed" for override in overrides):
+            overrides = [*overrides, Override("seed", own.seed, "the run")]
+        asked = load_preset(str(run.path / CONFIG), overrides).config
+    if own.distillation is not None and asked.distillation is not None:
+        known = run.recorded(TEACHER_DIGEST) is not None  # by which it is known wherever it is now
+        teacher = (asked.distillation if known else own.distillation).required_teacher()
+        own = with_teacher(own, teacher)
+        if not run.complete and kind_of(Path(teacher)) is None:
+            where = "--teacher says where it is now" if known else "bring it back, or distil anew"
+            raise DataError(f"{teacher}: the run's teacher is not there: {where}")
+    if device == "auto" and ranks.count() == 1:
+        device = run.recorded("device") or device
+    result = _result_of(run) if run.complete else None
+    return _Meant(run, result, asked, own, places.data_folder(request.data_dir, run.path), device)

@@ -1,0 +1,105 @@
+"""What a run begins from: random weights, timm's, a file's or another run's, and which images these had learned."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from cifar100cli import checkpoint, ranks
+from cifar100cli.bounded import kind_of
+from cifar100cli.card import Network, our_network
+from cifar100cli.catalog import DATASETS, DatasetName
+from cifar100cli.checkpoint import Saved
+from cifar100cli.datasets import Split
+from cifar100cli.errors import DataError, UsageError
+from cifar100cli.loader import Preprocessing
+from cifar100cli.models import create_model, initialize
+from cifar100cli.schema import Config
+from cifar100cli.watcher import Watcher
+
+
+def build(
+    config: Config,
+    classes: int,
+    preprocessing: Preprocessing,
+    training: Split,
+    state: Saved | None,
+    watcher: Watcher,
+) -> nn.Module:
+    """The network as its first step finds it: with the weights of `state`, of a file, of timm, or random ones."""
+    torch.manual_seed(config.seed)
+    with ranks.one_ahead():  # the model hub is asked once
+        model = create_model(config, classes, pretrained=None if state is None else False)
+    if state is not None:
+        checkpoint.restore_model(state, model)
+        return model
+    if config.model.weights is not None:
+        watcher.say(_told(config, preprocessing, classes))
+    if not config.model.pretrained:
+        initialize(model, _sample(training, preprocessing))
+    return model
+
+
+def refuse_known_images(config: Config) -> None:
+    """Raise `UsageError` where an epoch would be chosen on images that the weights to start from were trained on."""
+    network = _named(config)
+    if network is None or config.train.select != "best_val":
+        return
+    unseen = network.unseen.get(config.data.dataset, 1.0)
+    if unseen < config.data.val_fraction:  # a larger share holds out what a smaller one does, and more
+        smaller = f"hold out no more than that (--set data.val_fraction={unseen:g}), or " if unseen else ""
+        raise UsageError(
+            f"{config.model.weights}: was trained, or began from weights that were, with data.val_fraction = "
+            f"{unseen:g}, and so on images that {config.data.val_fraction:g} holds out: an epoch chosen on "
+            f"these would flatter; {smaller}use --set train.select=last"
+        )
+
+
+def unseen_images(config: Config) -> Mapping[DatasetName, float]:
+    """The `unseen` of the run's card. Of weights that are there no more it is not known what they had learned."""
+    name, weights = config.data.dataset, config.model.weights
+    if weights is not None and not _is_there(Path(weights)):
+        return dict.fromkeys(DATASETS, 0.0)
+    network = _named(config)
+    known = network.unseen if network is not None else {}
+    return {**known, name: min(config.data.val_fraction, known.get(name, 1.0))}
+
+
+def stem_is_new(config: Config, model: nn.Module) -> bool:
+    """Whether the stem is a random one in front of trained weights. A deep one keeps those that it had."""
+    if config.model.stem != "cifar" or not config.model.pretrained:
+        return False
+    network = _named(config)
+    stem = getattr(getattr(model, "backbone", model), "conv1", None)
+    return (network is None or network.stem != "cifar") and isinstance(stem, nn.Conv2d)
+
+
+def _named(config: Config) -> Network | None:
+    """What the file of weights says of its network, where one is named and it is ours."""
+    return our_network(Path(config.model.weights)) if config.model.weights is not None else None
+
+
+def _is_there(weights: Path) -> bool:
+    try:
+        return kind_of(weights) == "file"
+    except DataError:  # a run that goes on has no need of them
+        return False
+
+
+def _told(config: Config, preprocessing: Preprocessing, classes: int) -> str:
+    """What a run begins with, and where its images will not be those that the weights were made for."""
+    told = f"starting from {config.model.weights}; the head is a new one of {classes} classes"
+    network = _named(config)
+    if network is not None and (network.mean, network.std) != (preprocessing.mean, preprocessing.std):
+        told += f"; the weights saw pixels normalised otherwise than by data.normalize = {config.data.normalize}"
+    if network is not None and network.image_size != config.data.image_size:
+        told += f"; the weights saw images of {network.image_size} pixels, and see {config.data.image_size} now"
+    return told
+
+
+def _sample(split: Split, preprocessing: Preprocessing) -> torch.Tensor:
+    """Some images of a split, evenly from all of it, as the network will see them: 5,000 of 32 pixels, fewer larger."""
+    count = max(1, min(len(split), 5000 * 32 * 32 // preprocessing.image_size**2))
+    chosen = [index * len(split) // count for index in range(count)]
+    return preprocessing(torch.from_numpy(split.images[chosen]))
