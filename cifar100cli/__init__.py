@@ -15,7 +15,15 @@ Nothing is printed unless `progress=True`. What goes wrong is raised as a `Cifar
 import importlib
 from typing import TYPE_CHECKING
 
-from cifar100cli.errors import ChangedWeights, CifarError, DataError, DivergedError, RunInterrupted, UsageError
+from cifar100cli.errors import (
+    ChangedWeights,
+    CifarError,
+    DataError,
+    DivergedError,
+    NotWrittenError,
+    RunInterrupted,
+    UsageError,
+)
 
 if TYPE_CHECKING:
     from cifar100cli.api import evaluate, load_model, load_preset, resume, train
@@ -30,6 +38,7 @@ __all__ = [
     "Classifier",
     "DataError",
     "DivergedError",
+    "NotWrittenError",
     "Preset",
     "RunInterrupted",
     "UsageError",

@@ -5,13 +5,14 @@ switched off is one, so that new keys are blocks without a word here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
 from typing import Any
 
 from cifar100cli import noise
-from cifar100cli.config import departures, differences, flat, idle, optional_sections, parse_config, shipped
+from cifar100cli.config import departures, differences, flat, idle, parse_config, shipped
 from cifar100cli.errors import UsageError, did_you_mean
+from cifar100cli.keys import optional_sections
 from cifar100cli.schema import Config
 
 OFF = (0, False, "none", "off", "constant")  # a default that is one of these does nothing
@@ -145,15 +146,17 @@ class Setting:
     config: Config
     top1: Mapping[int, float]
     runs: Sequence[str] = ()
+    images: str | None = None
+    """The digest of the data set, which older runs do not tell."""
 
 
-def setting_of(preset: str, config: Config, results: Sequence[Mapping[str, Any]]) -> Setting:
+def setting_of(preset: str, config: Config, results: Sequence[Mapping[str, Any]], images: str | None = None) -> Setting:
     """A setting from its runs' results. Several of one seed count as one, their mean: they are no further evidence."""
     top1: dict[int, list[float]] = {}
     for result in results:
         top1.setdefault(int(result["seed"]), []).append(result["test"]["top1"])
     means = {seed: fmean(top1[seed]) for seed in sorted(top1)}
-    return Setting(preset, config, means, [str(result["run_dir"]) for result in results])
+    return Setting(preset, config, means, [str(result["run_dir"]) for result in results], images)
 
 
 @dataclass(frozen=True)
@@ -251,25 +254,51 @@ def find(settings: Sequence[Setting]) -> list[Ablation]:
         values = flat(setting.config)
         how = tuple(values.get(key) for key in sorted(HOW - {"seed"}))
         families.setdefault((setting.preset, *how), []).append(setting)
-    known = blocks()
-    return [found for family in families.values() if len(family) > 1 for found in _of_family(family, known)]
+    known, ablations = blocks(), []
+    for family in families.values():
+        parts = _by_images(family)
+        for images, part in parts.items():
+            found = _of_family(part, known)
+            if len(parts) > 1:
+                found = [replace(one, changes={**named_images(images), **one.changes}) for one in found]
+            ablations += found
+    return ablations
+
+
+def named_images(digest: str | None) -> dict[str, object]:
+    """What tells the images of a setting from those of others, among its changes."""
+    return {"data": f"images {(digest or 'unknown')[:8]}"}
+
+
+def _by_images(family: Sequence[Setting]) -> dict[str | None, list[Setting]]:
+    """Settings on the same images; those of older runs, which do not tell, are with the first that do."""
+    first = next((setting.images for setting in family if setting.images is not None), None)
+    parts: dict[str | None, list[Setting]] = {}
+    for setting in family:
+        parts.setdefault(setting.images or first, []).append(setting)
+    return parts
 
 
 def _of_family(family: Sequence[Setting], known: Sequence[Block]) -> list[Ablation]:
     values = [flat(setting.config) for setting in family]
     ours = shipped(family[0].preset)
-    as_shipped = None if ours is None else flat(ours)
+
+    def is_shipped(number: int) -> bool:
+        if ours is None:
+            return False
+        changed = departures(family[number].config, ours).keys() - HOW
+        return not {key for key in changed if not idle(key, values[number])}
+
     around: list[list[tuple[int, str, bool]]] = []
     for number, base in enumerate(values):
         apart = [(other, _apart(base, values[other], known)) for other in range(len(family)) if other != number]
         near = [(other, *found) for other, found in apart if found is not None]
-        if as_shipped is None or _parted(base, as_shipped):
+        if not is_shipped(number):
             near = [one for one in near if one[2]]
         around.append(near)
 
     def rank(number: int) -> tuple[int, bool, int]:
-        is_ours = as_shipped is not None and not _parted(values[number], as_shipped)
-        return len(around[number]), is_ours, len(family[number].top1)
+        return len(around[number]), is_shipped(number), len(family[number].top1)
 
     found = []
     told: set[int] = set()

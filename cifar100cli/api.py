@@ -28,7 +28,7 @@ from cifar100cli import (
 from cifar100cli.classifier import Classifier
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
 from cifar100cli.display import TrainingDisplay
-from cifar100cli.errors import CifarError, UsageError
+from cifar100cli.errors import CifarError, NotWrittenError, UsageError
 from cifar100cli.folders import Where, expand
 from cifar100cli.options import with_pretrained
 from cifar100cli.runs import RunDir
@@ -103,10 +103,13 @@ def resume(
     path = _path("teacher", teacher) if teacher is not None else None
     if path is not None and opened.recorded(runs.TEACHER_DIGEST) is None:
         raise UsageError(f"teacher={path}: {opened.path} has none, or does not know it by its weights; leave it out")
-    if device == "auto" and ranks.count() == 1:
-        device = opened.recorded("device") or device
-    where = _where(device, data_dir, run=opened.path)
+    own = opened.recorded("device") if device == "auto" and ranks.count() == 1 else None
+    where = _where(own or device, data_dir, run=opened.path)
     with _watcher(opened.preset, progress) as watcher:
+        try:
+            devices.select_device(where.device)
+        except UsageError as error:
+            raise places.without_its_device(opened.path, own, error, "device='cpu'") if own else error from None
         return workflows.resume(opened, where, watcher, str(path.absolute()) if path is not None else None)
 
 
@@ -130,7 +133,7 @@ def evaluate(
     measured apart, too, under a key of this name.
 
     Raises `UsageError` for a split that there is not, `DataError` for models or images that are missing, broken, or
-    do not go together.
+    do not go together, and `CifarError` where a file cannot be written; what was measured is its `result`.
     """
     if not isinstance(split, str) or split not in evaluation.PARTING:
         raise UsageError(f"split = {split}: must be one of {', '.join(evaluation.PARTING)}")
@@ -147,10 +150,14 @@ def evaluate(
     where = _where(device, data_dir, run=paths[0])
     with _watcher("evaluate", progress) as watcher:
         measured = evaluation.measure(paths, where, watcher, split, tta=tta, near_duplicates=drawing is not None)
-    if table is not None:
-        measured.write(table)
-    if drawing is not None:
-        measured.draw_near_duplicates(drawing)
+    try:
+        if table is not None:
+            measured.write(table)
+        if drawing is not None:
+            measured.draw_near_duplicates(drawing)
+    except OSError as error:
+        place = error.filename or table or drawing
+        raise NotWrittenError(f"{place}: {error.strerror or error}", measured.result) from None
     return measured.result
 
 
@@ -163,7 +170,7 @@ def load_model(run: AnyPath, *, device: str = "auto") -> Classifier:
     Raises `DataError` for a file that is missing, broken or foreign, `UsageError` for a device that is not here.
     """
     where = _where(device)
-    with _alone():
+    with _watcher("load_model", progress=False):
         return Classifier(checkpoint.load_model(_path("run", run)), where)
 
 

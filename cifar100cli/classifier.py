@@ -75,7 +75,9 @@ class Classifier(ImagesToLogits):
             images = _small(images)
         device = self.device
         cast = devices.autocast(device, devices.precision_of(self._config, device))
-        with nullcontext() if torch.compiler.is_compiling() else devices.exact_float32, cast():
+        own = torch.autocast(device.type, enabled=False, cache_enabled=False)  # none of the caller's
+        outer = own if torch.is_autocast_enabled(device.type) else nullcontext()
+        with nullcontext() if torch.compiler.is_compiling() else devices.exact_float32, outer, cast():
             return super().forward(images.to(device))
 
     def predict(self, pictures: Sequence[str | Path | Picture], top: int = 5) -> list[list[dict[str, Any]]]:

@@ -489,7 +489,8 @@ def presets(
     Example: cifar100 presets resnet18-baseline > mine.yaml
     """
     _one_process()
-    from cifar100cli.config import described_keys, load_preset, shipped_presets
+    from cifar100cli.config import load_preset, shipped_presets
+    from cifar100cli.keys import described_keys
 
     if keys:
         if name is not None:

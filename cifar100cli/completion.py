@@ -18,7 +18,7 @@ def values(key: str) -> Complete:
     """What a preset's key may be, where these are a few words."""
 
     def complete() -> Sequence[str]:
-        from cifar100cli.config import choices
+        from cifar100cli.keys import choices
 
         return choices(key)
 
@@ -34,9 +34,9 @@ def presets() -> Sequence[str]:
 
 def settings() -> Sequence[str]:
     """The keys of `--set`."""
-    from cifar100cli.config import keys
+    from cifar100cli.keys import settable
 
-    return [f"{key}=" for key in keys()]
+    return [f"{key}=" for key in settable()]
 
 
 def trained() -> Sequence[str]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from cifar100cli import console
 from cifar100cli.watcher import StageRow, Watcher
-from cifar100cli.wording import duration, loss, percent, several
+from cifar100cli.wording import SPLIT_OF, duration, loss, percent, several
 
 if TYPE_CHECKING:
     from rich.live import Live
@@ -225,7 +225,9 @@ class TrainingDisplay(Watcher):
         if console.verbosity() >= console.VERBOSE:
             line += f"  lr {row['lr']:.2g}  {row['seconds']:.1f} s"
         self._epoch, self._epoch_started = row["epoch"] + 1, time.monotonic()
-        split = next((split for split in ("val", "test") if row.get(f"{split}_top1") is not None), None)
+        chosen_on = SPLIT_OF[self._select]  # beside the best of them stands an accuracy on the same images
+        measured = [split for split in (chosen_on, "val", "test") if split and row.get(f"{split}_top1") is not None]
+        split = measured[0] if measured else None
         self._measured = f"{_SPLITS[split]} {percent(row[f'{split}_top1'])}" if split else ""
         if self._select != "last":
             self._measured += f"  best {percent(state.best_top1)} @{state.best_epoch}"

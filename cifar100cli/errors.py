@@ -43,6 +43,17 @@ class FolderError(CifarError):
     """A folder cannot be written to, or another process has it: with several ranks, the same for all of them."""
 
 
+class NotWrittenError(CifarError):
+    """What was measured could not be written to where it was asked for; `result` has the figures."""
+
+    def __init__(self, text: str, result: dict[str, Any]) -> None:
+        super().__init__(text)
+        self.result = result
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.result)
+
+
 class DivergedError(CifarError):
     """The loss stopped being finite."""
 

@@ -98,6 +98,7 @@ def measure(
         "dataset": dataset.name,
         "split": split,
         "tta": tta,
+        "learned": split == "train" or (split == "val" and any(map(_learned_what_it_holds_out, members))),
         "count": result.count,
         **result.figures(),
         "per_class": dict(zip(classes, result.per_class, strict=True)),
@@ -116,6 +117,11 @@ def measure(
     figures["near_duplicates"] = twins.figures(images.labels, known.labels, right)
     pairs = np.stack([images.images[twins.images], known.images[twins.twins]], 1)
     return Measured(figures, classes, together, labels, pairs)
+
+
+def _learned_what_it_holds_out(member: Checkpoint) -> bool:
+    """Whether weights that the run began from had been trained on images that it held out."""
+    return member.card.unseen.get(member.card.dataset, 1.0) < member.config.data.val_fraction
 
 
 def _names(members: Sequence[Checkpoint], answers: Sequence[Tensor], labels: Tensor) -> dict[str, Any]:

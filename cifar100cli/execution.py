@@ -56,14 +56,17 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
     Seed after seed, so that what is there when it is stopped can be compared. A run whose loss stops being finite does
     not keep the others: that may be just what a block is for.
     """
-    from cifar100cli import ablation, checkpoint, datasets, teachers
+    from cifar100cli import ablation, checkpoint, datasets, starting_weights, teachers
     from cifar100cli.config import shipped, without_figures
-    from cifar100cli.runs import same_run
+    from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST, same_run
 
-    chosen, teacher = in_turn[0], None
+    chosen = in_turn[0]
+    digests = {DATA_DIGEST: datasets.digest(datasets.load(chosen.config.data.dataset, where.data_dir))}
     if chosen.config.distillation is not None:
-        teacher = teachers.digest(checkpoint.load_model(Path(chosen.config.distillation.required_teacher())))
-    images = datasets.digest(datasets.load(chosen.config.data.dataset, where.data_dir))
+        teacher = checkpoint.load_model(Path(chosen.config.distillation.required_teacher()))
+        digests[TEACHER_DIGEST] = teachers.digest(teacher)
+    if chosen.config.model.weights is not None:
+        digests[WEIGHTS_DIGEST] = starting_weights.digest(Path(chosen.config.model.weights))
     if shipped(chosen.name) is None:  # a figure of the user's own preset is not that of other settings
         left_out = {name: without_figures(config) for name, config in left_out.items()}
     settings = {"": chosen.config, **left_out}
@@ -75,7 +78,7 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
         preset = replace(chosen, config=settings[name].model_copy(update={"seed": seed}))
         setting = f"{f'no {name}' if name else 'as it is'}, seed {seed}"
         what = f"run {number} of {len(plan)}: {setting}"
-        run = same_run(where.runs_dir, preset.name, preset.config, teacher, images)
+        run = same_run(where.runs_dir, preset.name, preset.config, digests)
         if run is not None and run.complete:
             console.log(f"{what}: taken from {run.path}, complete and of the same settings")
             results[name].append({**run.result(), "run_dir": str(run.path)})
@@ -111,11 +114,11 @@ class _NotCounted:
 
     def __init__(self, runs: int) -> None:
         self.runs = runs
-        self.errors: dict[str, DivergedError] = {}
+        self.errors: dict[str, str] = {}  # their words alone: an error holds all that its run had in memory
 
     def add(self, name: str, error: DivergedError) -> None:
         """A run that is not counted."""
-        self.errors[name] = error
+        self.errors[name] = str(error)
         console.log(f"{name} is not counted: {error}")
 
     def tell(self) -> None:

@@ -109,12 +109,35 @@ def read_image(source: Path) -> NDArray[np.uint8]:
             return small_square(image)
 
 
+class _WithoutWarnings:
+    """Within, nothing warns. Filters are those of all threads: the first puts them aside, the last puts them back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._kept = warnings.catch_warnings()
+                self._kept.__enter__()
+                warnings.simplefilter("ignore")
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._kept.__exit__(None, None, None)
+
+
+_WITHOUT_WARNINGS = _WithoutWarnings()
+
+
 @contextmanager
 def _broken_in_words() -> Iterator[None]:
     """Decoders are many, and each has its own words for a file that lies, and warnings of what does not matter here."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with _WITHOUT_WARNINGS:
             yield
     except DataError:
         raise

@@ -31,7 +31,7 @@ from cifar100cli.folders import Where
 from cifar100cli.loader import DeviceLoader, Preprocessing, evaluation_batch_size, preprocessing_for
 from cifar100cli.models import check_backbone
 from cifar100cli.policies import create_policy
-from cifar100cli.runs import ENVIRONMENT
+from cifar100cli.runs import DATA_DIGEST, ENVIRONMENT, TEACHER_DIGEST, WEIGHTS_DIGEST
 from cifar100cli.schema import Config
 from cifar100cli.steps import StepMode
 from cifar100cli.tasks import DistillationTask, create_task
@@ -106,21 +106,23 @@ def prepare(
     if begun is not None:
         begun.refuse_other_precision(config, precision)
     if state is None:
-        starting_weights.refuse_known_images(config)
+        starting_weights.check_known_images(config, watcher)
         _tell_of_warmup(config, watcher)
     dataset = dataset or datasets.load(config.data.dataset, where.data_dir)
-    digest = datasets.digest(dataset)
+    digests = {DATA_DIGEST: datasets.digest(dataset)}
     if begun is not None:
-        begun.refuse_other_images(dataset.name, digest, where.data_dir)
+        begun.refuse_other_images(dataset.name, digests[DATA_DIGEST], where.data_dir)
     training, held_out = training_splits(dataset, config)
     preprocessing = preprocessing_for(config.data, training, config.model.backbone)
-    saved_teacher, teacher_digest = None, None
+    saved_teacher = None
     if config.distillation is not None:
         saved_teacher = teachers.load(config, config.distillation, dataset, watcher)
-        teacher_digest = teachers.digest(saved_teacher)
+        digests[TEACHER_DIGEST] = teachers.digest(saved_teacher)
         if begun is not None:
-            begun.refuse_other_teacher(config.distillation.required_teacher(), teacher_digest)
+            begun.refuse_other_teacher(config.distillation.required_teacher(), digests[TEACHER_DIGEST])
     model = starting_weights.build(config, len(dataset.classes), preprocessing, training, state, watcher)
+    if begun is None and config.model.weights is not None:
+        digests[WEIGHTS_DIGEST] = starting_weights.digest(Path(config.model.weights))
     if ranks.count() > 1 and config.train.sync_batch_norm:
         model = batch_norm.synchronised(model, device)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -149,6 +151,9 @@ def prepare(
         parted = features.keep(
             config, config.finetune, model, frozen, loaders, precision, where.cache_dir, watcher, dry=dry
         )
+    step_mode = step_mode_of(config, model, train_loader, images or train_loader.count)
+    if device.type == "cuda" or step_mode.name != "off":
+        watcher.say(f"steps: {step_mode.name} ({step_mode.reason})")
     return Job(
         config=config,
         preset=preset.name,
@@ -161,9 +166,8 @@ def prepare(
         precision=precision,
         groups=groups,
         parted=parted,
-        step_mode=_step_mode(config, model, train_loader, images or train_loader.count, watcher),
-        teacher=teacher_digest,
-        images=digest,
+        step_mode=step_mode,
+        digests=digests,
     )
 
 
@@ -235,16 +239,13 @@ def _card(
     )
 
 
-def _step_mode(config: Config, model: nn.Module, loader: DeviceLoader, images: int, watcher: Watcher) -> StepMode:
+def step_mode_of(config: Config, model: nn.Module, loader: DeviceLoader, images: int) -> StepMode:
     """How steps are launched on the loader's device, in a run on so many images."""
     flops = 0.0  # which decide nothing on a CPU
     if loader.device.type == "cuda":  # a backward pass is about two forward ones, and SAM takes both twice
         passes = 3 if config.optimizer.sam_rho == 0 else 6
         flops = passes * forward_flops(model, loader) * images * config.train.epochs
-    step_mode = steps.choose(config.train.compile, flops, loader, ranks.count())
-    if loader.device.type == "cuda" or step_mode.name != "off":
-        watcher.say(f"steps: {step_mode.name} ({step_mode.reason})")
-    return step_mode
+    return steps.choose(config.train.compile, flops, loader, ranks.count())
 
 
 def training_splits(dataset: Dataset, config: Config) -> tuple[Split, Split | None]:

@@ -284,13 +284,23 @@ def _start_from(init: str, found: dict[str, "Override"]) -> None:
             found.setdefault(f"model.{key}", Override(f"model.{key}", getattr(network, key), flag))
 
 
+def _means_no(value: object) -> bool:
+    """Whether a preset takes the value for false: `off` and `no` are, too."""
+    from pydantic import TypeAdapter, ValidationError
+
+    try:
+        return not TypeAdapter(bool).validate_python(value)
+    except ValidationError:
+        return False
+
+
 def with_pretrained(found: dict[str, "Override"]) -> list["Override"]:
     """Naming weights means starting from them; those of a run of ours go on seeing pixels as they were trained to."""
     from cifar100cli.card import our_network
     from cifar100cli.config import Override
 
     pretrained = found.get("model.pretrained")
-    if pretrained is not None and pretrained.value is False:
+    if pretrained is not None and _means_no(pretrained.value):
         found.setdefault("model.weights", Override("model.weights", None, pretrained.origin))
     if "model.weights" in found and found["model.weights"].value is not None:
         weights = found["model.weights"]
@@ -305,6 +315,9 @@ def with_pretrained(found: dict[str, "Override"]) -> list["Override"]:
             for key, value in pixels.items():
                 found[f"data.{key}"] = Override(f"data.{key}", value, weights.origin)
         pretrained = found.setdefault("model.pretrained", Override("model.pretrained", True, "--weights"))
-        if pretrained.value is False:
-            raise UsageError(f"{found['model.weights'].origin} and {pretrained.origin} exclude each other")
+        if _means_no(pretrained.value):
+            raise UsageError(
+                f"{weights.origin} names model.weights, and {pretrained.origin} says model.pretrained = false: "
+                "they exclude each other"
+            )
     return list(found.values())

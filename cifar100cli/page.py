@@ -32,6 +32,7 @@ from cifar100cli.report import (
     published_cell,
     setting,
     study_rows,
+    unfrozen,
 )
 from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, RunDir
 from cifar100cli.wording import PROTOCOLS
@@ -107,6 +108,7 @@ def _environment() -> "Environment":
         "effect_name": effect_name,
         "published_beside": published_beside,
         "published_cell": published_cell,
+        "unfrozen": unfrozen,
         "spark": lambda row: charts.sparkline(row.curves.get(judged(row) or "", [])),
         "last": lambda row, name: wording.loss(row.curves[name][-1]) if row.curves.get(name) else "-",
         "mean": lambda row: (
@@ -139,7 +141,7 @@ def _gains(found: Ablation) -> "Markup":
             _short(effect.block if effect.without else effect_name(effect)),
             effect.gain,
             effect.interval,
-            bool(effect.within_noise),
+            effect.within_noise is not False,
         )
         for effect in found.effects
     ]

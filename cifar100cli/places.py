@@ -104,6 +104,12 @@ def check_device(name: str) -> str:
     return name
 
 
+def without_its_device(run: Path, device: str, error: UsageError, remedy: str) -> UsageError:
+    """What to tell where a run's own device is not here: what is wrong, and what goes on without it."""
+    reason = str(error).partition(": ")[2].partition(";")[0]
+    return UsageError(f"{run}: was begun on {device}, and {reason}; {remedy} goes on without it")
+
+
 def where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None = None) -> Where:
     """Folders and device for a workflow. Importing it brings torch in, which takes a moment."""
     check_device(device)

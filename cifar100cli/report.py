@@ -10,15 +10,25 @@ from typing import Any
 from cifar100cli import ablation, noise
 from cifar100cli.ablation import Ablation, Effect, Setting
 from cifar100cli.bounded import kind_of
-from cifar100cli.config import TEACHER, departures, flat, preset_names, shipped, with_own_figures, with_teacher
+from cifar100cli.config import (
+    TEACHER,
+    departures,
+    flat,
+    preset_names,
+    shipped,
+    with_own_figures,
+    with_teacher,
+    with_weights,
+)
 from cifar100cli.errors import CifarError, DataError
-from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, RunDir, find_runs
-from cifar100cli.schema import SPLIT_OF, Config
-from cifar100cli.wording import percent
+from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST, RunDir, find_runs
+from cifar100cli.schema import Config
+from cifar100cli.wording import SPLIT_OF, percent
 
 SPLITS = {"train": "training", "val": "held-out", "test": "test"}
 FIXED = "-fixed"  # ends the name of the preset that stands beside the tutorial's with the evident repairs
 CURVES = tuple(f"{split}_{figure}" for split in ("train", "val", "test") for figure in ("loss", "top1"))
+STUDY = "finetune-"  # begins the names of the presets of the study of unfreezing
 CELL = {"finetune.unfreeze", "train.epochs"}  # what a published cell of the study is about
 
 
@@ -31,9 +41,11 @@ class Row:
     seed count as one, their mean, since no more than that is learned from them; `seeds` and `best_epochs` are those
     of `runs`. `teacher` is what they were distilled from: runs with the same weights for one are of one row, wherever
     these lay. `expected_top1` is what a preset of ours reached in `expected_runs` runs, or with 0 of them is meant to
-    reach. `delta` is ours minus published, as a fraction, and only on the preset's own data set. `curves` has losses
+    reach. `delta` is ours minus published, as a fraction, and only on the preset's own data set. `images` is the data
+    set's digest. `curves` has losses
     and accuracies by epoch, as means over the runs; what was not measured in every epoch is not there. `noise` is how
-    far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds.
+    far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds; `within_noise`
+    judges `delta` by it where the settings are the preset's own.
     """
 
     preset: str
@@ -61,6 +73,7 @@ class Row:
     unfreeze: str | None
     fraction: float
     teacher: str | None
+    images: str | None
     curves: dict[str, list[float]]
 
 
@@ -99,14 +112,21 @@ class Report:
     def pairs(self) -> list[Pair]:
         """Every two rows that differ only in being repaired: the same settings were changed in both."""
 
+        ours = set(preset_names())  # of a user's own nobody knows that one is the other, repaired
+
         def settings(row: Row) -> tuple[object, ...]:
-            # The teacher is among the changes of a row only where the preset's rows have several.
-            return {**row.changes, TEACHER: row.teacher}, row.dataset
+            # The teacher and the images are among the changes of a row only where the preset's rows have several.
+            changes = {key: value for key, value in row.changes.items() if key != "data"}
+            return {**changes, TEACHER: row.teacher}, row.dataset
+
+        def alike(row: Row, other: Row) -> bool:
+            same_images = row.images == other.images or None in (row.images, other.images)
+            return same_images and settings(row) == settings(other)
 
         found = []
         for row in self.rows:
             for fixed in self.rows:
-                if fixed.preset == row.preset + FIXED and settings(fixed) == settings(row):
+                if fixed.preset == row.preset + FIXED and {row.preset, fixed.preset} <= ours and alike(row, fixed):
                     gain = fixed.top1_mean - row.top1_mean
                     means = (row.top1_mean, fixed.top1_mean, gain)
                     found.append(Pair(row.preset, row.dataset, row.changes, *means, row.select, fixed.select))
@@ -125,6 +145,8 @@ class _Complete:
     """The digest of the teacher's weights, of a run that has one and says so."""
     images: str | None
     """The digest of its data set, which older runs do not tell."""
+    weights: str | None
+    """The digest of the file of weights that it began from, of a run that did and says so."""
 
 
 def collect(folders: Sequence[Path]) -> Report:
@@ -154,7 +176,7 @@ def collect(folders: Sequence[Path]) -> Report:
         else:
             complete.append(run)
     alike: dict[str, list[_Complete]] = {}
-    for run in _with_named_teachers(complete):
+    for run in _with_named_files(complete):
         settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None, "expected": None})
         alike.setdefault(f"{run.preset}\n{settings.model_dump_json()}", []).append(run)
     groups = [part for group in alike.values() for part in _by_images(group)]
@@ -167,7 +189,10 @@ def collect(folders: Sequence[Path]) -> Report:
 
     measured = [
         ablation.setting_of(
-            group[0].preset, group[0].config, [{**run.result, "run_dir": str(run.path)} for run in group]
+            group[0].preset,
+            group[0].config,
+            [{**run.result, "run_dir": str(run.path)} for run in group],
+            next((run.images for run in group if run.images is not None), None),
         )
         for _, group in groups
     ]
@@ -202,6 +227,7 @@ def _read(path: Path) -> _Complete | Unusable:
         run.metrics(),
         run.recorded(TEACHER_DIGEST),
         run.recorded(DATA_DIGEST),
+        run.recorded(WEIGHTS_DIGEST),
     )
 
 
@@ -213,22 +239,32 @@ def _by_images(group: Sequence[_Complete]) -> list[tuple[dict[str, object], list
     parts: dict[str, list[_Complete]] = {}
     for run in group:
         parts.setdefault(run.images or known[0], []).append(run)
-    return [({"data": f"images {images[:8]}"}, runs) for images, runs in parts.items()]
+    return [(ablation.named_images(images), runs) for images, runs in parts.items()]
 
 
-def _with_named_teachers(runs: Sequence[_Complete]) -> list[_Complete]:
-    """The runs with one name for each teacher: the same weights lie here and there, and others where they lay."""
-    names: dict[str, str] = {}
-    named = []
+def _with_named_files(runs: Sequence[_Complete]) -> list[_Complete]:
+    """The runs with one name for each teacher, and for each file of weights to begin from."""
+    teachers, weights, named = _Names(), _Names(), []
     for run in runs:
-        if run.config.distillation is not None and run.teacher is not None:
-            place = str(run.config.distillation.teacher)
-            if run.teacher not in names:
-                taken = place in names.values()
-                names[run.teacher] = f"{place} (weights {run.teacher[:8]})" if taken else place
-            run = replace(run, config=with_teacher(run.config, names[run.teacher]))
-        named.append(run)
+        config = run.config
+        if config.distillation is not None and run.teacher is not None:
+            config = with_teacher(config, teachers.of(run.teacher, str(config.distillation.teacher)))
+        if config.model.weights is not None and run.weights is not None:
+            config = with_weights(config, weights.of(run.weights, config.model.weights))
+        named.append(replace(run, config=config))
     return named
+
+
+class _Names:
+    """One name for what has one digest: the same weights lie here and there, and others where they lay."""
+
+    def __init__(self) -> None:
+        self._names: dict[str, str] = {}
+
+    def of(self, digest: str, place: str) -> str:
+        """The place where they lay first, with the digest's beginning where others had lain there before."""
+        taken = place in self._names.values()
+        return self._names.setdefault(digest, f"{place} (weights {digest[:8]})" if taken else place)
 
 
 def _apart(groups: Collection[list[_Complete]]) -> dict[str, list[str]]:
@@ -263,9 +299,10 @@ def _row(
     comparable = config.data.dataset == own_dataset != "synthetic"
     delta = mean - published.top1 if published and comparable else None
     spread = noise.of_one_more(top1)
+    changes = {**data, **{key: own[key] for key in told}}
     return Row(
         preset=first.preset,
-        changes={**data, **{key: own[key] for key in told}},
+        changes=changes,
         shipped={key: there for key, (_, there) in changed.items()},
         dataset=config.data.dataset,
         published_top1=published.top1 if published else None,
@@ -277,7 +314,7 @@ def _row(
         top1_std=noise.deviation(top1),
         delta=delta,
         noise=spread,
-        within_noise=abs(delta) <= spread if delta is not None and spread is not None else None,
+        within_noise=abs(delta) <= spread if delta is not None and spread is not None and not changes else None,
         select=config.train.select,
         epochs=config.train.epochs,
         best_epochs=[int(run.result["best"]["epoch"]) for run in group],
@@ -289,6 +326,7 @@ def _row(
         unfreeze=config.finetune.unfreeze if config.finetune else None,
         fraction=config.data.fraction,
         teacher=config.distillation.teacher if config.distillation is not None else None,
+        images=measured.images,
         curves=_curves([run.metrics for run in group]),
     )
 
@@ -358,6 +396,11 @@ def study_rows(report: Report) -> list[Row]:
     depths = ["fc", "layer4", "layer3", "all"]
     rows = [row for row in report.rows if row.unfreeze is not None]
     return sorted(rows, key=lambda row: (row.dataset, _index(depths, row.unfreeze), row.epochs, row.fraction))
+
+
+def unfrozen(row: Row) -> str:
+    """What of the network learned, for people; of another preset than the study's own, with its name."""
+    return str(row.unfreeze) if row.preset.startswith(STUDY) else f"{row.unfreeze} ({row.preset})"
 
 
 def _index(known: Sequence[str], name: str | None) -> int:

@@ -23,6 +23,7 @@ from cifar100cli.report import (
     published_cell,
     setting,
     study_rows,
+    unfrozen,
 )
 from cifar100cli.wording import PROTOCOLS, percent
 
@@ -73,7 +74,7 @@ def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
     deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
     last = {name: wording.loss(values[-1]) for name, values in row.curves.items() if values}
     return (
-        f"{row.unfreeze}{mark}",
+        unfrozen(row) + mark,
         str(row.epochs),
         f"{100 * row.fraction:g}%",
         percent(published_cell(row)),
@@ -192,12 +193,14 @@ def _markdown(report: Report) -> str:
         cells = [_pair_cells(pair, changed(pair)) for pair in report.pairs]
         lines += ["", *_markdown_table(PAIR_COLUMNS, cells, right=range(1, 4))]
     for found in report.ablations:
-        title = f"What each block brings: {found.preset + changed(found)} ({PROTOCOLS[found.select]})"
+        title = f"What each block brings: {found.preset + changed(found)}, {TITLES.get(found.dataset, found.dataset)}"
+        title += f" ({PROTOCOLS[found.select]})"
         lines += ["", _escape(title), ""]
         lines += _markdown_table(ABLATION_COLUMNS, _ablation_cells(found), right=range(1, 5))
-    if study := study_rows(report):
+    for dataset, study in _by_dataset(study_rows(report)):
         cells = [_study_cells(row, changed(row)) for row in study]
-        lines += ["", *_markdown_table(STUDY_COLUMNS, cells, right=range(1, 7))]
+        lines += ["", _escape(f"How far to unfreeze, on {TITLES.get(dataset, dataset)}"), ""]
+        lines += _markdown_table(STUDY_COLUMNS, cells, right=range(1, 7))
     lines += ["", *(f"- {note}" for note in _notes(report))]
     lines += [f"- not counted: `{_escape(u.run)}`: {_escape(u.reason)}" for u in report.unusable]
     return "\n".join(lines).rstrip() + "\n"
@@ -238,16 +241,16 @@ def show_table(report: Report) -> None:
         console.result("there is no complete run here yet; `cifar100 train` makes one")
     changes = list(dict.fromkeys(changed(row) for row in report.rows if row.changes))
     letters = {settings: _letters(index) for index, settings in enumerate(changes)}
-    for dataset in dict.fromkeys(row.dataset for row in report.rows):
+    for dataset, rows in _by_dataset(report.rows):
         console.table(
             f"{TITLES.get(dataset, dataset)}: top-1 on the test set, in %",
             ("preset", "published", "ours", "diff", "n", "epochs", "chosen by"),
-            [_narrow(row, letters.get(changed(row))) for row in report.rows if row.dataset == dataset],
+            [_narrow(row, letters.get(changed(row))) for row in rows],
             right=range(1, 6),
         )
-    curves = [_curve_cells(row, letters.get(changed(row))) for row in report.rows if judged(row)]
-    if curves:
-        console.table("Accuracy by epoch", CURVE_COLUMNS, curves, right=(2, 4, 5))
+    for dataset, rows in _by_dataset([row for row in report.rows if judged(row)]):
+        cells = [_curve_cells(row, letters.get(changed(row))) for row in rows]
+        console.table(f"{TITLES.get(dataset, dataset)}: accuracy by epoch", CURVE_COLUMNS, cells, right=(2, 4, 5))
     if report.pairs:
         console.table(
             "Side by side: normalised, cosine schedule, crop and flip, chosen on held-out images",
@@ -257,20 +260,26 @@ def show_table(report: Report) -> None:
         )
     for found in report.ablations:
         show_ablation(found, _bracketed(letters.get(changed(found))))
-    study = study_rows(report)
-    for dataset in dict.fromkeys(row.dataset for row in study):
+    for dataset, study in _by_dataset(study_rows(report)):
         console.table(
             f"How far to unfreeze, on {TITLES.get(dataset, dataset)}",
             STUDY_COLUMNS,
-            [_study_cells(row, _bracketed(letters.get(changed(row)))) for row in study if row.dataset == dataset],
+            [_study_cells(row, _bracketed(letters.get(changed(row)))) for row in study],
             right=range(1, 7),
         )
     for settings, letter in letters.items():
-        console.result(f"[{letter}] {settings.strip(' ()')}")
+        console.result(f"[{letter}] {settings[2:-1]}")
     for note in _notes(report):
         console.result(note)
     for unusable in report.unusable:
         console.result(f"not counted: {unusable.run}: {unusable.reason}")
+
+
+def _by_dataset(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
+    parts: dict[str, list[Row]] = {}
+    for row in rows:
+        parts.setdefault(row.dataset, []).append(row)
+    return list(parts.items())
 
 
 def _curve_cells(row: Row, letter: str | None) -> tuple[str, ...]:

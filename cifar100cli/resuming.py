@@ -50,10 +50,7 @@ def resume(request: Request, overrides: list["Override"], command: str) -> None:
     except UsageError as error:
         if meant.device == request.device:
             raise
-        reason = str(error).partition(": ")[2].partition(";")[0]
-        raise UsageError(
-            f"{run.path}: was begun on {meant.device}, and {reason}; --device cpu goes on without it"
-        ) from None
+        raise places.without_its_device(run.path, meant.device, error, "--device cpu") from None
     from cifar100cli.config import Preset
 
     teacher = own.distillation.teacher if own.distillation is not None else None

@@ -18,8 +18,8 @@ from cifar100cli.bounded import kind_of, not_text, parse_json, printable, read_f
 from cifar100cli.config import differences, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 from cifar100cli.folders import DATA_DIR, named_by
-from cifar100cli.schema import SPLIT_OF, Config
-from cifar100cli.wording import argument
+from cifar100cli.schema import Config
+from cifar100cli.wording import SPLIT_OF, argument
 
 FORMAT = 1  # of a run folder; a newer one is refused
 
@@ -27,6 +27,7 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 TEACHER_DIGEST = "teacher_sha256"  # in it, of a run that is distilled
 DATA_DIGEST = "data_sha256"  # in it, of the images and labels of its data set
+WEIGHTS_DIGEST = "weights_sha256"  # in it, of the file of weights that it began from, if it did
 METRICS = "metrics.jsonl"
 TABLE = "metrics.csv"  # the same once more, for spreadsheets
 MODEL = "model.safetensors"
@@ -388,11 +389,11 @@ def _begun(path: Path) -> tuple[float, float]:
         return written, written
 
 
-def same_run(root: Path, preset: str, config: Config, teacher: str | None, images: str) -> RunDir | None:
+def same_run(root: Path, preset: str, config: Config, digests: Mapping[str, str]) -> RunDir | None:
     """The latest run of this preset with the very same settings and seed: a complete one, or else one to go on with.
 
-    One that was distilled from weights of another digest than `teacher` is another run, wherever they lay, and so is
-    one on a data set of another digest than `images`.
+    One that had another teacher, data set or file of weights is another run, wherever these lay: `digests` has theirs
+    by the names under which runs record them.
     """
     found = []
     for path in find_runs(root / preset):
@@ -400,9 +401,7 @@ def same_run(root: Path, preset: str, config: Config, teacher: str | None, image
             run = RunDir.open(path)
             if differences(run.config(), config):
                 continue
-            if config.distillation is not None and run.recorded(TEACHER_DIGEST) not in (None, teacher):
-                continue
-            if run.recorded(DATA_DIGEST) not in (None, images):
+            if any(run.recorded(name) not in (None, digest) for name, digest in digests.items()):
                 continue
             if run.complete:
                 run.result()

@@ -11,7 +11,6 @@ from cifar100cli import safe_yaml
 from cifar100cli.catalog import DatasetName
 from cifar100cli.errors import UsageError, did_you_mean
 
-SPLIT_OF = {"best_test": "test", "best_val": "val", "last": None}  # what `train.select` chooses the epoch on
 MOST_SEEDS = 2**32
 DESCRIBING = ("description", "published", "expected")  # the keys that say what a preset is, and set nothing
 

@@ -8,11 +8,11 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cifar100cli import console, folders, noise, wording
-from cifar100cli.wording import percent
+from cifar100cli.wording import SPLIT_OF, percent
 
 if TYPE_CHECKING:
     from cifar100cli.ablation import Ablation
-    from cifar100cli.config import Key
+    from cifar100cli.keys import Key
     from cifar100cli.schema import Config
 
 
@@ -81,6 +81,14 @@ def _beside(top1: float, name: str, config: "Config") -> None:
     )
 
 
+def _is_on_its_images(result: Mapping[str, Any], config: "Config") -> bool:
+    """Whether a run's data set is the one that its preset's figures are about."""
+    from cifar100cli.config import shipped
+
+    ours = shipped(result["preset"]) or config
+    return bool(result["dataset"] == ours.data.dataset != "synthetic")
+
+
 def _next(run: str) -> None:
     console.result(f"next: cifar100 evaluate {wording.argument(run)}")
     root = str(Path(run).parent.parent)
@@ -101,7 +109,7 @@ def seeds(results: Sequence[Mapping[str, Any]], preset: "Config", json: bool) ->
                 "seeds": [result["seed"] for result in results],
                 "top1_mean": mean,
                 "top1_std": deviation,
-                "published_top1": published.top1 if published else None,
+                "published_top1": published.top1 if published and _is_on_its_images(first, preset) else None,
                 "runs": list(results),
             }
         )
@@ -156,8 +164,6 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
     if json:
         console.result_json(result)
         return
-    from cifar100cli.schema import SPLIT_OF
-
     name = "synthetic (drawn)" if result["dataset"] == "synthetic" else result["dataset"]
     views = ", six views of each (test-time augmentation)" if result["tta"] else ""
     if "members" in result:
@@ -179,6 +185,8 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
     chosen_on = {SPLIT_OF[model["select"]] for model in result.get("members", [result])}
     if result["split"] in chosen_on:
         console.result("the epoch was chosen on these very images: optimistic")
+    if result["learned"] and result["split"] == "val":
+        console.result("weights that the run began from had learned these images: optimistic")
     rows = [
         ("top-1", percent(result["top1"])),
         ("top-5", percent(result["top5"])),
@@ -324,7 +332,10 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
         f"{result['flops_per_image'] / 1e9:.3g} GFLOP an image; {100 * result['utilization']:.1f}% of the "
         f"{result['peak_flops_per_second'] / 1e12:.3g} TFLOP/s of a large matrix product"
     )
-    console.result(f"peak memory: {result['peak_memory_bytes'] / 2**30:.2f} GiB; steps: {result['compile']}")
+    memory = f"{result['peak_memory_bytes'] / 2**30:.2f} GiB"
+    console.result(
+        f"peak memory of the steps, without data set and kept features: {memory}; steps: {result['compile']}"
+    )
     console.result(
         f"the full run, {run['epochs']} epochs of {run['training_images']:,} images: "
         f"{wording.duration(run['seconds'])} ({run['seconds_per_epoch']:.1f} s an epoch, measuring included"

@@ -23,7 +23,7 @@ from cifar100cli.catalog import DATASETS
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.folders import Where
-from cifar100cli.jobs import evaluation_loader, prepare
+from cifar100cli.jobs import evaluation_loader, prepare, step_mode_of
 from cifar100cli.loader import Batch, DeviceLoader, Features, Plan, evaluation_batch_size
 from cifar100cli.plain import PlainLoop
 from cifar100cli.runs import find_model
@@ -164,7 +164,7 @@ class Sides:
         different: int | None = None,
     ) -> None:
         config = preset.config
-        self.preset, self.where = preset, where
+        self.preset, self.where, self.images = preset, where, images
         different = steps if different is None or config.finetune is None else min(steps, different)
         steps = different * -(-steps // different)
         count = config.data.batch_size * different
@@ -202,6 +202,13 @@ class Sides:
         config = Config.model_validate(keys)
         job = prepare(Preset(self.preset.name, config), self.where, self.quiet, dataset=self.dataset)
         return PlainLoop(job.model, job.task, job.loaders.train, config.augment, config.optimizer, list(job.groups))
+
+    def takes_its_steps_otherwise(self, epochs: int) -> bool:
+        """Whether a run of so many epochs would launch its steps in another way: a long one pays for compiling."""
+        train = self.job.config.train.model_copy(update={"epochs": epochs})
+        config = self.job.config.model_copy(update={"train": train})
+        mode = step_mode_of(config, self.job.model, self.job.loaders.train, self.images)
+        return mode.name != self.job.step_mode.name
 
     def _wait(self) -> None:
         if self.job.device.type != "cpu":

@@ -1,5 +1,6 @@
 """What a run begins from: random weights, timm's, a file's or another run's, and which images these had learned."""
 
+import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -41,19 +42,30 @@ def build(
     return model
 
 
-def refuse_known_images(config: Config) -> None:
-    """Raise `UsageError` where an epoch would be chosen on images that the weights to start from were trained on."""
+def digest(path: Path) -> str:
+    """What tells a file of weights from all others: the sha256 of its bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_known_images(config: Config, watcher: Watcher) -> None:
+    """Tell where what is held out was learned by the weights to start from; `UsageError` if it chose the epoch."""
     network = _named(config)
-    if network is None or config.train.select != "best_val":
+    unseen = network.unseen.get(config.data.dataset, 1.0) if network is not None else 1.0
+    if unseen >= config.data.val_fraction:  # a larger share holds out what a smaller one does, and more
         return
-    unseen = network.unseen.get(config.data.dataset, 1.0)
-    if unseen < config.data.val_fraction:  # a larger share holds out what a smaller one does, and more
-        smaller = f"hold out no more than that (--set data.val_fraction={unseen:g}), or " if unseen else ""
-        raise UsageError(
-            f"{config.model.weights}: was trained, or began from weights that were, with data.val_fraction = "
-            f"{unseen:g}, and so on images that {config.data.val_fraction:g} holds out: an epoch chosen on "
-            f"these would flatter; {smaller}use --set train.select=last"
-        )
+    known = (
+        f"{config.model.weights}: was trained, or began from weights that were, with data.val_fraction = {unseen:g}, "
+        f"and so on images that {config.data.val_fraction:g} holds out"
+    )
+    if config.train.select != "best_val":
+        watcher.say(f"{known}: accuracies on these flatter")
+        return
+    smaller = f"hold out no more than that (--set data.val_fraction={unseen:g}), or " if unseen else ""
+    raise UsageError(
+        f"{known}: an epoch chosen on these would flatter; {smaller}use --set train.select=last "
+        "--set data.val_fraction=0"
+    )
 
 
 def unseen_images(config: Config) -> Mapping[DatasetName, float]:

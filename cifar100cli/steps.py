@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar100cli.averaging import MovingAverage
-from cifar100cli.bounded import printable
+from cifar100cli.bounded import one_line, printable
 from cifar100cli.devices import TENSOR_CORES, Cast, in_words
 from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.loader import Batch, DeviceLoader, Plan
@@ -102,7 +102,15 @@ class Steps:
 
     def take(self, index: int) -> None:
         """Take a step, and note its loss and its right predictions without looking at them."""
-        self._issue(index)
+        try:
+            self._issue(index)
+        except RuntimeError as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise CifarError(
+                    f"this network's kernels cannot be compiled here ({one_line(error)}): "
+                    "--set train.compile=off launches PyTorch's own"
+                ) from None
+            raise
         self.training.average.update(self.taken + index)
 
     def _issue(self, index: int) -> None:

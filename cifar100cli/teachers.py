@@ -31,12 +31,15 @@ class OnlineTeacher:
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing, cast: Cast) -> None:
         self.model, self.preprocessing, self.cast = model.eval(), preprocessing, cast
+        self._answered: tuple[Batch, Tensor] | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Logits (N, classes) float32."""
-        assert batch.images is not None
-        chunks = torch.split(batch.images, self.batch_size)
-        return torch.cat([self.logits(chunk) for chunk in chunks])
+        """Logits (N, classes) float32; a step of SAM, which looks at its batch twice, has them computed once."""
+        if self._answered is None or self._answered[0] is not batch:
+            assert batch.images is not None
+            chunks = torch.split(batch.images, self.batch_size)
+            self._answered = batch, torch.cat([self.logits(chunk) for chunk in chunks])
+        return self._answered[1]
 
     @property
     def batch_size(self) -> int:
@@ -82,7 +85,7 @@ def load(config: Config, distillation: Distillation, dataset: Dataset, watcher: 
             f"the {len(dataset.classes)} of {dataset.name}; name a teacher that was trained on {dataset.name}"
         )
     unseen = saved.card.unseen.get(config.data.dataset, 1.0)
-    if config.train.select == "best_val" and unseen < config.data.val_fraction:
+    if unseen < config.data.val_fraction:
         watcher.say(
             f"the teacher was trained with data.val_fraction = {unseen:g}, and so on images that are held out of the "
             "student's: what is found on these may be optimistic; the test figure is not"

@@ -24,29 +24,39 @@ def within(preset: Preset, minutes: float, where: Where, watcher: Watcher) -> Pr
     What a frozen part takes before the first epoch, and the result's figures after the last, are counted in.
     Raises `UsageError` where not even one epoch fits.
     """
-    config = preset.config
-    rates = measure_rates(preset, where, watcher)
+    sides, rates = measure_rates(preset, where, watcher)
 
     def seconds(epochs: int) -> float:
-        train = config.train.model_copy(update={"epochs": epochs})
-        return full_run(config.model_copy(update={"train": train}), rates)["seconds"]
+        return full_run(_of(preset, epochs).config, rates)["seconds"]
 
-    if seconds(1) > 60 * minutes:
+    def most() -> int:
+        return bisect_right(range(1, MOST_EPOCHS + 1), 60 * minutes, key=seconds)
+
+    epochs = most()
+    if epochs and sides.takes_its_steps_otherwise(epochs):  # as a longer or shorter run than the preset's own
+        _, rates = measure_rates(_of(preset, epochs), where, watcher)
+        epochs = min(epochs, most())
+    if not epochs:
         raise UsageError(
             f"--minutes {minutes:g}: one epoch of {preset.name} takes about {duration(seconds(1))} here, with the look "
             "at the test set; give it more minutes, or take a smaller --image-size or --set data.fraction=0.1"
         )
-    epochs = bisect_right(range(1, MOST_EPOCHS + 1), 60 * minutes, key=seconds)
     watcher.say(f"--minutes {minutes:g}: a run of --epochs {epochs} takes about {duration(seconds(epochs))} here")
-    if epochs == config.train.epochs:
+    if epochs == preset.config.train.epochs:
         return preset
-    keys = config.model_dump()
+    keys = preset.config.model_dump()
     keys["train"]["epochs"] = epochs
     fitted = parse_config(keys, f"--minutes {minutes:g}")
     return replace(preset, config=fitted if shipped(preset.name) is not None else without_figures(fitted))
 
 
-def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> Rates:
+def _of(preset: Preset, epochs: int) -> Preset:
+    """The preset with another length, unchecked."""
+    train = preset.config.train.model_copy(update={"epochs": epochs})
+    return replace(preset, config=preset.config.model_copy(update={"train": train}))
+
+
+def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> tuple[Sides, Rates]:
     """In some seconds, what decides how long a run takes."""
     images, _ = images_of(preset.config)
     preset = Preset(preset.name, without_files(preset.config))
@@ -69,4 +79,4 @@ def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> Rates:
                 else:  # it warms up what is not yet
                     began = [*began, taken["loop"]]
                 advance(1)
-    return sides.rates(began, seconds)
+    return sides, sides.rates(began, seconds)

@@ -19,11 +19,12 @@ from cifar100cli.optim import create_optimizer, set_learning_rate
 from cifar100cli.runs import LARGEST, STATE, RunDir
 from cifar100cli.saving import Saver
 from cifar100cli.schedule import learning_rate
-from cifar100cli.schema import SPLIT_OF, Config
+from cifar100cli.schema import Config
 from cifar100cli.stages import Parted
 from cifar100cli.steps import StepMode, Steps, Training, create_steps
 from cifar100cli.tasks import Task
 from cifar100cli.watcher import EpochProgress, TrainState, Watcher
+from cifar100cli.wording import SPLIT_OF
 
 TOLERATED_OVERFLOWS = 0.5  # of an epoch's steps, in fp16
 
@@ -55,10 +56,8 @@ class Job:
     groups: list[Group]
     parted: Parted | None
     step_mode: StepMode
-    teacher: str | None
-    """The digest of the teacher's weights, where there is one."""
-    images: str
-    """The digest of the data set."""
+    digests: Mapping[str, str]
+    """What tells its data set, teacher and file of weights from others, by the names under which runs record them."""
 
     @property
     def cast(self) -> Cast:

@@ -40,7 +40,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     Raises `DataError` for a file that is missing, broken, of another kind, or that asks for more than tensors.
     """
-    if kind_of(path) != "file":
+    kind = kind_of(path)
+    if kind == "folder":
+        raise DataError(f"{path}: is a folder; name the file in it, as in {path / 'model.safetensors'}")
+    if kind != "file":
         raise DataError(f"{path}: there is no such file of weights")
     try:
         with path.open("rb") as file:

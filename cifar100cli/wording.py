@@ -4,6 +4,7 @@ import shlex
 from pathlib import Path
 
 PROTOCOLS = {"best_test": "best on test", "best_val": "held-out", "last": "last"}  # how a figure was selected
+SPLIT_OF = {"best_test": "test", "best_val": "val", "last": None}  # what `train.select` chooses the epoch on
 
 
 def loss(value: float) -> str:

@@ -29,9 +29,10 @@ from cifar100cli.runs import (
     RunDir,
     begun_by,
 )
-from cifar100cli.schema import SPLIT_OF, Config
+from cifar100cli.schema import Config
 from cifar100cli.trainer import Job
 from cifar100cli.watcher import TrainState, Watcher
+from cifar100cli.wording import SPLIT_OF
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -53,10 +54,7 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     try:
         with devices.deterministic(preset.config.train.deterministic):
             job = prepare(preset, where, watcher)
-            environment = machine.environment(job.device, job.precision, where.data_dir)
-            environment[DATA_DIGEST] = job.images
-            if job.teacher is not None:
-                environment[TEACHER_DIGEST] = job.teacher
+            environment = {**machine.environment(job.device, job.precision, where.data_dir), **job.digests}
             run = ranks.on_first(lambda: RunDir.create(where.runs_dir, job.preset, job.config, environment))
             return _fit(job, run, watcher)
     except KeyboardInterrupt as stop:

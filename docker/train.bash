@@ -77,6 +77,7 @@ docker image inspect "cifar100:$kind" >/dev/null 2>&1 ||
 
 # Docker would make a missing folder itself, as root; and root's would be closed to the container's user (see build.bash).
 share() {
+    set -- "${1/#\~\//$HOME/}" "$2" # as cifar100 itself reads it
     if [[ ! -d $1 ]]; then
         mkdir -p "$1" || fail 1 "$1: cannot be made"
         if [[ $EUID == 0 ]]; then

@@ -52,6 +52,7 @@ def pytest_configure() -> None:
     """The user's folders and terminal are not for tests, nor for the processes that tests start."""
     for name in ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR", "FORCE_COLOR", "COLUMNS", "LINES"):
         os.environ.pop(name, None)
+    os.environ["TERM"] = "xterm"  # of a dumb one, Rich knows no colours
     # Tests side by side share the cores, and so do the processes that they start.
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
         threads = max(1, (os.cpu_count() or 1) // workers)

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import unittest.mock
@@ -365,6 +366,37 @@ def test_a_model_answers_as_it_was_measured(run: Path, monkeypatch: pytest.Monke
     finally:
         torch.set_float32_matmul_precision("highest")
     assert seen == ["highest"]
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_callers_autocast_changes_no_answer(run: Path, precision: str) -> None:
+    model = load_model(run, device="cpu")
+    model._config = model._config.model_copy(
+        update={"train": model._config.train.model_copy(update={"precision": precision})}
+    )
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
+    with torch.inference_mode():
+        expected = model(images)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                assert torch.equal(model(images), expected)
+
+
+def test_figures_are_in_the_error_of_a_file_that_cannot_be_written(run: Path) -> None:
+    with pytest.raises(CifarError, match=r"/dev/full: No space left on device") as failure:
+        evaluate(run, predictions="/dev/full", device="cpu")
+    assert failure.value.result == evaluate(run, device="cpu")  # type: ignore[attr-defined]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_run_of_a_device_that_is_not_here_says_what_goes_on(run: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run, tmp_path / "copy"))
+    (copy / "result.json").unlink()
+    about = json.loads((copy / "environment.json").read_text())
+    (copy / "environment.json").write_text(json.dumps({**about, "device": "cuda:0"}))
+    with pytest.raises(UsageError, match=r"was begun on cuda:0, and .*; device='cpu' goes on without it"):
+        resume(copy)
+    assert resume(copy, device="cpu")["complete"]
 
 
 def test_threads_take_turns(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 import yaml
 
-from cifar100cli import __version__, checkpoint, config, page, places, synthetic
+from cifar100cli import __version__, checkpoint, keys, page, places, synthetic
 from cifar100cli.card import KEY
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.config import load_preset
@@ -266,7 +266,7 @@ def test_presets(run_cli: Cli) -> None:
 
 def test_every_key_is_listed_with_what_it_is(run_cli: Cli) -> None:
     found = json.loads(run_cli("presets", "--keys", "--json").out)["keys"]
-    assert [key["key"] for key in found] == config.keys()
+    assert [key["key"] for key in found] == keys.settable()
     for key in found:
         assert key["allowed"], key
         assert key["description"], key
@@ -518,7 +518,7 @@ def test_names_with_spaces_of_every_kind(run_cli: Cli, tmp_path: Path) -> None:
     assert run_cli("train", "--preset", again, "--print-config").out == shown
     assert load_preset(str(again)).config.model.weights == f"{folder}/\u202e.pt"
 
-    own = ("--preset", preset, "--no-pretrained")
+    own = ("--preset", preset, "--set", "model.pretrained=off")
     outcome = run_cli("train", *TINY, *own, "--epochs", "1", "--out", folder)
     assert outcome.code == 0, outcome.err
     (command,) = re.findall("cifar100 (evaluate .*)", outcome.err + outcome.out)
@@ -632,7 +632,7 @@ def test_python_dash_m_is_the_same_program(tmp_path: Path) -> None:
 
 
 def test_a_reader_that_goes_away(tmp_path: Path) -> None:
-    command = f"{sys.executable} -m cifar100cli presets --json | head -c 1"
+    command = f"{shlex.quote(sys.executable)} -m cifar100cli presets --json | head -c 1"
     finished = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert (finished.stdout, finished.stderr) == ("{", "")
 
@@ -642,7 +642,7 @@ def test_a_reader_that_goes_away(tmp_path: Path) -> None:
     [("presets >&-", 0), ("presets nope 2>&-", 2), ("report nowhere 2>/dev/full", 3), ("presets >/dev/full", 1)],
 )
 def test_streams_that_cannot_be_written(tmp_path: Path, command: str, code: int) -> None:
-    full = f"{sys.executable} -m cifar100cli {command}"
+    full = f"{shlex.quote(sys.executable)} -m cifar100cli {command}"
     finished = subprocess.run(["bash", "-c", full], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert finished.returncode == code
     assert "Traceback" not in finished.stderr

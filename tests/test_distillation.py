@@ -171,6 +171,19 @@ def student(teacher: Path, **sections: dict[str, Any]) -> Preset:
     return make_preset(distillation={"teacher": str(teacher)}, **sections)
 
 
+def test_a_step_of_sam_asks_the_teacher_once(tmp_path: Path, teacher_run: Path) -> None:
+    preset = student(
+        teacher_run, augment={"policy": "crop_flip"}, optimizer={"name": "sgd", "sam_rho": 0.05}, train={"epochs": 1}
+    )
+    job = jobs.prepare(preset, where(tmp_path), Listening())
+    assert isinstance(job.task, DistillationTask)
+    assert isinstance(job.task.teacher, teachers.OnlineTeacher)
+    asked: list[int] = []
+    job.task.teacher.model.register_forward_hook(lambda *given: asked.append(len(given[1][0])))
+    workflows._fit(job, runs.RunDir.create(tmp_path, job.preset, job.config, {}), Listening())
+    assert sum(asked) == job.loaders.train.count
+
+
 @pytest.mark.parametrize(
     "augment",
     [{"policy": "none"}, {"policy": "flip"}, {"policy": "flip", "flip": "alternating"}],

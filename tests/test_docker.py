@@ -8,6 +8,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -27,8 +28,7 @@ ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 VARIABLES = ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR", "HF_HOME")
 
-STUB = """#!{python}
-import json, os, sys, time
+STUB = """import json, os, sys, time
 with open(os.environ["STUB_LOG"], "a") as log:
     log.write(json.dumps([os.getpid(), sys.argv[1:], os.environ.get("DOCKER_BUILDKIT")]) + "\\n")
 if sys.argv[1] == "version" and "STUB_NO_DAEMON" in os.environ:
@@ -89,7 +89,10 @@ def host(tmp_path: Path) -> Host:
         if found is None:
             pytest.skip(f"there is no {tool} here")
         (made.bin / tool).symlink_to(found)
-    made.install("docker", STUB.format(python=sys.executable))
+    (tmp_path / "stub.py").write_text(STUB)
+    made.install(
+        "docker", f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {shlex.quote(str(tmp_path / "stub.py"))} "$@"\n'
+    )
     return made
 
 

@@ -417,8 +417,13 @@ def test_images_are_known_beyond_another_data_set(tmp_path: Path, weights: Path)
     with pytest.raises(UsageError, match=r"with data.val_fraction = 0, and so on images that 0.1 holds out"):
         jobs.prepare(preset(file, **chosen), where(tmp_path), Listening())
     chosen["train"] = {}
-    card = jobs.prepare(preset(file, **chosen), where(tmp_path), Listening()).card
+    watcher = Listening()
+    card = jobs.prepare(preset(file, **chosen), where(tmp_path), watcher).card
     assert card.unseen == {"synthetic": 0.0, "cifar10": 0.2}
+    assert any("on images that 0.1 holds out: accuracies on these flatter" in line for line in watcher.said)
+    second = Path(workflows.train(preset(file, **chosen), where(tmp_path), Listening())["run_dir"])
+    for run, split, learned in ((second, "val", True), (second, "test", False), (second, "train", True)):
+        assert evaluation.measure([run], where(tmp_path), Listening(), split).result["learned"] is learned
     third = elsewhere.model_copy(update={"unseen": {"cifar10": 0.2}})
     checkpoint.save_model(file, load_file(Path(first) / runs.MODEL), third)
     card = jobs.prepare(preset(file, **chosen), where(tmp_path), Listening()).card

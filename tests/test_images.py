@@ -5,6 +5,7 @@ import io
 import json
 import struct
 import sys
+import warnings
 import zlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -308,3 +309,15 @@ def test_find_images_knows_every_decoders_ending() -> None:
     for decoder in set(images.DECODERS) & set(Image.OPEN) - {"MPO"}:
         endings = {ending for ending, name in Image.registered_extensions().items() if name == decoder}
         assert endings & images.ENDINGS, decoder
+
+
+def test_threads_leave_the_filters_of_warnings_as_they_were() -> None:
+    before = list(warnings.filters)
+    first, second = images._broken_in_words(), images._broken_in_words()
+    first.__enter__()
+    second.__enter__()
+    assert warnings.filters[0][0] == "ignore"
+    first.__exit__(None, None, None)
+    assert warnings.filters[0][0] == "ignore", "the other is still at it"
+    second.__exit__(None, None, None)
+    assert warnings.filters == before

@@ -14,7 +14,7 @@ LEVELS = (
     {"atomic", "backbones", "bounded", "catalog", "extras", "folders", "interrupts", "wording"},
     {"safe_yaml"},
     {"ranks", "card", "depthwise", "schema", "unpickle"},
-    {"watcher", "tensors"},
+    {"keys", "watcher", "tensors"},
     {
         "config",
         "duplicates",

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from torch.distributed import run as torchrun
 
-from cifar100cli import Classifier, config, runs
+from cifar100cli import Classifier, keys, runs
 from cifar100cli.config import load_preset, preset_names
 from cifar100cli.schema import Expected, Published
 from tests import readme
@@ -90,7 +90,7 @@ def test_claims_are_the_readmes_and_their_tests_exist() -> None:
 @documents
 def test_keys_exist(path: Path) -> None:
     described = [f"published.{key}" for key in Published.model_fields]
-    known = {*config.keys(), *described, *(f"expected.{key}" for key in Expected.model_fields)}
+    known = {*keys.settable(), *described, *(f"expected.{key}" for key in Expected.model_fields)}
     sections = "|".join({key.split(".")[0] for key in known if "." in key})
     for span in readme.spans(path.read_text(encoding="utf-8")):
         for key in re.findall(rf"(?<![\w./-])(?:{sections})(?:\.\w+)+", span):

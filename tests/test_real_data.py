@@ -17,7 +17,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cifar100cli import datasets, duplicates
+from cifar100cli import datasets, download, duplicates
 from tests.conftest import Cli
 from tests.test_datasets import assert_equals_torchvision
 from tests.test_page import BROWSER, Page, check_examples, check_form, look_at
@@ -42,21 +42,34 @@ def server() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("real")
+    """Both data sets, for each worker: tests may run in any order, and apart."""
+    folder = tmp_path_factory.mktemp("real")
+    for archive in download.ARCHIVES.values():
+        path = Path(str(ARCHIVES)) / archive.filename
+        download.install(
+            archive,
+            folder,
+            source=path,
+            sha256=None,
+            check=lambda _: None,
+            progress=lambda *_: None,
+            log=lambda _: None,
+        )
+    return folder
 
 
 @pytest.mark.parametrize(("name", "archive"), [("cifar100", "cifar-100-python"), ("cifar10", "cifar-10-python")])
-def test_download_and_read(run_cli: Cli, server: str, data_dir: Path, name: str, archive: str) -> None:
+def test_download_and_read(run_cli: Cli, server: str, tmp_path: Path, name: str, archive: str) -> None:
     path = Path(str(ARCHIVES)) / f"{archive}.tar.gz"
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
-    arguments = ["--dataset", name, "--data-dir", str(data_dir), "--url", f"{server}/{path.name}", "--sha256", sha256]
+    arguments = ["--dataset", name, "--data-dir", str(tmp_path), "--url", f"{server}/{path.name}", "--sha256", sha256]
     outcome = run_cli("download", *arguments, "--json")
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)
     assert (found["fetched_bytes"], found["already_there"], found["sha256"]) == (path.stat().st_size, False, sha256)
     again = json.loads(run_cli("download", *arguments, "--json").out)
     assert (again["fetched_bytes"], again["already_there"]) == (0, True)
-    assert_equals_torchvision(name, datasets.load(name, data_dir), data_dir)
+    assert_equals_torchvision(name, datasets.load(name, tmp_path), tmp_path)
 
 
 @pytest.mark.parametrize("name", ["cifar100", "cifar10"])

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from cifar100cli import console, page, report, report_text, runs
 from cifar100cli.bounded import printable
@@ -215,6 +216,70 @@ def test_runs_on_other_images_are_other_rows(tmp_path: Path) -> None:
     assert "(data=images bbbbbbbb)" in report_text.render(report.collect([tmp_path]), "markdown")
 
 
+def test_without_distillation_a_preset_that_distils_is_not_itself(tmp_path: Path) -> None:
+    """Its settings are its own, but for the teacher, which is no longer one to be named."""
+    kd = "resnet18-arcface-kd"
+    make_run(tmp_path, kd, 0.5, distillation=None)
+    (row,) = report.collect([tmp_path]).rows
+    assert (row.changes, row.shipped) == ({"distillation.teacher": None}, {"distillation.teacher": "one to be named"})
+    assert row.within_noise is None
+    make_run(tmp_path, kd, 0.57, distillation__teacher="/runs/a")
+    make_run(tmp_path, kd, 0.56, distillation__teacher="/runs/a", optimizer__lr=0.002)
+    (found,) = report.collect([tmp_path]).ablations
+    assert (found.top1_mean, found.changes) == (0.57, {}), "the distilled run is the base"
+    assert {(effect.block, effect.without) for effect in found.effects} == {
+        ("distillation", True),
+        ("optimizer.lr", False),
+    }
+    file = tmp_path / "mine.yaml"
+    file.write_text(load_preset(kd, [Override("distillation", None, "--set")]).config.to_yaml())
+    assert load_preset(str(file)).config.published is None
+
+
+def test_a_figure_of_plain_training_is_not_that_of_a_distillation(tmp_path: Path) -> None:
+    plain = load_preset("quickstart").config.model_dump(mode="json", exclude_none=True)
+    file = tmp_path / "mine.yaml"
+    file.write_text(yaml.safe_dump({**plain, "published": {"top1": 0.6, "source": "our paper"}}))
+    assert load_preset(str(file)).config.published is not None
+    taught = load_preset(str(file), [Override("distillation.teacher", "/runs/a", "--teacher")]).config
+    assert taught.published is None
+
+
+def test_what_is_compared_saw_the_same_images(tmp_path: Path) -> None:
+    """Ablations and repaired presets; older runs, which do not say what theirs were, go with the first that do."""
+    for number, digest in enumerate(("a" * 64, "b" * 64, "")):
+        for smoothing, top1 in ((0.0, 0.40), (0.1, 0.41 + 0.1 * number)):
+            run = make_run(tmp_path, "resnet18-baseline", top1, number, loss__label_smoothing=smoothing)
+            recorded(run, **({"data_sha256": digest} if digest else {}))
+    found = report.collect([tmp_path]).ablations
+    told = {(str(one.changes.get("data")), effect.n): effect.gain for one in found for effect in one.effects}
+    assert told == {("images aaaaaaaa", 2): pytest.approx(0.11), ("images bbbbbbbb", 1): pytest.approx(0.11)}
+    recorded(make_run(tmp_path, "resnet18-baseline-fixed", 0.45), data_sha256="b" * 64)
+    (pair,) = report.collect([tmp_path]).pairs
+    assert pair.top1 == pytest.approx(0.40)
+    assert pair.gain == pytest.approx(0.05)
+
+
+def test_a_file_of_weights_is_what_is_in_it(tmp_path: Path) -> None:
+    places = [("/w", "a" * 64), ("/moved", "a" * 64), ("/w", "b" * 64), ("/w", "")]
+    for seed, (place, digest) in enumerate(places):
+        run = make_run(tmp_path, "resnet18-pretrained", 0.5, seed, model__weights=place)
+        recorded(run, **({"weights_sha256": digest} if digest else {}))
+    rows = report.collect([tmp_path]).rows
+    assert {(row.changes["model.weights"], tuple(row.seeds)) for row in rows} == {
+        ("/w", (0, 1, 3)),
+        ("/w (weights bbbbbbbb)", (2,)),
+    }
+
+
+def test_two_presets_of_ones_own_are_no_pair(tmp_path: Path) -> None:
+    for name in ("mine", "mine-fixed", "resnet18-cifar-fixed"):
+        (tmp_path / f"{name}.yaml").write_text(load_preset("quickstart").config.to_yaml())
+        make_run(tmp_path / "runs", str(tmp_path / f"{name}.yaml"), 0.5)
+    make_run(tmp_path / "runs", "resnet18-cifar", 0.8)
+    assert report.collect([tmp_path / "runs"]).pairs == []
+
+
 def test_pairs_are_of_one_teacher(tmp_path: Path) -> None:
     kd = "resnet18-arcface-kd"
     make_run(tmp_path, kd, 0.5, distillation__teacher="a")
@@ -297,9 +362,17 @@ def test_the_study_of_unfreezing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     for seed, top1 in enumerate((0.80, 0.82)):
         make_run(tmp_path, "finetune-layer4", top1, seed, data__fraction=0.1)
     make_run(tmp_path, "resnet18-baseline", 0.44)
+    make_run(tmp_path, "laptop-pretrained", 0.8)
     found = report.collect([tmp_path])
     report_text.show_table(found)
     for text in (capsys.readouterr().out, report_text.render(found, "markdown")):
+        assert [line for line in text.splitlines() if line.startswith("How far to unfreeze")] == [
+            "How far to unfreeze, on CIFAR-10",
+            "How far to unfreeze, on CIFAR-100",
+        ]
+        parts = text.split("How far to unfreeze, on CIFAR-100")
+        assert "layer3 (laptop-pretrained)" in parts[1].split("unfrozen")[1]
+        text = parts[0]
         table = [re.split(r" *\| *|  +", line.strip(" |")) for line in text[text.index("unfrozen") :].splitlines()]
         cells = {row[0].split()[0]: row[1:5] for row in table if row[0].startswith("layer")}
         assert cells == {

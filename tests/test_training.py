@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,9 @@ def three_epochs(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """A machine on which three epochs of drawn images fit in a minute, as often as it is asked."""
     asked: list[object] = []
 
-    def rates(preset: object, *_: object) -> Rates:
+    def rates(preset: object, *_: object) -> tuple[object, Rates]:
         asked.append(preset)
-        return Rates(550, 1000)
+        return unittest.mock.Mock(takes_its_steps_otherwise=lambda _: False), Rates(550, 1000)
 
     monkeypatch.setattr(time_limit, "measure_rates", rates)
     return asked

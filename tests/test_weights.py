@@ -232,7 +232,11 @@ def test_on_the_command_line(run_cli: Cli, tmp_path: Path) -> None:
     for arguments, code, words in (
         (["--weights", "none.safetensors"], 3, "no such file"),
         (["--weights", "other.safetensors"], 3, "does not fit test_resnet: it lacks conv1"),
-        (["--weights", "good.safetensors", "--no-pretrained"], 2, "--weights and --no-pretrained exclude each other"),
+        (
+            ["--weights", "good.safetensors", "--no-pretrained"],
+            2,
+            "model.pretrained = false: they exclude each other",
+        ),
     ):
         outcome = run_cli("train", *TINY, *arguments)
         assert (outcome.code, len(outcome.err.splitlines())) == (code, 1), outcome.err
