@@ -222,7 +222,7 @@ def checkpoints(root: Path) -> Reader:
     def read(content: bytes, folder: Path) -> None:
         path = folder / "file.safetensors"
         path.write_bytes(content)
-        for reading in (checkpoint.read_state, card.read_card):
+        for reading in (checkpoint.read_state, checkpoint.finished_epochs, card.read_card):
             with contextlib.suppress(CifarError):
                 reading(path)
         checkpoint.load_model(path)
