@@ -31,15 +31,12 @@ class OnlineTeacher:
 
     def __init__(self, model: nn.Module, preprocessing: Preprocessing, cast: Cast) -> None:
         self.model, self.preprocessing, self.cast = model.eval(), preprocessing, cast
-        self._answered: tuple[Batch, Tensor] | None = None
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Logits (N, classes) float32; a step of SAM, which looks at its batch twice, has them computed once."""
-        if self._answered is None or self._answered[0] is not batch:
-            assert batch.images is not None
-            chunks = torch.split(batch.images, self.batch_size)
-            self._answered = batch, torch.cat([self.logits(chunk) for chunk in chunks])
-        return self._answered[1]
+        """Logits (N, classes) float32."""
+        assert batch.images is not None
+        chunks = torch.split(batch.images, self.batch_size)
+        return torch.cat([self.logits(chunk) for chunk in chunks])
 
     @property
     def batch_size(self) -> int:
@@ -123,7 +120,8 @@ def make_ready(
             watcher=watcher,
         )
         return CachedTeacher(logits.to(device))
-    seconds = online.seconds(next(iter(loader.epoch(1)))) * len(loader)
+    looks = 2 if config.optimizer.sam_rho else 1  # SAM runs the whole task at two places
+    seconds = looks * online.seconds(next(iter(loader.epoch(1)))) * len(loader)
     watcher.say(
         f"the teacher runs in every step, because no two views are the same under {config.augment.unbounded()}: "
         f"it adds about {seconds:.1f} s an epoch here, {seconds * config.train.epochs / 3600:.1f} h in all; "

@@ -171,17 +171,35 @@ def student(teacher: Path, **sections: dict[str, Any]) -> Preset:
     return make_preset(distillation={"teacher": str(teacher)}, **sections)
 
 
-def test_a_step_of_sam_asks_the_teacher_once(tmp_path: Path, teacher_run: Path) -> None:
+@pytest.mark.parametrize(("rho", "looks"), [(0.0, 1), (0.05, 2)])
+def test_what_the_teacher_adds_is_told_as_it_is(
+    tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch, rho: float, looks: int
+) -> None:
+    """A step of SAM asks it twice: three seconds a batch are three or six in each of seven steps."""
+    monkeypatch.setattr(teachers.OnlineTeacher, "seconds", lambda *_: 3.0)
     preset = student(
-        teacher_run, augment={"policy": "crop_flip"}, optimizer={"name": "sgd", "sam_rho": 0.05}, train={"epochs": 1}
+        teacher_run, augment={"policy": "crop_flip"}, optimizer={"name": "sgd", "sam_rho": rho}, train={"epochs": 1}
     )
-    job = jobs.prepare(preset, where(tmp_path), Listening())
+    watcher = Listening()
+    job = jobs.prepare(preset, where(tmp_path), watcher)
+    assert any(f"it adds about {looks * 3 * 7:.1f} s an epoch" in line for line in watcher.said)
     assert isinstance(job.task, DistillationTask)
     assert isinstance(job.task.teacher, teachers.OnlineTeacher)
     asked: list[int] = []
     job.task.teacher.model.register_forward_hook(lambda *given: asked.append(len(given[1][0])))
     workflows._fit(job, runs.RunDir.create(tmp_path, job.preset, job.config, {}), Listening())
-    assert sum(asked) == job.loaders.train.count
+    assert sum(asked) == looks * job.loaders.train.count
+
+
+def test_the_time_of_a_teacher_is_that_of_its_passes(tmp_path: Path, teacher_run: Path) -> None:
+    job = jobs.prepare(student(teacher_run, augment={"policy": "crop_flip"}), where(tmp_path), Listening())
+    assert isinstance(job.task, DistillationTask)
+    teacher = job.task.teacher
+    assert isinstance(teacher, teachers.OnlineTeacher)
+    asked: list[object] = []
+    teacher.model.register_forward_hook(lambda *given: asked.append(given))
+    assert teacher.seconds(next(iter(job.loaders.train.epoch(1)))) > 0
+    assert len(asked) == 2, "once to warm up, and once to be timed"
 
 
 @pytest.mark.parametrize(
