@@ -7,7 +7,7 @@ switched off is one, so that new keys are blocks without a word here.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from cifar100cli import noise
 from cifar100cli.config import departures, differences, flat, idle, parse_config, shipped
@@ -256,7 +256,7 @@ def find(settings: Sequence[Setting]) -> list[Ablation]:
         families.setdefault((setting.preset, *how), []).append(setting)
     known, ablations = blocks(), []
     for family in families.values():
-        parts = _by_images(family)
+        parts = by_images(family)
         for images, part in parts.items():
             found = _of_family(part, known)
             if len(parts) > 1:
@@ -270,12 +270,20 @@ def named_images(digest: str | None) -> dict[str, object]:
     return {"data": f"images {(digest or 'unknown')[:8]}"}
 
 
-def _by_images(family: Sequence[Setting]) -> dict[str | None, list[Setting]]:
-    """Settings on the same images; those of older runs, which do not tell, are with the first that do."""
-    first = next((setting.images for setting in family if setting.images is not None), None)
-    parts: dict[str | None, list[Setting]] = {}
-    for setting in family:
-        parts.setdefault(setting.images or first, []).append(setting)
+class _OnImages(Protocol):
+    @property
+    def images(self) -> str | None: ...
+
+
+_Some = TypeVar("_Some", bound=_OnImages)
+
+
+def by_images(family: Sequence[_Some]) -> dict[str | None, list[_Some]]:
+    """Runs or settings by the digest of their images; older ones, which do not tell, are with the first that do."""
+    first = next((one.images for one in family if one.images is not None), None)
+    parts: dict[str | None, list[_Some]] = {}
+    for one in family:
+        parts.setdefault(one.images or first, []).append(one)
     return parts
 
 

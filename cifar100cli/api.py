@@ -106,10 +106,11 @@ def resume(
     own = opened.recorded("device") if device == "auto" and ranks.count() == 1 else None
     where = _where(own or device, data_dir, run=opened.path)
     with _watcher(opened.preset, progress) as watcher:
-        try:
-            devices.select_device(where.device)
-        except UsageError as error:
-            raise places.without_its_device(opened.path, own, error, "device='cpu'") if own else error from None
+        if own is not None and not opened.complete:  # which is only read
+            try:
+                devices.select_device(own)
+            except UsageError as error:
+                raise places.without_its_device(opened.path, own, error, "device='cpu'") from None
         return workflows.resume(opened, where, watcher, str(path.absolute()) if path is not None else None)
 
 

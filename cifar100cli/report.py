@@ -233,13 +233,8 @@ def _read(path: Path) -> _Complete | Unusable:
 
 def _by_images(group: Sequence[_Complete]) -> list[tuple[dict[str, object], list[_Complete]]]:
     """Runs of the same settings on the same images, and where there are several, what tells their images apart."""
-    known = list(dict.fromkeys(run.images for run in group if run.images is not None))
-    if len(known) < 2:
-        return [({}, list(group))]
-    parts: dict[str, list[_Complete]] = {}
-    for run in group:
-        parts.setdefault(run.images or known[0], []).append(run)
-    return [(ablation.named_images(images), runs) for images, runs in parts.items()]
+    parts = ablation.by_images(group)
+    return [(ablation.named_images(images) if len(parts) > 1 else {}, runs) for images, runs in parts.items()]
 
 
 def _with_named_files(runs: Sequence[_Complete]) -> list[_Complete]:

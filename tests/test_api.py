@@ -391,9 +391,10 @@ def test_figures_are_in_the_error_of_a_file_that_cannot_be_written(run: Path) ->
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_run_of_a_device_that_is_not_here_says_what_goes_on(run: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(run, tmp_path / "copy"))
-    (copy / "result.json").unlink()
     about = json.loads((copy / "environment.json").read_text())
     (copy / "environment.json").write_text(json.dumps({**about, "device": "cuda:0"}))
+    assert resume(copy)["complete"], "it is only read"
+    (copy / "result.json").unlink()
     with pytest.raises(UsageError, match=r"was begun on cuda:0, and .*; device='cpu' goes on without it"):
         resume(copy)
     assert resume(copy, device="cpu")["complete"]
