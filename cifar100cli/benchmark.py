@@ -18,7 +18,7 @@ from cifar100cli import __version__, devices, machine
 from cifar100cli.config import Preset
 from cifar100cli.flops import step_flops
 from cifar100cli.folders import Where
-from cifar100cli.sides import Sides, cost_of_a_step, take_turn, without_files
+from cifar100cli.sides import Sides, StepCost, cost_of_a_step, take_turn, without_files
 from cifar100cli.tasks import DistillationTask
 from cifar100cli.teachers import CachedTeacher
 from cifar100cli.watcher import Watcher
@@ -37,13 +37,13 @@ def bench(preset: Preset, where: Where, watcher: Watcher, *, steps: int | None, 
     config = without_files(preset.config)
     images, _ = images_of(preset.config)
     with tempfile.TemporaryDirectory() as cache, devices.deterministic(config.train.deterministic):
-        where = replace(where, cache_dir=Path(cache))
+        where, cost = replace(where, cache_dir=Path(cache)), None
         if steps is None or repeats is None:
             cost = cost_of_a_step(Preset(preset.name, config), images, where, watcher)
             steps = steps or min(cost.steps_of_a_turn(where), cost.different_steps(where))
             repeats = repeats or (REPEATS if steps * cost.step < 5 else SHORT_REPEATS)
         sides = Sides(Preset(preset.name, config), images, where, watcher, steps)
-        return _measure(preset, sides, watcher, repeats)
+        return _measure(preset, sides, watcher, repeats, cost)
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class PeakProduct:
             torch.accelerator.synchronize()
 
 
-def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> dict[str, Any]:
+def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int, cost: StepCost | None) -> dict[str, Any]:
     job, steps = sides.job, sides.steps
     watcher.say(f"measuring {preset.name} on {job.device}: {repeats} turns of {steps} steps of each side")
     if job.step_mode.name != "off":
@@ -155,7 +155,7 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int) -> di
         "flops_per_image": flops,
         "peak_flops_per_second": highest,
         "utilization": flops * loop["median"] / highest,
-        "full_run": {**full_run(preset.config, sides.rates(began, seconds)), "teacher_not_counted": by_heart},
+        "full_run": {**full_run(preset.config, sides.rates(began, seconds, cost)), "teacher_not_counted": by_heart},
         "peak_memory_bytes": memory,
     }
     if job.parted is not None:

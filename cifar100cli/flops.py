@@ -14,7 +14,9 @@ from cifar100cli.steps import Training
 
 def forward_flops(model: nn.Module, loader: DeviceLoader) -> float:
     """Floating-point operations of the matrix products and convolutions of one whole image's forward pass."""
-    inputs = loader.batch(replace(loader.plan(1), image_size=None), slice(0, 2)).inputs
+    inputs = loader.batch(
+        replace(loader.plan(1), image_size=None), slice(0, 2)
+    ).inputs.float()  # kept features may be half
     training = model.training
     try:
         with torch.no_grad(), _counting() as counter:

@@ -38,10 +38,14 @@ TEST_BATCHES = 3
 
 
 class StepCost(NamedTuple):
-    """Roughly, the seconds of a step, and those in which a frozen part makes its inputs ready."""
+    """Roughly, the seconds of a step, those in which a frozen part makes its inputs ready, and those of the first step.
+
+    The first one compiles, where steps are compiled: what is compiled after it in this process comes from a cache.
+    """
 
     step: float
     inputs: float
+    first: float
 
     def steps_of_a_turn(self, where: Where) -> int:
         """How many steps each side takes in a turn."""
@@ -60,12 +64,12 @@ def _in_a_turn(seconds: float, where: Where) -> int:
 def cost_of_a_step(preset: Preset, images: int, where: Where, watcher: Watcher) -> StepCost:
     """From one step after those that warm up."""
     sides = Sides(preset, images, where, Quiet(watcher), 1)
-    for _ in range(sides.cold_steps + 1):
-        seconds = take_turn({"step": sides.bare})["step"]
-    if sides.job.parted is None:
-        return StepCost(seconds, 0.0)
-    inputs = sides.versions * preset.config.data.batch_size / sides.test.count
-    return StepCost(seconds, inputs * take_turn({"front": sides.front})["front"])
+    first, *_, step = (take_turn({"step": sides.bare})["step"] for _ in range(sides.cold_steps + 1))
+    inputs = 0.0
+    if sides.job.parted is not None:
+        share = sides.versions * preset.config.data.batch_size / sides.test.count
+        inputs = share * take_turn({"front": sides.front})["front"]
+    return StepCost(step, inputs, first)
 
 
 def take_turn(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
@@ -79,8 +83,13 @@ def take_turn(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 
 def without_files(config: Config) -> Config:
-    """The preset with the same work and nothing to fetch: weights change no time, and all images train, grown up."""
+    """The preset with the same work and nothing to fetch: weights change no time, and all images train, grown up.
+
+    What forbids a run to keep features, as images that grow do, forbids it here.
+    """
     keys = config.model_dump()
+    if config.finetune is not None and config.obstacle_to_kept_features() is not None:
+        keys["finetune"]["cache"] = "off"
     keys["model"] |= {"pretrained": False, "weights": None}
     keys["data"] |= {"fraction": 1.0, "val_fraction": 0.0, "first_image_size": None}
     keys["train"] |= {"select": "last", "watch_test": False}
@@ -239,7 +248,7 @@ class Sides:
     def bare(self) -> None:
         """The same steps on one batch that is ready."""
         self.job.model.train()
-        for index in range(self.steps):
+        for index in range(len(self.job.loaders.train)):
             self.bare_steps.take(index)
         self._wait()
 
@@ -279,14 +288,19 @@ class Sides:
         yield
         parted.switch_front(on=False)
 
-    def rates(self, began: Sequence[float], seconds: Mapping[str, Sequence[float]]) -> Rates:
+    def rates(
+        self, began: Sequence[float], seconds: Mapping[str, Sequence[float]], cost: StepCost | None = None
+    ) -> Rates:
         """Medians, from what each call of `loop`, `evaluation` and, with a frozen part, `front` took.
 
-        What the first turns of the loop, `began`, took more is the time of compiling, where steps are compiled.
+        What the first turns of the loop, `began`, took more is the time of compiling, where steps are compiled; or what
+        the very first step took more, in `cost`.
         """
         tested, frozen, compiling = self.test.count, None, 0.0
         if self.job.step_mode.name == "inductor":
             compiling = max(0.0, sum(began) - len(began) * median(seconds["loop"]))
+            if cost is not None:
+                compiling = max(compiling, cost.first - cost.step)
         if self.job.parted is not None:
             frozen = FrozenPart(self.versions, tested / median(seconds["front"]))
         trained = self.steps * self.job.config.data.batch_size

@@ -79,4 +79,4 @@ def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> tuple[Sides
                 else:  # it warms up what is not yet
                     began = [*began, taken["loop"]]
                 advance(1)
-    return sides, sides.rates(began, seconds)
+    return sides, sides.rates(began, seconds, cost)

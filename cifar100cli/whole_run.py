@@ -34,13 +34,14 @@ def full_run(config: Config, rates: Rates) -> dict[str, float]:
     """What the preset's whole run comes to, on all of its images.
 
     What is frozen was run already, and is not run again to look at images in an epoch; the result is the whole
-    network's. Steps are compiled anew for each size of images.
+    network's. Steps are compiled anew for each size of images, and for an epoch's last batch where it is a smaller one.
     """
     (images, held_out), tested = images_of(config), DATASETS[config.data.dataset].test_images
     looks = held_out + (tested if config.train.measures_test else 0)
     epochs = config.train.epochs
     work = fmean(config.work_in(epoch) for epoch in range(1, epochs + 1))
     sizes = {config.image_size_in(epoch) for epoch in range(1, epochs + 1)}
+    shapes = len(sizes) * (2 if images > config.data.batch_size and images % config.data.batch_size else 1)
     look, before = 1 / rates.evaluation, 0.0
     if rates.frozen is not None:
         look = max(0.0, look - 1 / rates.frozen.rate)
@@ -51,5 +52,5 @@ def full_run(config: Config, rates: Rates) -> dict[str, float]:
         "training_images": images,
         "seconds_of_frozen_part": before,
         "seconds_per_epoch": epoch,
-        "seconds": before + rates.compiling * len(sizes) + epochs * epoch + (held_out + tested) / rates.evaluation,
+        "seconds": before + rates.compiling * shapes + epochs * epoch + (held_out + tested) / rates.evaluation,
     }

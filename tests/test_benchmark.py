@@ -152,6 +152,18 @@ def test_operations_are_counted(tmp_path: Path, backbone: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, sides.job.model.parameters(), strict=True))
 
 
+def test_operations_behind_kept_features_are_counted_whatever_type_these_have(tmp_path: Path) -> None:
+    """Under bf16 or fp16 a frozen part's features are no float32, as weights are, and on a GPU every run counts."""
+    sections: dict[str, Any] = {"finetune": {"unfreeze": "fc"}, "augment": {"policy": "flip"}}
+    job = jobs.prepare(make_preset(**sections, train={"precision": "bf16"}), where(tmp_path), Listening())
+    features = job.loaders.train.features
+    assert features is not None
+    assert features.dtype == torch.bfloat16
+    head = job.model.get_submodule("fc")
+    assert isinstance(head, nn.Linear)
+    assert flops.forward_flops(job.model, job.loaders.train) == 2 * head.in_features * head.out_features
+
+
 def test_bench_needs_no_data_and_leaves_nothing(run_cli: Cli, tmp_path: Path) -> None:
     outcome = run_cli(
         *("bench", "--backbone", "test_resnet", "--batch-size", "32", "--steps", "2", "--repeats", "3"),
@@ -231,6 +243,22 @@ def test_fine_tuning_is_measured_with_its_cached_features(tmp_path: Path) -> Non
     assert whole["full_run"]["seconds_of_frozen_part"] == 0
 
 
+def test_fine_tuning_that_keeps_no_features_is_measured_without(tmp_path: Path) -> None:
+    """As the run itself, whose images grow, looks at them in every epoch."""
+    sections: dict[str, Any] = {"finetune": {"unfreeze": "fc"}, "augment": {"policy": "flip"}}
+    growing = {"image_size": 64, "first_image_size": 32}
+    for data, parted in ({"image_size": 64}, True), (growing, False):
+        config = without_files(make_preset(**sections, data=data).config)
+        assert (Sides(Preset("x", config), 50_000, where(tmp_path), Listening(), 1).job.parted is not None) == parted
+
+
+def test_one_image_at_a_time(tmp_path: Path) -> None:
+    """Without batch norm that is possible; a last batch of one joins the one before."""
+    preset = make_preset(data={"batch_size": 1}, model={"backbone": "test_convnext"})
+    result = benchmark.bench(preset, where(tmp_path), Listening(), steps=3, repeats=1)
+    assert result["ratios"]["loop_to_bare_time"]["median"] > 0
+
+
 def test_a_wrong_preset_and_torchrun_are_refused(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     assert run_cli("bench", "--preset", "nope").code == 2
     kd = run_cli("bench", "--preset", "resnet18-arcface-kd")
@@ -283,7 +311,7 @@ def test_growing_images_fit_more_often(tmp_path: Path, monkeypatch: pytest.Monke
 def test_compiling_is_counted_in_for_each_size_of_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, sizes in (("laptop", 2), ("cpu-amx", 1)):
         fitted = []
-        for compiling in (0.0, 400.0 / sizes):
+        for compiling in (0.0, 400.0 / (2 * sizes)):  # whole batches, and the last one
             measured = ONE_WAY, Rates(500, 1e9, None, compiling)
             monkeypatch.setattr(time_limit, "measure_rates", lambda *_, measured=measured: measured)
             fitted.append(time_limit.within(load_preset(name), 61, where(tmp_path), Listening()).config)
@@ -327,6 +355,18 @@ def test_what_the_first_turns_took_more_is_compiling(tmp_path: Path) -> None:
     sides.job = replace(sides.job, step_mode=StepMode("inductor", "asked for"))
     assert sides.rates([30.0, 2.5], seconds).compiling == pytest.approx(32.5 - 2 * 2.0)
     assert sides.rates([1.0], seconds).compiling == 0.0
+    cold = StepCost(step=0.5, inputs=0.0, first=40.0)  # in this process, later steps are compiled from a cache
+    assert sides.rates([30.0, 2.5], seconds, cold).compiling == pytest.approx(40.0 - 0.5)
+
+
+def test_a_smaller_last_batch_is_compiled_too() -> None:
+    config = load_preset("cpu-amx").config
+    compiled, eager = (full_run(config, Rates(500, 1e9, None, seconds))["seconds"] for seconds in (7.0, 0.0))
+    assert 50_000 % config.data.batch_size
+    assert compiled - eager == pytest.approx(14.0)
+    even = Config.model_validate(config.model_dump() | {"data": {**config.data.model_dump(), "batch_size": 500}})
+    compiled, eager = (full_run(even, Rates(500, 1e9, None, seconds))["seconds"] for seconds in (7.0, 0.0))
+    assert compiled - eager == pytest.approx(7.0)
 
 
 def test_the_mode_of_steps_is_that_of_the_run_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -407,7 +447,7 @@ def test_a_turn_takes_some_seconds_as_does_what_it_is_made_of(
     tmp_path: Path, step: float, inputs: float, steps: int, different: int
 ) -> None:
     """A step on features is short, and the features of its images may be long in coming."""
-    cost = StepCost(step, inputs)
+    cost = StepCost(step, inputs, first=step)
     assert (cost.steps_of_a_turn(where(tmp_path)), cost.different_steps(where(tmp_path))) == (steps, different)
 
 
@@ -437,5 +477,5 @@ def test_what_a_frozen_part_costs_a_step(tmp_path: Path, monkeypatch: pytest.Mon
     sections: dict[str, Any] = {"augment": {"policy": "flip"}, "finetune": {"unfreeze": "fc"}}
     cost = sides.cost_of_a_step(make_preset(**sections), 50_000, where(tmp_path), Listening())
     tested = sides.TEST_BATCHES * 500
-    assert cost == pytest.approx((1.0, 2 * 64 / tested))
-    assert sides.cost_of_a_step(make_preset(), 50_000, where(tmp_path), Listening()) == (1.0, 0.0)
+    assert cost == pytest.approx((1.0, 2 * 64 / tested, 1.0))
+    assert sides.cost_of_a_step(make_preset(), 50_000, where(tmp_path), Listening()) == (1.0, 0.0, 1.0)
