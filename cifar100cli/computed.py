@@ -155,7 +155,7 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, disk
     """
     size = math.prod(shape) * dtype.itemsize
     needed, memory = size * ranks.local_count(), free_memory()
-    on_device = device.type == "cuda" and size <= SHARE * torch.cuda.mem_get_info(device)[0]
+    on_device = device.type == "cuda" and size <= SHARE * _free_on(device)
     in_memory = needed <= SHARE * memory
     place = ranks.greatest(0 if on_device else 1 if in_memory else 2)
     if place < 2:
@@ -180,6 +180,12 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, disk
     mapped = torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
     Path(name).unlink()  # the mapping holds it, and a killed process leaves nothing behind
     return mapped
+
+
+def _free_on(device: torch.device) -> int:
+    """Bytes of a CUDA device's memory that are free, or that PyTorch keeps of what earlier runs of the process took."""
+    torch.cuda.empty_cache()
+    return torch.cuda.mem_get_info(device)[0]
 
 
 def free_memory() -> int:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
     from cifar100cli.schema import Config
+    from cifar100cli.watcher import EpochProgress
 
 
 @contextlib.contextmanager
@@ -182,7 +183,7 @@ class TrainingDisplay(Watcher):
         self._live.start()
         self._show(0, "")
 
-    def _show(self, taken: int, figures: str, left: str = "") -> None:
+    def _show(self, done: int, figures: str, left: str = "") -> None:
         """Draw both lines: how far the epoch is and how long the run will take, and the epoch's figures so far."""
         if self._live is None or self._bar is None:
             return
@@ -190,26 +191,29 @@ class TrainingDisplay(Watcher):
         from rich.text import Text
 
         what = f"epoch {self._epoch}/{self._epochs}" if self._epoch <= self._epochs else "the result"
-        if self._epoch > self._epochs:
-            taken = self._steps
-        measuring = "measuring " if taken == self._steps else ""
-        self._bar.update(self._bar.task_ids[0], completed=taken, description=measuring + what, left=left)
+        measuring = "measuring " if done == self._steps else ""
+        self._bar.update(self._bar.task_ids[0], completed=done, description=measuring + what, left=left)
         self._live.update(Group(self._bar, Text(figures, no_wrap=True, overflow="ellipsis")), refresh=True)
 
     def step(self, taken: int, glance: Callable[[int], Any]) -> None:
         """A step was issued; now and then a look at how the epoch goes."""
-        now = time.monotonic()
-        if self._live is None or (now - self._looked < 0.2 and taken < self._steps):
-            return
-        self._looked = now
-        known = glance(taken)
-        parts = []
-        if known is not None:
-            parts += [f"loss {loss(known.loss)}", f"train {percent(known.top1)}"]
-        parts += [self._measured] if self._measured else []
-        if known is not None:
+        if self._live is not None and time.monotonic() - self._looked >= 0.2:
+            self._look(taken, glance(taken))
+
+    def _look(self, taken: int, known: "EpochProgress | None") -> None:
+        """Draw what is known of an epoch of which `taken` steps were issued; a GPU is behind that."""
+        self._looked = now = time.monotonic()
+        done = taken if known is None else known.steps
+        parts = [self._measured] if self._measured else []
+        if known is not None and done:
+            parts = [f"loss {loss(known.loss)}", f"train {percent(known.top1)}", *parts]
             parts.append(f"{known.images / (now - self._epoch_started):,.0f} images/s")
-        self._show(taken, "  ".join(parts), f"  {self._left(self._epoch, taken / self._steps)} left")
+        left = f"  {self._left(self._epoch, done / self._steps)} left" if done else ""
+        self._show(done, "  ".join(parts), left)
+
+    def measure(self, known: "EpochProgress") -> None:
+        """All steps of the epoch are done."""
+        self._look(self._steps, known)
 
     def _left(self, epoch: int, part: float) -> str:
         """How long the epochs still take, after this part of one, if they go on as they went."""
@@ -235,7 +239,7 @@ class TrainingDisplay(Watcher):
             console.log(line)
             return
         self._live.console.print(line, markup=False, soft_wrap=True)
-        self._show(0, self._measured)
+        self._show(0 if self._epoch <= self._epochs else self._steps, self._measured)
 
     def _line(self, row: Mapping[str, Any], state: Any) -> str:
         width = len(str(self._epochs))

@@ -22,10 +22,14 @@ def uphill(model: nn.Module, rho: float, *, adaptive: bool = False) -> Iterator[
     """
     climbing: list[Tensor] = [weight for weight in model.parameters() if weight.grad is not None]
     moved: list[Tensor] = [*climbing, *model.buffers()]
+    kinds = {tensor.dtype for tensor in moved}
+    alike = [[tensor for tensor in moved if tensor.dtype == kind] for kind in kinds]
     with torch.no_grad():
-        # All tensors at once: one by one they are hundreds of copies of a microsecond, a tenth of a step on a GPU.
-        before = [torch.empty_like(tensor) for tensor in moved]
-        torch._foreach_copy_(before, moved)
+        # All tensors of a type at once: one by one, as those of several types go, they are hundreds of copies of a
+        # microsecond, a tenth of a step on a GPU.
+        before = [[torch.empty_like(tensor) for tensor in tensors] for tensors in alike]
+        for kept, tensors in zip(before, alike, strict=True):
+            torch._foreach_copy_(kept, tensors)
         steps: list[Tensor] | tuple[Tensor, ...] = [weight.grad for weight in climbing if weight.grad is not None]
         if adaptive:  # lengths are measured in the weights' own sizes
             sizes = torch._foreach_add(torch._foreach_abs(climbing), LEAST_SIZE)
@@ -38,4 +42,5 @@ def uphill(model: nn.Module, rho: float, *, adaptive: bool = False) -> Iterator[
         yield
     finally:
         with torch.no_grad():
-            torch._foreach_copy_(moved, before)
+            for kept, tensors in zip(before, alike, strict=True):
+                torch._foreach_copy_(tensors, kept)

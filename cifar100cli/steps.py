@@ -1,9 +1,12 @@
 """Training steps, data included: launched one operation at a time, compiled, or captured as one CUDA graph."""
 
+import functools
 import importlib.util
+import math
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -122,13 +125,14 @@ class Steps:
     def glance(self, taken: int) -> EpochProgress | None:
         """How the epoch goes, of which `taken` steps were issued, as far as it is known without waiting for the device.
 
-        A CUDA device is asked for a copy, and what the last copy that has arrived says is returned.
+        A CUDA device is asked for a copy, and what the last copy that has arrived says is returned. None where a device
+        cannot be asked.
         """
         if self.losses.device.type == "cpu":
             return self._glance(self.losses, self.correct, taken)
         if self.losses.device.type != "cuda":
             return None
-        before, known = self._copies, None
+        before, known = self._copies, EpochProgress(0, 0, math.nan, math.nan)
         if before is not None:
             if not before.arrived.query():  # type: ignore[no-untyped-call]
                 return before.last
@@ -140,8 +144,17 @@ class Steps:
         loader = self.training.loader
         own = sum(share.stop - share.start for share in loader.shares[:taken])
         return EpochProgress(
-            loader.bounds[taken - 1][1], losses[:taken].mean().item(), correct[:taken].sum().item() / own
+            taken, loader.bounds[taken - 1][1], losses[:taken].mean().item(), correct[:taken].sum().item() / own
         )
+
+    def all_done(self) -> Callable[[], bool]:
+        """What asks the device, without waiting for it, whether all that was issued until now is done."""
+        if self.losses.device.type != "cuda":
+            return lambda: True
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        asked: Callable[[], bool] = event.query
+        return asked
 
 
 @dataclass(frozen=True)
@@ -152,10 +165,10 @@ class _Copies:
     correct: Tensor
     taken: int
     arrived: torch.cuda.Event
-    last: EpochProgress | None
+    last: EpochProgress
 
     @classmethod
-    def ask(cls, losses: Tensor, correct: Tensor, taken: int, last: EpochProgress | None) -> "_Copies":
+    def ask(cls, losses: Tensor, correct: Tensor, taken: int, last: EpochProgress) -> "_Copies":
         def copy(tensor: Tensor) -> Tensor:
             return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
@@ -181,7 +194,7 @@ class CapturedSteps(Steps):
         self.size = end - start
         self.first_row = torch.zeros(1, dtype=torch.int64, device=device)
         self.offsets = torch.arange(self.size, device=device)
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = _capture_stream(device)
         self.graph: torch.cuda.CUDAGraph | None = None
         self.left = WARM_UP
 
@@ -238,6 +251,12 @@ class CapturedSteps(Steps):
         step = self.first_row // self.size
         self.losses.index_copy_(0, step, loss[None])
         self.correct.index_copy_(0, step, correct[None])
+
+
+@functools.cache
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all runs of the process: cuBLAS keeps memory to work in for every stream that it has been called on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 # ------------------------------------------------------------------------------------------------- choosing

@@ -186,6 +186,9 @@ class Tracked(Watcher):
     def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
         self._watcher.step(taken, glance)
 
+    def measure(self, known: EpochProgress) -> None:
+        self._watcher.measure(known)
+
     def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int, place: str) -> None:
         """Training starts in the run's folder, or goes on, with `first_epoch`."""
         self._each(lambda tracker: tracker.begin(config, run, first_epoch))

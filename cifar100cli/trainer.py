@@ -26,6 +26,7 @@ from cifar100cli.tasks import Task
 from cifar100cli.watcher import EpochProgress, TrainState, Watcher
 from cifar100cli.wording import SPLIT_OF
 
+GLANCE = 0.001  # seconds between two looks at a GPU that is behind
 TOLERATED_OVERFLOWS = 0.5  # of an epoch's steps, in fp16
 
 
@@ -96,6 +97,9 @@ def fit(job: Job, run: RunDir, watcher: Watcher) -> TrainState:
             started = time.perf_counter()
             trained = train_epoch(steps, config, epoch, on_step)
             train_seconds = time.perf_counter() - started
+            watcher.measure(
+                EpochProgress(len(loaders.train), loaders.train.count, trained["train_loss"], trained["train_top1"])
+            )
             row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(("test_loss", "test_top1", "test_top5"))
             if not config.train.sync_batch_norm:
                 _agree_on_statistics(training)
@@ -163,6 +167,10 @@ def train_epoch(
         set_learning_rate(training.optimizer, rate(index))
         steps.take(index)
         on_step(index + 1, steps.glance)
+    all_done = steps.all_done()
+    while not all_done():  # captured steps are issued long before a GPU has done them, and somebody may be watching
+        on_step(count, steps.glance)
+        time.sleep(GLANCE)
 
     images = torch.tensor(sum(share.stop - share.start for share in loader.shares), device=loader.device)
     ranks.sum_up(steps.losses, steps.correct, images)

@@ -25,8 +25,12 @@ class StageRow:
 
 @dataclass(frozen=True)
 class EpochProgress:
-    """What is known of an epoch while it runs: images so far, and the mean loss and accuracy of this rank's of them."""
+    """What is known of an epoch while it runs: steps and images so far, and this rank's mean loss and accuracy of them.
 
+    A GPU is behind what was issued. Before its first step, loss and accuracy are NaN.
+    """
+
+    steps: int
     images: int
     loss: float
     top1: float
@@ -58,7 +62,13 @@ class Watcher:
         """Training starts in the run's folder, or goes on, with `first_epoch`; `place` is device and precision."""
 
     def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
-        """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing."""
+        """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing.
+
+        After the last one it is called on and on until a GPU has done them all.
+        """
+
+    def measure(self, known: EpochProgress) -> None:
+        """All steps of the epoch are done, and what they led to is measured."""
 
     def epoch(self, row: Mapping[str, Any], state: TrainState) -> None:
         """An epoch is finished and measured, and on its way to the disk."""

@@ -3,6 +3,7 @@
 import contextlib
 import fcntl
 import json
+import math
 import os
 import pty
 import re
@@ -19,6 +20,7 @@ import pytest
 from cifar100cli import console, report, report_text, wording, workflows
 from cifar100cli.bounded import printable
 from cifar100cli.display import TrainingDisplay
+from cifar100cli.watcher import EpochProgress
 from tests.conftest import make_preset, where
 from tests.test_report import make_run
 
@@ -75,6 +77,24 @@ def test_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert any(re.match(r"(measuring )?epoch 2/3 [━╸╺]+ \d/5 steps  \d+ s left", line) for line in lines), (
         "how far it is"
     )
+
+
+def test_a_gpu_is_behind_what_was_issued(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The line tells what is done, and nothing of what is not known yet."""
+    monkeypatch.setattr(time, "monotonic", iter(range(0, 1000, 10)).__next__)
+    with terminal(monkeypatch) as text, TrainingDisplay("mine") as display:
+        display.begin(make_preset().config, Path(), 1, 5, "cuda:0 in bf16")
+        display.step(5, lambda taken: EpochProgress(0, 0, math.nan, math.nan))
+        display.step(5, lambda taken: EpochProgress(2, 100, 3.5, 0.25))
+        display.measure(EpochProgress(5, 250, 3.0, 0.5))
+    drawn = re.findall(r"((?:measuring )?epoch 1/3) \S+ +(\d)/5 steps(  .* left)?", text())
+    assert {(what, done, bool(left)) for what, done, left in drawn} == {
+        ("epoch 1/3", "0", False),
+        ("epoch 1/3", "2", True),
+        ("measuring epoch 1/3", "5", True),
+    }
+    assert "nan" not in text()
+    assert "loss 3.5000  train 25.00%" in text()
 
 
 @pytest.mark.usefixtures("small_synthetic")

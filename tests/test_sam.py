@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.loader import Batch, DeviceLoader, Plan
+from cifar100cli.sam import uphill
 from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
 
@@ -63,6 +64,25 @@ def training(model: nn.Module, optimizer: torch.optim.Optimizer, ready: list[Bat
 
 def norm(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.flatten() for tensor in tensors]).square().sum().sqrt()
+
+
+def test_copies_are_of_one_type_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several types, PyTorch copies one by one on a GPU; batch norms count batches in whole numbers."""
+    copied: list[set[torch.dtype]] = []
+    copy = torch._foreach_copy_
+
+    def spy(targets: list[Tensor], sources: list[Tensor]) -> None:
+        copied.append({tensor.dtype for tensor in (*targets, *sources)})
+        copy(targets, sources)
+
+    monkeypatch.setattr(torch, "_foreach_copy_", spy)
+    model = network()
+    model(batches(1)[0].inputs).sum().backward()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with uphill(model, 0.1):
+        assert not torch.equal(model.state_dict()["0.weight"], before["0.weight"])
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert sorted(map(len, copied)) == [1] * 4
 
 
 @pytest.mark.parametrize("adaptive", [False, True])

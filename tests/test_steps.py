@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -68,6 +69,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
+    monkeypatch.setattr(steps, "_capture_stream", functools.cache(steps._capture_stream.__wrapped__))
     monkeypatch.setattr(torch.cuda, "current_stream", PretendStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
@@ -124,6 +126,13 @@ def test_captured_steps_train_as_steps_one_by_one_do(tmp_path: Path, recipe: str
     assert other.graph.replays == (6 if recipe == "growing" else 12) - steps.WARM_UP
     for ours, theirs in zip(captured.model.state_dict().values(), plain.model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.usefixtures("pretend_cuda")
+def test_runs_of_a_process_share_the_stream_that_captures(tmp_path: Path) -> None:
+    """cuBLAS keeps memory for each stream, which would count for the next run's."""
+    one, other = (CapturedSteps(training_of(make_preset(), tmp_path)) for _ in range(2))
+    assert one.stream is other.stream
 
 
 @pytest.mark.usefixtures("pretend_cuda")

@@ -641,6 +641,29 @@ def test_a_glance_is_what_the_epoch_says_in_the_end(tmp_path: Path) -> None:
     assert known[-1].top1 == pytest.approx(rows[0]["train_top1"])
 
 
+def test_whoever_watches_sees_a_gpu_catch_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured steps are issued long before they are done, and only then is there something to measure."""
+    left, seen = [3], list[int | str]()
+
+    def all_done(_: steps.Steps) -> Callable[[], bool]:
+        def asked() -> bool:
+            left[0] -= 1
+            return left[0] < 0
+
+        return asked
+
+    class Watching(Listening):
+        def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
+            seen.append(taken)
+
+        def measure(self, known: EpochProgress) -> None:
+            seen.append(f"{known.steps} steps, {known.images} images")
+
+    monkeypatch.setattr(steps.Steps, "all_done", all_done)
+    workflows.train(make_preset(train={"epochs": 1}), where(tmp_path), Watching())
+    assert seen == [1, 2, 3, 4, 5, 6, 7, 7, 7, 7, "7 steps, 400 images"]
+
+
 def test_images_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training sees small ones first; every look at the test set sees them whole, and so does the checkpoint."""
     seen: list[tuple[int, int]] = []
