@@ -58,7 +58,7 @@ class Confusion:
 
 
 def read_predictions(path: Path, classes: Sequence[str]) -> Predictions:
-    """Read what `evaluate --predictions` and a complete run write.
+    """Read what a complete run writes, and `evaluate --predictions` of the test images.
 
     Raises `DataError` for a file that is missing or broken, or speaks of other classes.
     """

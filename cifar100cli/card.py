@@ -39,7 +39,7 @@ class Card(BaseModel):
     std: tuple[Deviation, Deviation, Deviation]
     epoch: int = 0
     # For each data set, the data.val_fraction whose held-out images these weights have never learned, nor those that
-    # they began from; of one that is not here, they have never seen an image.
+    # they began from, nor a teacher; of one that is not here, they have never seen an image.
     unseen: dict[DatasetName, Share]
     config: dict[str, Any]
 

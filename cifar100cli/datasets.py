@@ -27,17 +27,26 @@ SPLIT_SEED = 20090408  # the day of the CIFAR report; held-out images are the sa
 
 @dataclass(frozen=True)
 class Split:
-    """Images (N, 3, 32, 32) uint8 in RGB, and labels (N,) int64."""
+    """Images (N, 3, 32, 32) uint8 in RGB, and labels (N,) int64.
+
+    Of a part of a data set's training images, `chosen` (N,) int64 are their places among all of them.
+    """
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
+    chosen: NDArray[np.int64] | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def take(self, indices: NDArray[np.int64]) -> "Split":
         """The images at `indices`, in that order."""
-        return Split(self.images[indices], self.labels[indices])
+        return Split(self.images[indices], self.labels[indices], self.positions[indices])
+
+    @property
+    def positions(self) -> NDArray[np.int64]:
+        """Where each image (N,) stands in the data set's own order."""
+        return np.arange(len(self)) if self.chosen is None else self.chosen
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from cifar100cli.catalog import SIDE
+from cifar100cli.datasets import Split
 
 CELL = 4  # pixels; from afar, an image is the mean colours of its cells
 BLUR = 5  # pixels; detail is what a mean over so many takes away
@@ -46,23 +47,23 @@ class NearDuplicates:
     likeness: NDArray[np.float32]
     mirrored: NDArray[np.bool_]
 
-    def figures(
-        self, labels: NDArray[np.int64], twin_labels: NDArray[np.int64], right: NDArray[np.bool_]
-    ) -> dict[str, Any]:
+    def figures(self, split: Split, known: Split, right: NDArray[np.bool_]) -> dict[str, Any]:
         """What `evaluate --json` prints of them; `right` (N,) tells which of the split's images were.
 
-        Accuracies are fractions, and None of no images.
+        Accuracies are fractions, and None of no images. Indices are places in the data set's own order, whatever of it
+        was held out or left out.
         """
-        apart = np.ones(len(labels), bool)
+        apart = np.ones(len(split), bool)
         apart[self.images] = False
-        same = labels[self.images] == twin_labels[self.twins]
-        pairs = zip(self.images, self.twins, self.likeness, self.mirrored, same, strict=True)
+        same = split.labels[self.images] == known.labels[self.twins]
+        indices, twins = split.positions[self.images], known.positions[self.twins]
+        pairs = zip(indices, twins, self.likeness, self.mirrored, same, strict=True)
         return {
             "count": len(self.images),
             "other_class": int((~same).sum()),
             "top1": float(right[~apart].mean()) if not apart.all() else None,
             "top1_without": float(right[apart].mean()) if apart.any() else None,
-            "training_images": len(twin_labels),
+            "training_images": len(known),
             "pairs": [
                 {
                     "index": int(image),

@@ -1,7 +1,7 @@
 """Trained models measured on a split of their data set: one, or several as an ensemble."""
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ PARTING = {"test": (), "val": ("val_fraction",), "train": ("val_fraction", "frac
 
 
 class Measured(NamedTuple):
-    """What was found: what `evaluate --json` prints, and what it comes from, logits (N, classes) and labels (N,).
+    """What was found: what `evaluate --json` prints, and what it comes from: logits (N, classes), labels (N,), images.
 
     `pairs` (P, 2, 3, 32, 32) uint8 are near-duplicates, each with its training image, where these were looked for.
     """
@@ -37,15 +37,17 @@ class Measured(NamedTuple):
     classes: tuple[str, ...]
     logits: Tensor
     labels: Tensor
+    images: Split
     pairs: NDArray[np.uint8] | None = None
 
     def write(self, path: Path) -> None:
         """A CSV file with one line an image: index, true class, predicted class, confidence, and whether it is right.
 
-        Of several ranks, the first writes it.
+        An index is the image's place among the data set's own test or training images. Of several ranks, the first
+        writes it.
         """
         if ranks.rank() == 0:
-            write_predictions(path, self.classes, self.logits, self.labels)
+            write_predictions(path, self.classes, self.logits, self.labels, self.images.positions)
 
     def draw_near_duplicates(self, path: Path) -> None:
         """A PNG file with the near-duplicates that were found, if any. Of several ranks, the first writes it."""
@@ -108,19 +110,19 @@ def measure(
         ],
     }
     if not near_duplicates:
-        return Measured(figures, classes, together, labels)
+        return Measured(figures, classes, together, labels, images)
     known = _trained_on(members, dataset)
     device = devices.select_device(where.device)
     with watcher.progress("near-duplicates", len(images)) as advance:
         twins = ranks.on_first(lambda: duplicates.find(images.images, known.images, device, advance))
     right = (metrics.predictions(together) == labels).numpy()
-    figures["near_duplicates"] = twins.figures(images.labels, known.labels, right)
+    figures["near_duplicates"] = twins.figures(images, known, right)
     pairs = np.stack([images.images[twins.images], known.images[twins.twins]], 1)
-    return Measured(figures, classes, together, labels, pairs)
+    return Measured(figures, classes, together, labels, images, pairs)
 
 
 def _learned_what_it_holds_out(member: Checkpoint) -> bool:
-    """Whether weights that the run began from had been trained on images that it held out."""
+    """Whether weights that the run began from, or a teacher, had been trained on images that it held out."""
     return member.card.unseen.get(member.card.dataset, 1.0) < member.config.data.val_fraction
 
 
@@ -203,13 +205,14 @@ def _trained_on(members: Sequence[Checkpoint], dataset: Dataset) -> Split:
     return datasets.hold_out(dataset.train, min(share for *_, share in chosen))[0]  # a larger share has a smaller one's
 
 
-def write_predictions(path: Path, classes: tuple[str, ...], logits: Tensor, labels: Tensor) -> None:
-    """A line an image, from logits (N, classes) and labels (N,)."""
+def write_predictions(
+    path: Path, classes: tuple[str, ...], logits: Tensor, labels: Tensor, indices: Iterable[int]
+) -> None:
+    """A line an image, from logits (N, classes), labels (N,) and what each image's index is."""
     found = metrics.with_confidence(logits, labels)
     with replacing(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file)
         writer.writerow(COLUMNS)
-        for index, (true, guess, confidence) in enumerate(
-            zip(found.true, found.predicted, found.confidence, strict=True)
-        ):
+        rows = zip(indices, found.true, found.predicted, found.confidence, strict=True)
+        for index, true, guess, confidence in rows:
             writer.writerow([index, classes[true], classes[guess], f"{confidence:.6f}", int(true == guess)])

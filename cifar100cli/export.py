@@ -5,18 +5,21 @@ import io
 import json
 import logging
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from cifar100cli import __version__, checkpoint, extras
+from cifar100cli import __version__, checkpoint
 from cifar100cli.atomic import replacing
+from cifar100cli.bounded import one_line
 from cifar100cli.card import Card
 from cifar100cli.catalog import SIDE
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.classifier import ImagesToLogits
+from cifar100cli.devices import is_out_of_memory
 from cifar100cli.errors import CifarError
 from cifar100cli.unrolled import as_pytorch_computes
 
@@ -27,15 +30,17 @@ CHECKED = (1, 7, 32)  # images at a time
 def export(path: Path, out: Path) -> dict[str, Any]:
     """Write the model of a run or checkpoint to `out`; returns what `export --json` prints.
 
-    Raises `CifarError`, and leaves nothing under the name, when ONNX Runtime does not compute what the model does.
+    Raises `CifarError`, and leaves nothing under the name, when PyTorch cannot write the model as ONNX, and when ONNX
+    Runtime does not compute what the model does.
     """
-    extras.check("export", *extras.EXPORT)
     saved = checkpoint.load_model(path)
     as_pytorch_computes(saved.model)  # a convolution is to be one in the graph
     network = ImagesToLogits(saved.model.eval(), saved.preprocessing)
     with replacing(out) as temporary:
-        opset = _write(network, saved, temporary)
-        difference = _check(network, temporary)
+        with _refused(f"PyTorch {torch.__version__} cannot write {saved.config.model.backbone} as ONNX"):
+            opset = _write(network, saved, temporary)
+        with _refused("ONNX Runtime cannot compute the exported graph"):
+            difference = _check(network, temporary)
     return {
         "checkpoint": str(saved.path),
         "out": str(out),
@@ -49,6 +54,19 @@ def export(path: Path, out: Path) -> dict[str, Any]:
         "checked_batches": list(CHECKED),
         "largest_difference": difference,
     }
+
+
+@contextlib.contextmanager
+def _refused(what: str) -> Iterator[None]:
+    """Exporter and runtime have errors of many kinds of their own, and some networks are beyond them."""
+    try:
+        yield
+    except (CifarError, OSError):
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        raise CifarError(f"{what} ({one_line(error)}); nothing was written") from None
 
 
 def _write(network: ImagesToLogits, saved: Checkpoint, path: Path) -> int:

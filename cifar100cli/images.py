@@ -1,5 +1,6 @@
 """Pictures of the user's: any file that Pillow decodes by itself, as the small square images that models here know."""
 
+import contextlib
 import io
 import math
 import sys
@@ -8,7 +9,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +65,7 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
             raise DataError(f"{source}: is an address, and nothing is fetched from the web: download the picture first")
         kind = kind_of(source)
         if kind == "folder":
-            below = sorted(folder / name for folder, names in walk(source, hidden=True) for name in names)
+            below = sorted(folder / name for folder, names in _below(source) for name in names)
             inside = [path for path in below if path.suffix.lower() in ENDINGS and path.is_file()]
             if not inside:
                 if (source / "config.yaml").is_file():
@@ -79,6 +80,15 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     if found.count(STANDARD_INPUT) > 1:
         raise UsageError("-: standard input can be read once")
     return found
+
+
+def _below(folder: Path) -> Iterator[tuple[Path, list[str]]]:
+    """Each folder at and below this one, also by links, with its files. `DataError` for one that may not be read."""
+
+    def refuse(error: OSError) -> NoReturn:
+        raise DataError(f"{error.filename}: {error.strerror}")
+
+    return walk(folder, hidden=True, links=True, refused=refuse)
 
 
 def read_image(source: Path) -> NDArray[np.uint8]:
@@ -168,8 +178,10 @@ def small_square(picture: "Picture") -> NDArray[np.uint8]:
     from PIL import Image, ImageOps
 
     with _broken_in_words():
-        upright = ImageOps.exif_transpose(picture)
-        small = ImageOps.fit(_in_colour(upright), (SIDE, SIDE), Image.Resampling.BICUBIC)
+        picture.load()
+        with contextlib.suppress(Exception):  # what stands beside the pixels may be broken: they are shown as they lie
+            picture = ImageOps.exif_transpose(picture)
+        small = ImageOps.fit(_in_colour(picture), (SIDE, SIDE), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
 
 

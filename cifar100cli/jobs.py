@@ -22,7 +22,7 @@ from cifar100cli import (
 )
 from cifar100cli.card import Card
 from cifar100cli.catalog import DatasetName
-from cifar100cli.checkpoint import Saved
+from cifar100cli.checkpoint import Checkpoint, Saved
 from cifar100cli.config import Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
@@ -161,7 +161,7 @@ def prepare(
         task=task,
         loaders=loaders,
         test=test_loader,
-        card=_card(preset, dataset, preprocessing, begun.unseen if begun is not None else None),
+        card=_card(preset, dataset, preprocessing, _unseen(config, begun, saved_teacher)),
         device=device,
         precision=precision,
         groups=groups,
@@ -220,9 +220,16 @@ def _train_loader(
     return loader
 
 
-def _card(
-    preset: Preset, dataset: Dataset, preprocessing: Preprocessing, unseen: Mapping[DatasetName, float] | None
-) -> Card:
+def _unseen(config: Config, begun: Begun | None, teacher: Checkpoint | None) -> dict[DatasetName, float]:
+    """The `unseen` of the run's card: what its teacher had learned, it may learn from that."""
+    own = begun.unseen if begun is not None else None
+    unseen = dict(starting_weights.unseen_images(config) if own is None else own)
+    for name, share in teacher.card.unseen.items() if teacher is not None else ():
+        unseen[name] = min(unseen.get(name, 1.0), share)
+    return unseen
+
+
+def _card(preset: Preset, dataset: Dataset, preprocessing: Preprocessing, unseen: dict[DatasetName, float]) -> Card:
     """What the files of the run's models say of them."""
     return Card(
         format=checkpoint.FORMAT,
@@ -234,7 +241,7 @@ def _card(
         image_size=preprocessing.image_size,
         mean=preprocessing.mean,
         std=preprocessing.std,
-        unseen=dict(unseen) if unseen is not None else dict(starting_weights.unseen_images(preset.config)),
+        unseen=unseen,
         config=preset.config.model_dump(mode="json", exclude_none=True),
     )
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cifar100cli import console, interrupts
+from cifar100cli.bounded import kind_of
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import UsageError
 from cifar100cli.folders import DATA_DIR, Where, cache_dir, expand, named_by, user_cache
@@ -61,11 +62,11 @@ def check_pairs(flag: str, path: Path, split: str, inputs: Sequence[Path], taken
 
 def _would_be_lost(path: Path, target: Path, inputs: Sequence[Path]) -> str | None:
     """What an existing file is that must not be written over, in words; `target` is what `path` leads to."""
-    from cifar100cli.runs import FILES
+    from cifar100cli.runs import CONFIG, FILES
 
     if any(target.samefile(given) for given in inputs):
         return "what it is made from"
-    if {path.name, target.name} & set(FILES):
+    if any(one.name in FILES and kind_of(one.parent / CONFIG) == "file" for one in (path, target)):
         return "a file of a run"
     if target.parent.name in FOLDERS.values():
         return "a file of a data set"

@@ -186,7 +186,7 @@ def evaluation(result: Mapping[str, Any], json: bool) -> None:
     if result["split"] in chosen_on:
         console.result("the epoch was chosen on these very images: optimistic")
     if result["learned"] and result["split"] == "val":
-        console.result("weights that the run began from had learned these images: optimistic")
+        console.result("the weights that the run began from, or its teacher, had learned these images: optimistic")
     rows = [
         ("top-1", percent(result["top1"])),
         ("top-5", percent(result["top5"])),

@@ -55,8 +55,8 @@ def check_known_images(config: Config, watcher: Watcher) -> None:
     if unseen >= config.data.val_fraction:  # a larger share holds out what a smaller one does, and more
         return
     known = (
-        f"{config.model.weights}: was trained, or began from weights that were, with data.val_fraction = {unseen:g}, "
-        f"and so on images that {config.data.val_fraction:g} holds out"
+        f"{config.model.weights}: was trained, taught, or begun from weights that were, with data.val_fraction = "
+        f"{unseen:g}, and so on images that {config.data.val_fraction:g} holds out"
     )
     if config.train.select != "best_val":
         watcher.say(f"{known}: accuracies on these flatter")

@@ -194,7 +194,8 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     logits, labels = metrics.predict(job.model, job.test, job.cast)
     test = metrics.evaluate(logits, labels, job.card.superclass_of)
     _refuse_no_answer("test", test.loss, state)
-    ranks.on_first(lambda: evaluation.write_predictions(run.path / PREDICTIONS, job.card.classes, logits, labels))
+    classes, every = job.card.classes, range(len(labels))
+    ranks.on_first(lambda: evaluation.write_predictions(run.path / PREDICTIONS, classes, logits, labels, every))
     rows = ranks.on_first(run.metrics)
     split = SPLIT_OF[job.config.train.select]
     held_out = job.loaders.evaluation.get("val")

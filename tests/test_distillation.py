@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar100cli import checkpoint, computed, jobs, losses, resume, runs, teachers, workflows
+from cifar100cli import checkpoint, computed, evaluation, jobs, losses, resume, runs, teachers, workflows
 from cifar100cli.config import Override, Preset, load_preset
 from cifar100cli.errors import DataError, RunInterrupted, UsageError
 from cifar100cli.loader import Batch
@@ -153,6 +153,18 @@ def test_no_margin_reaches_the_teachers_term() -> None:
 
 
 # --------------------------------------------------------------------------------------- runs with a teacher
+
+
+def test_a_student_may_know_what_its_teacher_had_learned(tmp_path: Path, teacher_run: Path) -> None:
+    """The teacher learned all images; what the student holds out is not new to it for that, nor to its own students."""
+    holding_out: dict[str, Any] = {"data": {"val_fraction": 0.1}, "train": {"epochs": 1}}
+    alone = Path(workflows.train(make_preset(**holding_out), where(tmp_path / "alone"), Listening())["run_dir"])
+    first = Path(workflows.train(student(teacher_run, **holding_out), where(tmp_path / "one"), Listening())["run_dir"])
+    second = Path(workflows.train(student(first, **holding_out), where(tmp_path / "two"), Listening())["run_dir"])
+    for run, unseen in ((alone, 0.1), (first, 0.0), (second, 0.0)):
+        assert checkpoint.load_model(run).card.unseen == {"synthetic": unseen}
+        found = evaluation.measure([run], where(tmp_path), Listening(), "val").result
+        assert found["learned"] == (unseen == 0)
 
 
 @pytest.fixture

@@ -209,6 +209,17 @@ def test_only_images_that_the_run_trained_on_count(run_cli: Cli, known: syntheti
     found = [evaluated(run_cli, run)[0] for run in runs]
     assert [one["count"] for one in found] == [seen(0.25), seen(0.5, 0.5)]
     assert 0 < found[1]["count"] < found[0]["count"] < 20
+    (train_images, _), (test_images, _) = known.train, known.test
+    for one in found:  # by their places among all images, whatever a run was not given
+        assert all(
+            np.array_equal(test_images[pair["index"]], train_images[pair["training_index"]]) for pair in one["pairs"]
+        )
+    assert run_cli("evaluate", runs[0], "--split", "val", "--predictions", "val.csv").code == 0
+    with Path("val.csv").open(encoding="utf-8", newline="") as file:
+        indices = [int(row["index"]) for row in csv.DictReader(file)]
+    held_out = datasets.hold_out(whole, 0.25)[1]
+    assert held_out is not None
+    assert np.array_equal(whole.images[indices], held_out.images)
     together, _ = evaluated(run_cli, *runs)
     assert (together["count"], together["training_images"]) == (seen(0.25), 300)
 

@@ -63,11 +63,11 @@ def test_the_graph_computes_what_the_model_does(run: str, run_cli: Cli) -> None:
     assert isinstance(given.shape[0], str), "a batch of any size"
 
 
-@pytest.mark.parametrize("name", ["resnet9", "airbench94", "wrn16_4"])
-def test_networks_of_our_own(tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize("name", ["resnet9", "airbench94", "wrn16_4", "test_vit"])
+def test_networks_of_our_own_and_a_transformer(tmp_path: Path, name: str) -> None:
     """Untrained, with batch statistics of noise."""
     torch.manual_seed(0)
-    config = Config.model_validate({"model": {"backbone": name, "drop_rate": 0.3}})
+    config = Config.model_validate({"data": {"image_size": 32}, "model": {"backbone": name, "drop_rate": 0.3}})
     model = create_model(config, classes=3)
     with torch.no_grad():
         model(torch.randn(16, 3, 32, 32))
@@ -115,6 +115,25 @@ def test_a_graph_that_is_wrong_gets_no_name(plain: str, run_cli: Cli, monkeypatc
     assert "differs from the model" in outcome.err
     assert Path("model.onnx").read_text() == "what was there before"
     assert sorted(path.name for path in Path().iterdir()) == ["model.onnx", "runs"]
+
+
+@pytest.mark.parametrize(
+    ("part", "words"), [("_write", "cannot write test_resnet as ONNX"), ("_check", "ONNX Runtime cannot compute")]
+)
+def test_what_the_exporter_cannot_take_is_told_in_words(
+    plain: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch, part: str, words: str
+) -> None:
+    """Its errors, and the runtime's, are of many kinds."""
+
+    def fail(*_: object) -> None:
+        raise ArithmeticError("Constraints violated (batch)!\nFor more information, run with TORCH_LOGS")
+
+    monkeypatch.setattr(export, part, fail)
+    outcome = run_cli("export", plain, "--out", "model.onnx")
+    assert (outcome.code, len(outcome.err.splitlines())) == (1, 1)
+    assert words in outcome.err
+    assert "Constraints violated (batch)!" in outcome.err
+    assert not Path("model.onnx").exists()
 
 
 def test_what_cannot_be_exported_is_told_at_once(plain: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -402,7 +402,7 @@ def test_no_epoch_is_chosen_on_images_that_the_weights_know(run_cli: Cli) -> Non
     assert run_cli(*again, "data.val_fraction=0.1").code == 0
     refused = run_cli(*again, "data.val_fraction=0.3")
     assert refused.code == 2
-    assert "or began from weights that were, with data.val_fraction = 0.1, and so on images" in refused.err
+    assert "or begun from weights that were, with data.val_fraction = 0.1, and so on images" in refused.err
 
 
 def test_images_are_known_beyond_another_data_set(tmp_path: Path, weights: Path) -> None:

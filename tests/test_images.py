@@ -1,8 +1,10 @@
 """Pictures of any kind as small squares, and what `predict` says of them."""
 
 import csv
+import errno
 import io
 import json
+import os
 import struct
 import sys
 import warnings
@@ -138,6 +140,14 @@ def test_the_middle_square_made_smaller(tmp_path: Path) -> None:
         assert np.abs(found[inner, inner].astype(int) - expected[inner, inner]).max() <= 2
     tiny = read(saved(tmp_path, Image.new("RGB", (1, 3), "teal")))
     assert (tiny == (0, 128, 128)).all()
+
+
+def test_broken_words_beside_the_pixels_take_no_picture_away(tmp_path: Path) -> None:
+    """An EXIF block that is none, in a JPEG that says how many dots an inch it has, as editors write them."""
+    picture = Image.fromarray(cv2.resize(PICTURE, (64, 64), interpolation=cv2.INTER_LINEAR))
+    plain = saved(tmp_path, picture, "plain.jpg", dpi=(72, 72))
+    broken = saved(tmp_path, picture, "broken.jpg", dpi=(72, 72), exif=b"Exif\0\0nonsense")
+    assert np.array_equal(read(broken), read(plain))
 
 
 # ------------------------------------------------------------------------------------------------- refused
@@ -302,6 +312,29 @@ def test_what_is_no_folder_of_pictures(run: str, run_cli: Cli, tmp_path: Path) -
         outcome = run_cli("predict", *words)
         assert (outcome.code, outcome.out, len(outcome.err.splitlines())) == (3, "", 1)
         assert told in outcome.err
+
+
+def test_folders_below_are_looked_into_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also those that are links; one that may not be read is not passed over."""
+    elsewhere = tmp_path / "elsewhere" / "cats"
+    elsewhere.mkdir(parents=True)
+    saved(elsewhere, Image.fromarray(PICTURE), "cat.png")
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    (pictures / "cats").symlink_to(elsewhere)
+    (pictures / "round").symlink_to(pictures)
+    own = saved(pictures, Image.fromarray(PICTURE), "own.png")
+    assert images.find_images([pictures]) == [pictures / "cats" / "cat.png", own]
+    scandir = os.scandir
+
+    def shut(path: str) -> object:
+        if str(path).endswith("cats"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", shut)
+    with pytest.raises(DataError, match="cats: Permission denied"):
+        images.find_images([pictures])
 
 
 def test_find_images_knows_every_decoders_ending() -> None:

@@ -17,7 +17,6 @@ LEVELS = (
     {"keys", "watcher", "tensors"},
     {
         "config",
-        "duplicates",
         "fetch",
         "synthetic",
         "augment",
@@ -49,7 +48,7 @@ LEVELS = (
         "stages",
     },
     {"console", "unpack", "runs", "datasets", "models", "optim"},
-    {"completion", "display", "download", "loader", "policies"},
+    {"completion", "display", "download", "duplicates", "loader", "policies"},
     {"options"},
     {"tasks", "metrics", "checkpoint", "computed"},
     {"saving", "starting_weights", "steps", "teachers", "plain"},

@@ -82,7 +82,7 @@ def test_equal_logits_are_predicted_alike_in_every_figure(tmp_path: Path) -> Non
     by_class = sum(accuracy * count for accuracy, count in zip(found.per_class, images, strict=True) if accuracy)
     assert by_class == pytest.approx(found.top1 * 5000)
     assert sum(count for *_, count in found.confusions) == 5000 - round(found.top1 * 5000)
-    evaluation.write_predictions(tmp_path / "predictions.csv", tuple(map(str, range(100))), logits, labels)
+    evaluation.write_predictions(tmp_path / "predictions.csv", tuple(map(str, range(100))), logits, labels, range(5000))
     with (tmp_path / "predictions.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert np.mean([row["true"] == row["predicted"] for row in rows]) == pytest.approx(found.top1)
