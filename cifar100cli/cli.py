@@ -590,6 +590,6 @@ def _check_tolerance(found: Any, tolerance: float) -> None:
     if not any(row.delta is not None for row in found.rows):
         raise DataError("--check: there is no complete run with a published figure to compare with")
     console.log(f"every mean is within {tolerance:g} points of its published figure")
-    others = [f"{row.preset}{reports.changed(row)}" for row in found.rows if row.delta is not None and row.changes]
+    others = [f"{row.preset}{reports.changed(row)}" for row in found.rows if row.delta is not None and row.departs]
     if others:
         console.log(f"of these, not with the settings that the figure was published for: {'; '.join(others)}")

@@ -37,7 +37,9 @@ class Row:
     """The complete runs that share a preset and all settings but the seed.
 
     `changes` says where they depart from the shipped preset, which has `shipped` there, or of a preset that is not
-    ours, what tells its rows apart; figures of different settings are never averaged. `n` counts seeds: runs of one
+    ours, what tells its rows apart; figures of different settings are never averaged. `departs` says that the figures
+    beside them are of other settings or images: a teacher takes none away, and of a user's own preset only those runs
+    have a figure whose settings it is of. `n` counts seeds: runs of one
     seed count as one, their mean, since no more than that is learned from them; `seeds` and `best_epochs` are those
     of `runs`. `teacher` is what they were distilled from: runs with the same weights for one are of one row, wherever
     these lay. `expected_top1` is what a preset of ours reached in `expected_runs` runs, or with 0 of them is meant to
@@ -45,12 +47,13 @@ class Row:
     set's digest. `curves` has losses
     and accuracies by epoch, as means over the runs; what was not measured in every epoch is not there. `noise` is how
     far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds; `within_noise`
-    judges `delta` by it where the settings are the preset's own.
+    judges `delta` by it where the row does not depart.
     """
 
     preset: str
     changes: dict[str, object]
     shipped: dict[str, object]
+    departs: bool
     dataset: str
     published_top1: float | None
     published_epoch: int | None
@@ -294,11 +297,12 @@ def _row(
     comparable = config.data.dataset == own_dataset != "synthetic"
     delta = mean - published.top1 if published and comparable else None
     spread = noise.of_one_more(top1)
-    changes = {**data, **{key: own[key] for key in told}}
+    departs = bool(changed or data)
     return Row(
         preset=first.preset,
-        changes=changes,
+        changes={**data, **{key: own[key] for key in told}},
         shipped={key: there for key, (_, there) in changed.items()},
+        departs=departs,
         dataset=config.data.dataset,
         published_top1=published.top1 if published else None,
         published_epoch=published.epoch if published else None,
@@ -309,7 +313,7 @@ def _row(
         top1_std=noise.deviation(top1),
         delta=delta,
         noise=spread,
-        within_noise=abs(delta) <= spread if delta is not None and spread is not None and not changes else None,
+        within_noise=abs(delta) <= spread if delta is not None and spread is not None and not departs else None,
         select=config.train.select,
         epochs=config.train.epochs,
         best_epochs=[int(run.result["best"]["epoch"]) for run in group],
@@ -404,4 +408,4 @@ def _index(known: Sequence[str], name: str | None) -> int:
 
 def published_cell(row: Row) -> float | None:
     """The study's figure for this very depth and these epochs."""
-    return published_beside(row) if not row.changes.keys() & CELL else None
+    return published_beside(row) if not row.shipped.keys() & CELL else None

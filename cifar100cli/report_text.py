@@ -156,7 +156,7 @@ def _notes(report: Report) -> list[str]:
     notes += [
         f"{row.preset}: expected {wording.expected(row.expected_top1, row.expected_runs)}."
         for row in report.rows
-        if row.expected_top1 is not None and not row.changes
+        if row.expected_top1 is not None and not row.departs
     ]
     if any(len(row.runs) > row.n for row in report.rows):
         notes.append("n counts seeds: several runs of one seed, or copies of one run, count as one, their mean.")

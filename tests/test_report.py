@@ -19,6 +19,7 @@ from cifar100cli.bounded import printable
 from cifar100cli.config import Override, load_preset
 from cifar100cli.runs import ENVIRONMENT, RunDir
 from cifar100cli.schema import Expected
+from tests.conftest import Cli
 
 
 def make_run(root: Path, preset: str, top1: float, seed: int = 0, **settings: Any) -> RunDir:
@@ -182,6 +183,34 @@ def test_a_teacher_is_for_the_user_to_name(tmp_path: Path) -> None:
     assert taught.published is not None
     cooler = load_preset(str(file), [Override("distillation.temperature", 2, "--temperature")]).config
     assert cooler.published is None
+
+
+def test_a_figure_is_judged_whatever_stands_beside_its_row(tmp_path: Path, run_cli: Cli) -> None:
+    """Other rows of one's own preset, which have no figure, and those of other teachers, which all have it."""
+    file = tmp_path / "mine.yaml"
+    figures = "published: {top1: 0.44, source: ours}\nexpected: {top1: 0.45, runs: 3, source: ours}\n"
+    file.write_text(f"loss: {{label_smoothing: 0.1}}\ntrain: {{epochs: 3}}\nfinetune: {{unfreeze: fc}}\n{figures}")
+    for seed, top1 in enumerate((0.43, 0.45)):
+        make_run(tmp_path / "runs", str(file), top1, seed)
+        make_run(tmp_path / "runs", str(file), top1, seed, loss__label_smoothing=0, train__epochs=2)
+        for teacher in ("/a", "/b"):
+            make_run(tmp_path / "kd", "resnet18-arcface-kd", 0.56 + 0.02 * seed, seed, distillation__teacher=teacher)
+    found = report.collect([tmp_path / "runs"])
+    verdicts = {row.changes["train.epochs"]: (row.departs, row.delta, row.within_noise) for row in found.rows}
+    assert verdicts == {3: (False, pytest.approx(0.0), True), 2: (False, None, None)}
+    assert {row.epochs: report.published_cell(row) for row in found.rows} == {3: 0.44, 2: None}
+    expected = "expected 45.00% (3 runs)"
+    assert report_text.render(found, "table").count(f"mine: {expected}.") == 1
+    shown = page.render(found)
+    assert [shown.count(words) for words in (expected, "within noise (", "other settings")] == [1, 1, 0]
+    taught = report.collect([tmp_path / "kd"])
+    assert [(row.changes, row.departs, row.within_noise) for row in taught.rows] == [
+        ({"distillation.teacher": teacher}, False, True) for teacher in ("/a", "/b")
+    ]
+    checked = run_cli("report", "runs", "kd", "--check", "5")
+    assert (checked.code, "not with the settings" in checked.err) == (0, False)
+    make_run(tmp_path / "kd", "resnet18-arcface-kd", 0.57, distillation__teacher="/a", optimizer__lr=0.002)
+    assert "published for: resnet18-arcface-kd (optimizer.lr=0.002" in run_cli("report", "kd", "--check", "5").err
 
 
 def test_a_teacher_is_its_weights(tmp_path: Path) -> None:
