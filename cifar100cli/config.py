@@ -118,6 +118,8 @@ def load_preset(name: str = DEFAULT_PRESET, overrides: Iterable[Override] = ()) 
     origins: dict[str, str] = {}
     original, keys = keys, {key: dict(value) if isinstance(value, dict) else value for key, value in keys.items()}
     for override in overrides:
+        if stem in preset_names():
+            _refuse_other_figures(stem, override)
         _apply(keys, override)
         origins[override.key] = override.origin
     config = _validate(keys, name, origins)
@@ -265,6 +267,16 @@ def _apply(keys: dict[str, Any], override: Override) -> None:
         if not isinstance(keys, dict):
             return  # no section: refused when all is checked
     keys[last] = override.value
+
+
+def _refuse_other_figures(preset: str, override: Override) -> None:
+    """Raise `UsageError` for a figure in the place of that of a preset of ours; null, which drops it, is none."""
+    section, _, figure = override.key.partition(".")
+    if figure and section in DESCRIBING:
+        raise UsageError(
+            f"{override.origin}: what is {section} of {preset} is not a run's to say; leave it out, or say it in a "
+            "preset file of your own, under another name"
+        )
 
 
 def _validate(keys: dict[str, Any], where: str, origins: Mapping[str, str]) -> Config:

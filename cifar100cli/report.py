@@ -289,8 +289,8 @@ def _row(
     # Runs may share all settings, and not the figure that some of them were told to leave out.
     published = next((one.published for one in figures if one.published), None)
     expected = next((one.expected for one in figures if one.expected), None)
-    if expected is not None and ours is not None:  # a run may be older than what its preset is expected to reach now
-        expected = ours.expected
+    if ours is not None:  # whose figures are its own: a run may be older than these, or be of a file of the same name
+        published, expected = published and ours.published, expected and ours.expected
     own_dataset = (ours or config).data.dataset
     top1 = list(measured.top1.values())
     mean = fmean(top1)
@@ -399,7 +399,8 @@ def study_rows(report: Report) -> list[Row]:
 
 def unfrozen(row: Row) -> str:
     """What of the network learned, for people; of another preset than the study's own, with its name."""
-    return str(row.unfreeze) if row.preset.startswith(STUDY) else f"{row.unfreeze} ({row.preset})"
+    of_the_study = row.preset.startswith(STUDY) and row.preset in preset_names()
+    return str(row.unfreeze) if of_the_study else f"{row.unfreeze} ({row.preset})"
 
 
 def _index(known: Sequence[str], name: str | None) -> int:

@@ -233,6 +233,20 @@ def test_null_drops_what_a_preset_need_not_have(tmp_path: Path) -> None:
     assert (dropped.published, dropped.distillation) == (None, None)
 
 
+def test_a_figure_of_ours_is_no_setting(tmp_path: Path) -> None:
+    """Of a preset of one's own it may be said on the command line, too."""
+    file = tmp_path / "resnet18-baseline.yaml"
+    file.write_text("published: {top1: 0.5}")
+    for key in ("published.top1", "expected.runs"):
+        for name in ("resnet18-baseline", str(file)):
+            with pytest.raises(UsageError, match=rf"^--set {key}: .* of resnet18-baseline is not a run's to say"):
+                load_preset(name, [Override(key, 1, f"--set {key}")])
+    assert load_preset("resnet18-baseline", [Override("published", None, "--set published")]).config.published is None
+    own = load(tmp_path, "published: {top1: 0.5}", Override("published.top1", 0.6, "--set published.top1"))
+    assert own.published is not None
+    assert own.published.top1 == 0.6
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"\xff\xfe\x00seed")

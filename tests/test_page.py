@@ -228,6 +228,12 @@ def test_within_noise(tmp_path: Path) -> None:
     assert "no spread: noise unknown" in text
 
 
+def test_only_what_was_chosen_is_a_best_epoch(tmp_path: Path) -> None:
+    for select, told in (("last", False), ("best_test", True)):
+        make_run(tmp_path / select, "resnet18-baseline", 0.44, train__select=select)
+        assert ("200 best 7" in rendered(tmp_path / select).text) == told
+
+
 def test_many_runs_are_one_page(tmp_path: Path) -> None:
     for number in range(40):
         make_run(tmp_path, "resnet18-baseline", 0.44, train__epochs=number + 1)

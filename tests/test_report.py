@@ -18,7 +18,7 @@ from cifar100cli import console, page, report, report_text, runs
 from cifar100cli.bounded import printable
 from cifar100cli.config import Override, load_preset
 from cifar100cli.runs import ENVIRONMENT, RunDir
-from cifar100cli.schema import Expected
+from cifar100cli.schema import Expected, Published
 from tests.conftest import Cli
 
 
@@ -392,6 +392,9 @@ def test_the_study_of_unfreezing(tmp_path: Path, capsys: pytest.CaptureFixture[s
         make_run(tmp_path, "finetune-layer4", top1, seed, data__fraction=0.1)
     make_run(tmp_path, "resnet18-baseline", 0.44)
     make_run(tmp_path, "laptop-pretrained", 0.8)
+    mine = tmp_path / "finetune-mine.yaml"
+    mine.write_text(load_preset("finetune-all").config.model_copy(update={"published": None}).to_yaml())
+    make_run(tmp_path, str(mine), 0.7)
     found = report.collect([tmp_path])
     report_text.show_table(found)
     for text in (capsys.readouterr().out, report_text.render(found, "markdown")):
@@ -402,6 +405,7 @@ def test_the_study_of_unfreezing(tmp_path: Path, capsys: pytest.CaptureFixture[s
         parts = text.split("How far to unfreeze, on CIFAR-100")
         assert "layer3 (laptop-pretrained)" in parts[1].split("unfrozen")[1]
         text = parts[0]
+        assert "all (finetune-mine)" in text
         table = [re.split(r" *\| *|  +", line.strip(" |")) for line in text[text.index("unfrozen") :].splitlines()]
         cells = {row[0].split()[0]: row[1:5] for row in table if row[0].startswith("layer")}
         assert cells == {
@@ -433,6 +437,21 @@ def test_a_figure_is_that_of_any_run_that_has_it(tmp_path: Path) -> None:
     (row,) = report.collect([tmp_path]).rows
     assert (row.n, row.published_top1) == (2, 0.4426)
     assert row.delta == pytest.approx(0.445 - 0.4426)
+
+
+def test_a_figure_of_ours_is_the_presets(tmp_path: Path) -> None:
+    """Whatever a user's file of the same name says, and be its run the first one in order of path."""
+    file, config = tmp_path / "resnet18-baseline.yaml", load_preset("resnet18-baseline").config
+    for lr in (0.001, 0.002):
+        optimizer, theirs = config.optimizer.model_copy(update={"lr": lr}), Published(top1=0.9, source="x")
+        file.write_text(config.model_copy(update={"optimizer": optimizer, "published": theirs}).to_yaml())
+        make_run(tmp_path / "runs", str(file), 0.44)
+    make_run(tmp_path / "runs", "resnet18-baseline", 0.44, 1)
+    rows = report.collect([tmp_path / "runs"]).rows
+    assert [(row.changes, row.seeds, row.published_top1) for row in rows] == [
+        ({}, [0, 1], 0.4426),
+        ({"optimizer.lr": 0.002}, [0], 0.4426),
+    ]
 
 
 def test_names_that_could_steer_a_terminal(tmp_path: Path) -> None:
