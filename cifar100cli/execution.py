@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from cifar100cli import console, ranks, show, trackers, wording
 from cifar100cli.display import TrainingDisplay
-from cifar100cli.errors import CifarError, DivergedError, UsageError
+from cifar100cli.errors import CifarError, DataError, DivergedError, UsageError
 from cifar100cli.folders import Where
 from cifar100cli.options import Request
 
@@ -54,7 +54,7 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
     """Train the preset as it is and without each block, with every seed in turn; what is complete is not done again.
 
     Seed after seed, so that what is there when it is stopped can be compared. A run whose loss stops being finite does
-    not keep the others: that may be just what a block is for.
+    not keep the others: that may be just what a block is for. One that was stopped and cannot go on is left as it is.
     """
     from cifar100cli import ablation, checkpoint, datasets, starting_weights, teachers
     from cifar100cli.config import shipped, without_figures
@@ -85,15 +85,18 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
             continue
         console.log(what if run is None else f"{what}: going on with {run.path}, of the same settings")
         try:
-            results[name].append(one(preset, request, where, run))
+            results[name].append(_go_on(preset, request, where, run))
         except DivergedError as error:
             lost.add(setting, error)
-        except (KeyboardInterrupt, CifarError):
-            rest = len(plan) - number
-            console.warn(
-                f"still to do after this run: {rest} of {len(plan)}; the same command again{_instead(request, preset)} "
-                "takes what is complete, and goes on with this one"
-            )
+        except (KeyboardInterrupt, CifarError) as stop:
+            begun = getattr(stop, "run_dir", None) is not None
+            rest = len(plan) - number if begun else len(plan) - number + 1
+            after, and_then = (" after this run", ", and goes on with this one") if begun else ("", "")
+            if not isinstance(stop, UsageError):  # which would be told of this setting again
+                console.warn(
+                    f"still to do{after}: {rest} of {len(plan)}; the same command again{_instead(request, preset)} "
+                    f"takes what is complete{and_then}"
+                )
             raise
     measured = {
         name: ablation.setting_of(chosen.name, settings[name], found) for name, found in results.items() if found
@@ -102,6 +105,16 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
         others = [(name, True, measured[name]) for name in left_out if name in measured]
         show.ablation(ablation.compare(measured[""], others), request.json)
     lost.tell()
+
+
+def _go_on(preset: "Preset", request: Request, where: Where, run: "RunDir | None") -> dict[str, Any]:
+    """A run of an ablation, from where `run` stopped; from its beginning where that cannot go on, and never will."""
+    if run is not None:
+        try:
+            return one(preset, request, where, run)
+        except (UsageError, DataError) as error:
+            console.log(f"it cannot go on, and the setting is trained anew: {error}")
+    return one(preset, request, where)
 
 
 def _instead(request: Request, preset: "Preset") -> str:

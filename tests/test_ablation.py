@@ -1,6 +1,7 @@
 """Ablations: which blocks there are, what is trained and what taken, and the arithmetic of a gain."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -306,6 +307,34 @@ def test_an_ablation_that_was_stopped_goes_on(run_cli: Cli, monkeypatch: pytest.
     assert again.err.count("going on with") >= 1
     assert len(runs.find_runs(Path("runs"))) == 2
     assert "one seed" in again.out
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_what_cannot_go_on_is_trained_anew(run_cli: Cli) -> None:
+    """A machine on which `auto` means another precision, and a training state that is damaged."""
+    command = ["train", *TINY, "--epochs", "1", "--set", "train.precision=auto"]
+    command += ["--label-smoothing", "0.1", "--ablate", "label_smoothing"]
+    assert run_cli(*command).code == 0
+    first, second = map(runs.RunDir, runs.find_runs(Path("runs")))
+    for run in (first, second):
+        (run.path / runs.RESULT).unlink()
+    (first.path / runs.ENVIRONMENT).write_text(json.dumps({**first.environment(), "precision": "fp8"}))
+    (second.path / runs.STATE).write_bytes(b"damaged")
+    left = {path: path.read_bytes() for run in (first, second) for path in run.path.iterdir()}
+    again = run_cli(*command)
+    assert again.code == 0, again.err
+    for reason in ("was begun in fp8", f"{second.path / runs.STATE}: corrupt"):
+        assert re.search(f"cannot go on, and the setting is trained anew: .*{reason}", again.err)
+    assert len(runs.find_runs(Path("runs"))) == 4
+    assert {path: path.read_bytes() for path in left} == left
+    assert run_cli(*command).err.count("taken from") == 2
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_setting_that_is_refused_is_told_alone(run_cli: Cli) -> None:
+    options = ("--label-smoothing", "0.1", "--ablate", "label_smoothing")
+    outcome = run_cli("train", *TINY, "--batch-size", "1", *options)
+    assert (outcome.code, "batch norm" in outcome.err, "still to do" in outcome.err) == (2, True, False)
 
 
 @pytest.mark.usefixtures("small_synthetic")
