@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from cifar100cli import console, interrupts
 from cifar100cli.bounded import kind_of
 from cifar100cli.catalog import FOLDERS
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import DataError, UsageError
 from cifar100cli.folders import DATA_DIR, Where, cache_dir, expand, named_by, user_cache
 
 if TYPE_CHECKING:
@@ -84,8 +84,9 @@ def data_folder(given: Path | None, run: Path | None = None) -> Path:
         from cifar100cli.runs import RunDir
 
         recorded = RunDir(run if run.is_dir() else run.parent).recorded("data_dir")
-        if recorded is not None and Path(recorded).is_dir():
-            return Path(recorded)
+        with contextlib.suppress(DataError):  # in somebody else's home, which may not be looked into
+            if recorded is not None and kind_of(Path(recorded)) == "folder":
+                return Path(recorded)
     return user_cache()
 
 

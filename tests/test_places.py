@@ -1,14 +1,19 @@
 """Where commands write: what an output must not cost, and what it may be."""
 
 import csv
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from cifar100cli import places
 from cifar100cli.catalog import FOLDERS
+from cifar100cli.runs import RunDir
+from cifar100cli.schema import Config
 from tests.conftest import Cli, train
 
 
@@ -47,6 +52,24 @@ def test_no_output_takes_the_place_of_what_was_work_to_make(run_cli: Cli, tmp_pa
     for _ in range(2):  # its own, again, whatever its name is
         assert run_cli("report", "--out", "metrics.csv").code == 0
         assert run_cli("evaluate", run, "--predictions", "predictions.csv").code == 0
+
+
+def test_the_data_folder_of_somebody_elses_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may lie in a home that may not be looked into, and the user's own cache has the data, too."""
+    theirs, ours = tmp_path / "theirs" / "data", tmp_path / "cache"
+    theirs.mkdir(parents=True)
+    run = RunDir.create(tmp_path / "runs", "quickstart", Config(), {"data_dir": str(theirs)}).path
+    monkeypatch.setenv("XDG_CACHE_HOME", str(ours))
+    assert places.data_folder(None, run) == theirs
+    look = os.stat
+
+    def shut(path: Any, **options: Any) -> os.stat_result:
+        if Path(path) == theirs:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "stat", shut)
+    assert places.data_folder(None, run) == ours / "cifar100"
 
 
 def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> None:
