@@ -8,13 +8,14 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 import typer
 from typer.core import TyperGroup
 
-from cifar100cli import console, interrupts, ranks
+from cifar100cli import completion, console, interrupts, ranks
+from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import (
     ChangedWeights,
     CifarError,
@@ -26,6 +27,7 @@ from cifar100cli.errors import (
     exit_code_of,
     nearest,
 )
+from cifar100cli.wording import argument
 
 ClickUsageError: Any = typer.BadParameter.__mro__[1]  # Typer carries its own copy of Click and does not export it
 
@@ -196,21 +198,35 @@ def _usage_message(error: Any) -> str:
     message = error.format_message()
     if option is not None and context is not None:
         message = f"No such option: {option}{_another_option(option, context)}"
+    elif context is not None and (extra := re.search(r"unexpected extra argument\S* \((.*)\)", message)):
+        message += _option_before(extra[1].partition(" ")[0], context)
     return f"{message.replace('Value error, ', '').rstrip('.')} (`{command} --help` lists what there is)"
+
+
+def _options(command: Any) -> list[str]:
+    return [name for one in command.params for name in (*one.opts, *one.secondary_opts) if name.startswith("--")]
+
+
+def _option_before(word: str, context: Any) -> str:
+    """The option that may have been forgotten before a word which the command does not take by itself."""
+    fitting: dict[str, Callable[[], bool]] = {
+        "--preset": lambda: word.lower().endswith((".yaml", ".yml")) or word in completion.presets(),
+        "--dataset": lambda: word in FOLDERS,
+        "--teacher": lambda: os.access(word, os.F_OK),
+    }
+    known = _options(context.command)
+    meant = next((option for option, fits in fitting.items() if option in known and fits()), None)
+    return f"; did you mean {meant} {argument(word)}?" if meant is not None else ""
 
 
 def _another_option(option: str, context: Any) -> str:
     """What may have been meant by an unknown option: that of another command, or the nearest of this one."""
-
-    def options(command: Any) -> list[str]:
-        return [name for one in command.params for name in (*one.opts, *one.secondary_opts) if name.startswith("--")]
-
     commands = getattr(context.find_root().command, "commands", {})
-    others = [name for name, other in commands.items() if option in options(other)]
+    others = [name for name, other in commands.items() if option in _options(other)]
     if others:
         has = "has" if len(others) == 1 else "have"
         return f", which {' and '.join(f'`cifar100 {name}`' for name in others)} {has}"
-    near = nearest(option.lstrip("-"), [name.lstrip("-") for name in options(context.command)])
+    near = nearest(option.lstrip("-"), [name.lstrip("-") for name in _options(context.command)])
     return f"; did you mean --{near}?" if near is not None else ""
 
 
