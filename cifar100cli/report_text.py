@@ -25,7 +25,7 @@ from cifar100cli.report import (
     study_rows,
     unfrozen,
 )
-from cifar100cli.wording import PROTOCOLS, percent
+from cifar100cli.wording import PROTOCOLS, percent, spread
 
 FORMATS = {".html": "html", ".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
 COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
@@ -71,14 +71,14 @@ def _pair_cells(pair: Pair, changed: str) -> tuple[str, ...]:
 
 
 def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
-    deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
+    chosen = f", {PROTOCOLS[row.select]}" if row.select == "best_test" else ""
     last = {name: wording.loss(values[-1]) for name, values in row.curves.items() if values}
     return (
         unfrozen(row) + mark,
         str(row.epochs),
         f"{100 * row.fraction:g}%",
         percent(published_cell(row)),
-        percent(row.top1_mean) + deviation + (f", {PROTOCOLS[row.select]}" if row.select == "best_test" else ""),
+        f"{percent(row.top1_mean)}{spread(row.top1_std)}{chosen}",
         last.get("train_loss", "-"),
         last.get("test_loss", "-"),
         sparkline(row.curves.get("test_top1", [])),
@@ -92,7 +92,6 @@ def _ablation_cells(found: Ablation) -> list[tuple[str, ...]]:
 
 
 def _effect_cells(effect: Effect) -> tuple[str, ...]:
-    error = "" if effect.gain_error is None else f" ±{100 * effect.gain_error:.2f}"
     low_high = "-" if effect.interval is None else " to ".join(f"{100 * edge:+.2f}" for edge in effect.interval)
     unknown = "one seed" if effect.gain_error is None else "no spread"
     verdict = {True: "within noise", False: "", None: unknown}[effect.within_noise]
@@ -100,20 +99,28 @@ def _effect_cells(effect: Effect) -> tuple[str, ...]:
         effect_name(effect),
         str(effect.n),
         _with_deviation(effect.top1_mean, effect.top1_std),
-        f"{100 * effect.gain:+.2f}{error}",
+        f"{100 * effect.gain:+.2f}{spread(effect.gain_error)}",
         low_high,
         verdict,
     )
 
 
 def _with_deviation(mean: float, deviation: float | None) -> str:
-    return f"{100 * mean:.2f}" + ("" if deviation is None else f" ±{100 * deviation:.2f}")
+    return f"{100 * mean:.2f}{spread(deviation)}"
+
+
+def _ablation_title(found: Ablation, changes: str) -> str:
+    dataset = TITLES.get(found.dataset, found.dataset)
+    return f"What each block brings: {found.preset}{changes}, {dataset} ({PROTOCOLS[found.select]})"
+
+
+def _study_title(dataset: str) -> str:
+    return f"How far to unfreeze, on {TITLES.get(dataset, dataset)}"
 
 
 def show_ablation(found: Ablation, changes: str) -> None:
     """A table of what each block brings; `changes` says where the base is not the preset as shipped."""
-    title = f"What each block brings: {found.preset}{changes}, {TITLES.get(found.dataset, found.dataset)}"
-    console.table(f"{title} ({PROTOCOLS[found.select]})", ABLATION_COLUMNS, _ablation_cells(found), right=range(1, 5))
+    console.table(_ablation_title(found, changes), ABLATION_COLUMNS, _ablation_cells(found), right=range(1, 5))
 
 
 def ablation_notes(ablations: Sequence[Ablation]) -> list[str]:
@@ -193,13 +200,11 @@ def _markdown(report: Report) -> str:
         cells = [_pair_cells(pair, changed(pair)) for pair in report.pairs]
         lines += ["", *_markdown_table(PAIR_COLUMNS, cells, right=range(1, 4))]
     for found in report.ablations:
-        title = f"What each block brings: {found.preset + changed(found)}, {TITLES.get(found.dataset, found.dataset)}"
-        title += f" ({PROTOCOLS[found.select]})"
-        lines += ["", _escape(title), ""]
+        lines += ["", _escape(_ablation_title(found, changed(found))), ""]
         lines += _markdown_table(ABLATION_COLUMNS, _ablation_cells(found), right=range(1, 5))
     for dataset, study in _by_dataset(study_rows(report)):
         cells = [_study_cells(row, changed(row)) for row in study]
-        lines += ["", _escape(f"How far to unfreeze, on {TITLES.get(dataset, dataset)}"), ""]
+        lines += ["", _escape(_study_title(dataset)), ""]
         lines += _markdown_table(STUDY_COLUMNS, cells, right=range(1, 7))
     lines += ["", *(f"- {note}" for note in _notes(report))]
     lines += [f"- not counted: `{_escape(u.run)}`: {_escape(u.reason)}" for u in report.unusable]
@@ -262,7 +267,7 @@ def show_table(report: Report) -> None:
         show_ablation(found, _bracketed(letters.get(changed(found))))
     for dataset, study in _by_dataset(study_rows(report)):
         console.table(
-            f"How far to unfreeze, on {TITLES.get(dataset, dataset)}",
+            _study_title(dataset),
             STUDY_COLUMNS,
             [_study_cells(row, _bracketed(letters.get(changed(row)))) for row in study],
             right=range(1, 7),
@@ -303,11 +308,10 @@ def _bracketed(letter: str | None) -> str:
 
 
 def _narrow(row: Row, letter: str | None) -> tuple[str, ...]:
-    deviation = "" if row.top1_std is None else f" ±{100 * row.top1_std:.2f}"
     return (
         row.preset + _bracketed(letter),
         "-" if (published := published_beside(row)) is None else f"{100 * published:.2f}",
-        f"{100 * row.top1_mean:.2f}{deviation}",
+        _with_deviation(row.top1_mean, row.top1_std),
         "-" if row.delta is None else f"{100 * row.delta:+.2f}",
         str(row.n),
         str(row.epochs),

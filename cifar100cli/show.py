@@ -15,6 +15,20 @@ if TYPE_CHECKING:
     from cifar100cli.keys import Key
     from cifar100cli.schema import Config
 
+SIDES = {  # of what `bench` measures, for people
+    "loop": "training, the real loop",
+    "bare": "... the bare step, data ready",
+    "plain": "... the plain way",
+    "evaluation": "evaluation",
+    "bare_evaluation": "... forward passes alone",
+    "frozen_part": "... its frozen part, run once",
+}
+RATIOS = {
+    "loop_to_bare_time": "time of the loop / bare step",
+    "speedup_over_plain": "speed of the loop / plain way",
+    "evaluation_to_bare_time": "time of evaluation / forward",
+}
+
 
 def dry_run(result: Mapping[str, Any], json: bool) -> None:
     """What `--dry-run` found."""
@@ -283,49 +297,9 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
         f"pixels a step, {result['precision']} on {result['device']}"
     )
     console.result(f"{result['device_name']}, {result['threads']} threads, PyTorch {result['versions']['torch']}")
-    sides = {
-        "loop": "training, the real loop",
-        "bare": "... the bare step, data ready",
-        "plain": "... the plain way",
-        "evaluation": "evaluation",
-        "bare_evaluation": "... forward passes alone",
-        "frozen_part": "... its frozen part, run once",
-    }
-    rates = result["images_per_second"]
-    console.table(
-        "",
-        ("images a second", "median", "min", "max"),
-        [
-            (words, *(f"{rates[side][key]:,.0f}" for key in ("median", "low", "high")))
-            for side, words in sides.items()
-            if side in rates
-        ],
-        right=(1, 2, 3),
-    )
-    ratios = {
-        "loop_to_bare_time": "time of the loop / bare step",
-        "speedup_over_plain": "speed of the loop / plain way",
-        "evaluation_to_bare_time": "time of evaluation / forward",
-    }
-    console.table(
-        "",
-        ("ratio", "median", "min", "max"),
-        [
-            (words, *(f"{result['ratios'][name][key]:.3f}" for key in ("median", "low", "high")))
-            for name, words in ratios.items()
-            if name in result["ratios"]
-        ],
-        right=(1, 2, 3),
-    )
-    console.table(
-        "",
-        ("share of a step", "median", "min", "max"),
-        [
-            (name, *(f"{100 * share[key]:.1f}%" for key in ("median", "low", "high")))
-            for name, share in result["shares"].items()
-        ],
-        right=(1, 2, 3),
-    )
+    _spreads("images a second", SIDES, result["images_per_second"], "{:,.0f}")
+    _spreads("ratio", RATIOS, result["ratios"], "{:.3f}")
+    _spreads("share of a step", {name: name for name in result["shares"]}, result["shares"], "{:.1%}")
     run = result["full_run"]
     before = run["seconds_of_frozen_part"]
     console.result(
@@ -342,6 +316,16 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
         f"{f', after {wording.duration(before)} of the frozen part' if before else ''})"
         + (", after the teacher's look at each image, which is not counted" if run["teacher_not_counted"] else "")
     )
+
+
+def _spreads(title: str, named: Mapping[str, str], found: Mapping[str, Mapping[str, float]], form: str) -> None:
+    """A table of what was measured several times, by the names that people read."""
+    rows = [
+        (words, *(form.format(found[name][key]) for key in ("median", "low", "high")))
+        for name, words in named.items()
+        if name in found
+    ]
+    console.table("", (title, "median", "min", "max"), rows, right=(1, 2, 3))
 
 
 def presets(configs: Mapping[str, "Config"], json: bool) -> None:

@@ -17,10 +17,14 @@ def percent(fraction: float | None, digits: int = 2) -> str:
     return "-" if fraction is None else f"{100 * fraction:.{digits}f}%"
 
 
+def spread(deviation: float | None) -> str:
+    """What stands behind a figure in per cent, or in points; nothing where no deviation is known."""
+    return "" if deviation is None else f" ±{100 * deviation:.2f}"
+
+
 def expected(top1: float, runs: int | None, deviation: float | None = None) -> str:
     """What a preset of ours has reached, or what it is meant to reach where nobody has run it."""
-    spread = f" ±{100 * deviation:.2f}" if deviation is not None else ""
-    return f"{percent(top1)}{spread} ({several(runs, 'run') if runs else 'a goal: not run yet'})"
+    return f"{percent(top1)}{spread(deviation)} ({several(runs, 'run') if runs else 'a goal: not run yet'})"
 
 
 def argument(path: str | Path) -> str:
