@@ -18,7 +18,7 @@ from cifar100cli import __version__, devices, machine
 from cifar100cli.config import Preset
 from cifar100cli.flops import step_flops
 from cifar100cli.folders import Where
-from cifar100cli.sides import Sides, StepCost, cost_of_a_step, take_turn, without_files
+from cifar100cli.sides import Sides, StepCost, cost_of_a_step, take_turn, take_turns, without_files
 from cifar100cli.tasks import DistillationTask
 from cifar100cli.teachers import CachedTeacher
 from cifar100cli.watcher import Watcher
@@ -100,20 +100,15 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int, cost:
     plain = sides.plain_loop()
     if plain is not None:
         parts["plain"] = plain.epoch
-    seconds: dict[str, list[float]] = {name: [] for name in parts}
-    phases: dict[str, list[float]] = {}
-    with watcher.progress("turns, after a first one that warms up", repeats + 1) as advance:
-        for turn in range(repeats + 1):
-            taken = take_turn(parts)
-            if turn:
-                for name, value in taken.items():
-                    seconds[name].append(value)
-                spent = sides.phases()
-                for name, value in spent.items():
-                    phases.setdefault(name, []).append(value / sum(spent.values()))
-            else:
-                warm_up = time.perf_counter() - started
-            advance(1)
+    turns = take_turns(parts, repeats, watcher, "turns, after a first one that warms up")
+    next(turns)
+    warm_up = time.perf_counter() - started
+    taken, phases = [], []
+    for turn in turns:
+        taken.append(turn)
+        phases.append(sides.phases())
+    seconds = {name: [turn[name] for turn in taken] for name in parts}
+    shares = {name: [spent[name] / sum(spent.values()) for spent in phases] for name in phases[0]}
     images, tested = steps * job.config.data.batch_size, sides.test.count
 
     def rate(name: str, count: int) -> dict[str, float]:
@@ -151,7 +146,7 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int, cost:
             "loop_to_bare_time": ratio("loop", "bare"),
             "evaluation_to_bare_time": ratio("evaluation", "bare_evaluation"),
         },
-        "shares": {name: vars(Spread.of(values)) for name, values in phases.items()},
+        "shares": {name: vars(Spread.of(values)) for name, values in shares.items()},
         "flops_per_image": flops,
         "peak_flops_per_second": highest,
         "utilization": flops * loop["median"] / highest,

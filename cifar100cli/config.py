@@ -139,15 +139,12 @@ def without_figures(config: Config) -> Config:
     return config.model_copy(update={"published": None, "expected": None})
 
 
-def with_teacher(config: Config, teacher: str) -> Config:
-    """Settings of a distillation, with its teacher at another place."""
-    assert config.distillation is not None
-    return config.model_copy(update={"distillation": config.distillation.model_copy(update={"teacher": teacher})})
-
-
-def with_weights(config: Config, weights: str) -> Config:
-    """Settings that begin from a file of weights, with the file at another place."""
-    return config.model_copy(update={"model": config.model.model_copy(update={"weights": weights})})
+def having(config: Config, key: str, value: object) -> Config:
+    """The settings with another value, unchecked, of one key: `seed`, or `section.key`."""
+    section, _, name = key.rpartition(".")
+    if not section:
+        return config.model_copy(update={name: value})
+    return config.model_copy(update={section: getattr(config, section).model_copy(update={name: value})})
 
 
 def with_own_figures(config: Config) -> Config:

@@ -5,7 +5,6 @@ import ctypes
 import os
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 from cifar100cli import depthwise, ranks
 from cifar100cli.errors import UsageError
 from cifar100cli.schema import Config
+from cifar100cli.shared import Shared
 
 Cast = Callable[[], AbstractContextManager[object]]  # a context for a forward pass
 
@@ -63,8 +63,9 @@ def _round_nowhere() -> None:
         products.fp32_precision = "ieee"
 
 
-def _how_it_rounds() -> Callable[[], None]:
-    """How float32 is multiplied now, as a function that brings it back."""
+@contextlib.contextmanager
+def _rounding_nowhere() -> Iterator[None]:
+    """Within, no product of float32 rounds; afterwards it is as caller and environment had it."""
     precision: str | None = None
     convolutions: bool | None = None
     with contextlib.suppress(RuntimeError):  # refused where they were set by the newer names, which are enough then
@@ -75,9 +76,10 @@ def _how_it_rounds() -> Callable[[], None]:
     general = for_all.fp32_precision
     for_all.fp32_precision = "none"  # else others tell as their own what they take from it
     products = [general, *(one.fp32_precision for one in others)]
-    for_all.fp32_precision = general
-
-    def bring_back() -> None:
+    _round_nowhere()
+    try:
+        yield
+    finally:
         if precision is not None:
             torch.set_float32_matmul_precision(precision)
         if convolutions is not None:
@@ -85,34 +87,8 @@ def _how_it_rounds() -> Callable[[], None]:
         for one, before in zip(_PRODUCTS, products, strict=True):
             one.fp32_precision = before
 
-    return bring_back
 
-
-class _ExactFloat32:
-    """Within, float32 is float32, whatever environment and caller say; afterwards it is as they had it.
-
-    These settings are the process's: of several threads, the last one to leave brings them back.
-    """
-
-    def __init__(self) -> None:
-        self._lock, self._within = threading.Lock(), 0
-        self._bring_back: Callable[[], None] = lambda: None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if self._within == 0:
-                self._bring_back = _how_it_rounds()
-                _round_nowhere()
-            self._within += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._within -= 1
-            if self._within == 0:
-                self._bring_back()
-
-
-exact_float32 = _ExactFloat32()
+exact_float32 = Shared(_rounding_nowhere)  # these settings are the process's
 
 
 @contextlib.contextmanager

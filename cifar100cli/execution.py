@@ -56,17 +56,15 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
     Seed after seed, so that what is there when it is stopped can be compared. A run whose loss stops being finite does
     not keep the others: that may be just what a block is for. One that was stopped and cannot go on is left as it is.
     """
-    from cifar100cli import ablation, checkpoint, datasets, starting_weights, teachers
-    from cifar100cli.config import shipped, without_figures
-    from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST, same_run
+    from cifar100cli import ablation, checkpoint, datasets, jobs
+    from cifar100cli.config import having, shipped, without_figures
+    from cifar100cli.runs import same_run
 
     chosen = in_turn[0]
-    digests = {DATA_DIGEST: datasets.digest(datasets.load(chosen.config.data.dataset, where.data_dir))}
-    if chosen.config.distillation is not None:
-        teacher = checkpoint.load_model(Path(chosen.config.distillation.required_teacher()))
-        digests[TEACHER_DIGEST] = teachers.digest(teacher)
-    if chosen.config.model.weights is not None:
-        digests[WEIGHTS_DIGEST] = starting_weights.digest(Path(chosen.config.model.weights))
+    distillation = chosen.config.distillation
+    teacher = checkpoint.load_model(Path(distillation.required_teacher())) if distillation is not None else None
+    images = datasets.digest(datasets.load(chosen.config.data.dataset, where.data_dir))
+    digests = jobs.digests_of(chosen.config, images, teacher)
     if shipped(chosen.name) is None:  # a figure of the user's own preset is not that of other settings
         left_out = {name: without_figures(config) for name, config in left_out.items()}
     settings = {"": chosen.config, **left_out}
@@ -75,7 +73,7 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
     lost = _NotCounted(len(plan))
     console.log(f"{wording.several(len(plan), 'run')}: {chosen.name} as it is, and without {', '.join(left_out)}")
     for number, (name, seed) in enumerate(plan, start=1):
-        preset = replace(chosen, config=settings[name].model_copy(update={"seed": seed}))
+        preset = replace(chosen, config=having(settings[name], "seed", seed))
         setting = f"{f'no {name}' if name else 'as it is'}, seed {seed}"
         what = f"run {number} of {len(plan)}: {setting}"
         run = same_run(where.runs_dir, preset.name, preset.config, digests)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from cifar100cli.bounded import kind_of, one_line, walk
 from cifar100cli.catalog import SIDE
 from cifar100cli.errors import DataError, UsageError
+from cifar100cli.shared import Shared
 
 if TYPE_CHECKING:
     from PIL.Image import Image as Picture
@@ -119,28 +120,8 @@ def read_image(source: Path) -> NDArray[np.uint8]:
             return small_square(image)
 
 
-class _WithoutWarnings:
-    """Within, nothing warns. Filters are those of all threads: the first puts them aside, the last puts them back."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                self._kept = warnings.catch_warnings()
-                self._kept.__enter__()
-                warnings.simplefilter("ignore")
-            self._inside += 1
-
-    def __exit__(self, *_: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._kept.__exit__(None, None, None)
-
-
-_WITHOUT_WARNINGS = _WithoutWarnings()
+# Filters of warnings are those of all threads.
+_WITHOUT_WARNINGS = Shared(lambda: warnings.catch_warnings(action="ignore"))
 
 
 @contextmanager

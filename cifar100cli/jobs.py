@@ -109,20 +109,18 @@ def prepare(
         starting_weights.check_known_images(config, watcher)
         _tell_of_warmup(config, watcher)
     dataset = dataset or datasets.load(config.data.dataset, where.data_dir)
-    digests = {DATA_DIGEST: datasets.digest(dataset)}
+    images_digest = datasets.digest(dataset)
     if begun is not None:
-        begun.refuse_other_images(dataset.name, digests[DATA_DIGEST], where.data_dir)
+        begun.refuse_other_images(dataset.name, images_digest, where.data_dir)
     training, held_out = training_splits(dataset, config)
     preprocessing = preprocessing_for(config.data, training, config.model.backbone)
     saved_teacher = None
     if config.distillation is not None:
         saved_teacher = teachers.load(config, config.distillation, dataset, watcher)
-        digests[TEACHER_DIGEST] = teachers.digest(saved_teacher)
         if begun is not None:
-            begun.refuse_other_teacher(config.distillation.required_teacher(), digests[TEACHER_DIGEST])
+            begun.refuse_other_teacher(config.distillation.required_teacher(), teachers.digest(saved_teacher))
     model = starting_weights.build(config, len(dataset.classes), preprocessing, training, state, watcher)
-    if begun is None and config.model.weights is not None:
-        digests[WEIGHTS_DIGEST] = starting_weights.digest(Path(config.model.weights))
+    digests = digests_of(config, images_digest, saved_teacher) if begun is None else {}
     if ranks.count() > 1 and config.train.sync_batch_norm:
         model = batch_norm.synchronised(model, device)
     model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -169,6 +167,16 @@ def prepare(
         step_mode=step_mode,
         digests=digests,
     )
+
+
+def digests_of(config: Config, images: str, teacher: Checkpoint | None) -> dict[str, str]:
+    """What tells a new run's data set, teacher and weights from others, by the names under which it records them."""
+    digests = {DATA_DIGEST: images}
+    if teacher is not None:
+        digests[TEACHER_DIGEST] = teachers.digest(teacher)
+    if config.model.weights is not None:
+        digests[WEIGHTS_DIGEST] = starting_weights.digest(Path(config.model.weights))
+    return digests
 
 
 def _refuse_impossible(config: Config, precision: str, device: torch.device, watcher: Watcher) -> None:

@@ -68,16 +68,15 @@ def restarts() -> int:
     return _number("TORCHELASTIC_RESTART_COUNT", 0)
 
 
-def start() -> None:
-    """Meet the other ranks; happens by itself when it is first needed."""
+def start() -> Any:
+    """PyTorch's `distributed`, once the other ranks are met; happens by itself when it is first needed."""
     import torch
     from torch import distributed
     from torch.distributed.rendezvous import rendezvous
 
     if distributed.is_initialized():
-        return
+        return distributed
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
-    # torchrun keeps one store for all its restarts, and so the addresses of ranks that are dead: a prefix hides them.
     if not rank() < count():
         raise UsageError(f"RANK = {rank()} of WORLD_SIZE = {count()}: torchrun sets these; unset them, or use torchrun")
     try:
@@ -85,8 +84,10 @@ def start() -> None:
     except (ValueError, OverflowError) as error:
         words = str(error).splitlines()[0]
         raise UsageError(f"torchrun's variables are not right ({words}); unset them, or use torchrun") from None
+    # torchrun keeps one store for all its restarts, and so the addresses of ranks that are dead: a prefix hides them.
     store = distributed.PrefixStore(f"restart {restarts()}", store)  # type: ignore[attr-defined]
     distributed.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=PATIENCE)
+    return distributed
 
 
 def leave() -> None:
@@ -102,9 +103,7 @@ def on_first(function: Callable[[], T]) -> T:
     """What `function` gives on rank 0, on every rank; what it raises there is raised on all."""
     if count() == 1:
         return function()
-    from torch import distributed
-
-    start()
+    distributed = start()
     outcome: list[object] = [None, None]
     if rank() == 0:
         try:
@@ -123,9 +122,7 @@ def one_ahead() -> Iterator[None]:
     if count() == 1:
         yield
         return
-    from torch import distributed
-
-    start()
+    distributed = start()
     if local_rank() > 0:
         distributed.barrier()
     yield
@@ -136,31 +133,22 @@ def one_ahead() -> Iterator[None]:
 def sum_up(*tensors: "Tensor") -> None:
     """Replace each tensor by its sum over all ranks."""
     if count() > 1:
-        from torch import distributed
-
-        start()
         for tensor in tensors:
-            distributed.all_reduce(tensor)
+            start().all_reduce(tensor)
 
 
 def greatest(value: int) -> int:
     """The greatest of what the ranks have."""
     values: list[int | None] = [value] * count()
     if count() > 1:
-        from torch import distributed
-
-        start()
-        distributed.all_gather_object(values, value)
+        start().all_gather_object(values, value)
     return max(found for found in values if found is not None)
 
 
 def hand_out(tensor: "Tensor", owner: int) -> None:
     """Fill the tensor on every rank with what it is on the rank `owner`."""
     if count() > 1:
-        from torch import distributed
-
-        start()
-        distributed.broadcast(tensor, src=owner)
+        start().broadcast(tensor, src=owner)
 
 
 def parallel(model: "nn.Module", device: "torch.device", *, buffers: bool) -> "nn.Module":

@@ -14,11 +14,10 @@ from cifar100cli.config import (
     TEACHER,
     departures,
     flat,
+    having,
     preset_names,
     shipped,
     with_own_figures,
-    with_teacher,
-    with_weights,
 )
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST, RunDir, find_runs
@@ -246,9 +245,9 @@ def _with_named_files(runs: Sequence[_Complete]) -> list[_Complete]:
     for run in runs:
         config = run.config
         if config.distillation is not None and run.teacher is not None:
-            config = with_teacher(config, teachers.of(run.teacher, str(config.distillation.teacher)))
+            config = having(config, TEACHER, teachers.of(run.teacher, str(config.distillation.teacher)))
         if config.model.weights is not None and run.weights is not None:
-            config = with_weights(config, weights.of(run.weights, config.model.weights))
+            config = having(config, "model.weights", weights.of(run.weights, config.model.weights))
         named.append(replace(run, config=config))
     return named
 

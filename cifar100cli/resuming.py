@@ -79,7 +79,7 @@ class _Meant(NamedTuple):
 
 
 def _run_to_resume(request: Request, overrides: list["Override"], section: str | None) -> _Meant:
-    from cifar100cli.config import Override, differences, load_preset, with_teacher
+    from cifar100cli.config import TEACHER, Override, differences, having, load_preset
     from cifar100cli.runs import CONFIG, TEACHER_DIGEST, RunDir, latest_unfinished
 
     name, device = request.resume, request.device
@@ -107,7 +107,7 @@ def _run_to_resume(request: Request, overrides: list["Override"], section: str |
     if own.distillation is not None and asked.distillation is not None:
         known = run.recorded(TEACHER_DIGEST) is not None  # by which it is known wherever it is now
         teacher = (asked.distillation if known else own.distillation).required_teacher()
-        own = with_teacher(own, teacher)
+        own = having(own, TEACHER, teacher)
         if not run.complete and kind_of(Path(teacher)) is None:
             where = "--teacher says where it is now" if known else "bring it back, or distil anew"
             raise DataError(f"{teacher}: the run's teacher is not there: {where}")

@@ -20,7 +20,7 @@ from cifar100cli import devices, metrics, trainer
 from cifar100cli.augment import Views
 from cifar100cli.card import read_card
 from cifar100cli.catalog import DATASETS
-from cifar100cli.config import Preset
+from cifar100cli.config import Preset, having
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.folders import Where
 from cifar100cli.jobs import evaluation_loader, prepare, step_mode_of
@@ -80,6 +80,16 @@ def take_turn(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
         part()
         taken[name] = time.perf_counter() - started
     return taken
+
+
+def take_turns(
+    parts: Mapping[str, Callable[[], object]], count: int, watcher: Watcher, title: str
+) -> Iterator[dict[str, float]]:
+    """Seconds of each part in a first turn, which warms up what is not yet, and in each of `count` after that."""
+    with watcher.progress(title, count + 1) as advance:
+        for _ in range(count + 1):
+            yield take_turn(parts)
+            advance(1)
 
 
 def without_files(config: Config) -> Config:
@@ -214,8 +224,7 @@ class Sides:
 
     def takes_its_steps_otherwise(self, epochs: int) -> bool:
         """Whether a run of so many epochs would launch its steps in another way: a long one pays for compiling."""
-        train = self.job.config.train.model_copy(update={"epochs": epochs})
-        config = self.job.config.model_copy(update={"train": train})
+        config = having(self.job.config, "train.epochs", epochs)
         mode = step_mode_of(config, self.job.model, self.job.loaders.train, self.images)
         return mode.name != self.job.step_mode.name
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from cifar100cli import devices
-from cifar100cli.config import Preset, parse_config, shipped, without_figures
+from cifar100cli.config import Preset, having, parse_config, shipped, without_figures
 from cifar100cli.errors import UsageError
 from cifar100cli.folders import Where
 from cifar100cli.runs import MOST_EPOCHS
-from cifar100cli.sides import Sides, cost_of_a_step, take_turn, without_files
+from cifar100cli.sides import Sides, cost_of_a_step, take_turns, without_files
 from cifar100cli.watcher import Watcher
 from cifar100cli.whole_run import Rates, full_run, images_of
 from cifar100cli.wording import duration
@@ -27,14 +27,14 @@ def within(preset: Preset, minutes: float, where: Where, watcher: Watcher) -> Pr
     sides, rates = measure_rates(preset, where, watcher)
 
     def seconds(epochs: int) -> float:
-        return full_run(_of(preset, epochs).config, rates)["seconds"]
+        return full_run(having(preset.config, "train.epochs", epochs), rates)["seconds"]
 
     def most() -> int:
         return bisect_right(range(1, MOST_EPOCHS + 1), 60 * minutes, key=seconds)
 
     epochs = most()
     if epochs and sides.takes_its_steps_otherwise(epochs):  # as a longer or shorter run than the preset's own
-        _, rates = measure_rates(_of(preset, epochs), where, watcher)
+        _, rates = measure_rates(replace(preset, config=having(preset.config, "train.epochs", epochs)), where, watcher)
         epochs = min(epochs, most())
     if not epochs:
         raise UsageError(
@@ -44,16 +44,8 @@ def within(preset: Preset, minutes: float, where: Where, watcher: Watcher) -> Pr
     watcher.say(f"--minutes {minutes:g}: a run of --epochs {epochs} takes about {duration(seconds(epochs))} here")
     if epochs == preset.config.train.epochs:
         return preset
-    keys = preset.config.model_dump()
-    keys["train"]["epochs"] = epochs
-    fitted = parse_config(keys, f"--minutes {minutes:g}")
+    fitted = parse_config(having(preset.config, "train.epochs", epochs).model_dump(), f"--minutes {minutes:g}")
     return replace(preset, config=fitted if shipped(preset.name) is not None else without_figures(fitted))
-
-
-def _of(preset: Preset, epochs: int) -> Preset:
-    """The preset with another length, unchecked."""
-    train = preset.config.train.model_copy(update={"epochs": epochs})
-    return replace(preset, config=preset.config.model_copy(update={"train": train}))
 
 
 def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> tuple[Sides, Rates]:
@@ -68,15 +60,8 @@ def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> tuple[Sides
         parts = {"loop": sides.loop, "evaluation": sides.evaluation}
         if sides.job.parted is not None:
             parts["front"] = sides.front
-        seconds: dict[str, list[float]] = {name: [] for name in parts}
-        with watcher.progress("how long an epoch takes", TURNS + 1) as advance:
-            began = sides.warm_up(sides.loop)
-            for turn in range(TURNS + 1):
-                taken = take_turn(parts)
-                if turn:
-                    for name, value in taken.items():
-                        seconds[name].append(value)
-                else:  # it warms up what is not yet
-                    began = [*began, taken["loop"]]
-                advance(1)
+        began = sides.warm_up(sides.loop)
+        first, *turns = take_turns(parts, TURNS, watcher, "how long an epoch takes")
+    began.append(first["loop"])
+    seconds = {name: [turn[name] for turn in turns] for name in parts}
     return sides, sides.rates(began, seconds, cost)

@@ -58,7 +58,7 @@ class Job:
     parted: Parted | None
     step_mode: StepMode
     digests: Mapping[str, str]
-    """What tells its data set, teacher and file of weights from others, by the names under which runs record them."""
+    """Of a new run, what tells its data set, teacher and file of weights from others, by the names that it records."""
 
     @property
     def cast(self) -> Cast:

@@ -124,12 +124,13 @@ def _check_command(command: str, chosen: "Preset", overrides: Sequence["Override
 
 def _in_turn(preset: "Preset", count: int) -> list["Preset"]:
     """The preset with its own seed and those that follow it."""
+    from cifar100cli.config import having
     from cifar100cli.schema import MOST_SEEDS
 
     first = preset.config.seed
     if first + count > MOST_SEEDS:
         raise UsageError(f"--seeds {count}: seeds end at {MOST_SEEDS - 1}, and the first is {first}")
-    return [replace(preset, config=preset.config.model_copy(update={"seed": first + n})) for n in range(count)]
+    return [replace(preset, config=having(preset.config, "seed", first + n)) for n in range(count)]
 
 
 def _check_inputs(config: "Config", data_dir: Path | None) -> None:

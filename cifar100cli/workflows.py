@@ -13,7 +13,7 @@ import torch
 from cifar100cli import checkpoint, devices, evaluation, images, machine, metrics, ranks, trainer
 from cifar100cli.card import read_card
 from cifar100cli.classifier import PICTURES, Classifier
-from cifar100cli.config import Preset, with_teacher
+from cifar100cli.config import TEACHER, Preset, having
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted
 from cifar100cli.folders import Where
 from cifar100cli.jobs import Begun, prepare
@@ -66,7 +66,7 @@ def resume(run: RunDir, where: Where, watcher: Watcher, teacher: str | None = No
     left = ranks.on_first(lambda: _what_is_left(run))
     if left.result is not None:
         return {**left.result, "run_dir": str(run.path)}  # which may have been moved since
-    config = left.config if teacher is None else with_teacher(left.config, teacher)
+    config = left.config if teacher is None else having(left.config, TEACHER, teacher)
     try:
         with devices.deterministic(config.train.deterministic):
             job = prepare(Preset(run.preset, config), where, watcher, begun=left.begun)
