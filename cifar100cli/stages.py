@@ -220,10 +220,12 @@ class Parted:
         try:
             with torch.no_grad():
                 whole = self.model(inputs)
-                features = self.front(inputs)
+                features: object = self.front(inputs)
+                if not isinstance(features, Tensor) or len(features) != len(inputs):  # a list of branches, say
+                    return False
                 self.switch_front(on=False)
                 rest = self.model(features)
-        except (RuntimeError, ValueError, IndexError, TypeError):
+        except Exception:  # each network has a way of its own to choke on what it does not expect
             return False
         finally:
             self.switch_front(on=True)

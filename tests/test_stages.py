@@ -80,6 +80,17 @@ def test_a_network_that_is_no_chain_is_found_out() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "unfreeze", "size"),
+    [("hrnet_w18_small", "layer4", 64), ("crossvit_tiny_240", "layer4", 240), ("selecsls42b", "layer3", 64)],
+)
+def test_stages_that_hand_on_a_list_are_no_chain(name: str, unfreeze: str, size: int) -> None:
+    model, stages = build(name, size=size)
+    parted = Parted(model, learning(stages, unfreeze, name)[0].start)
+    assert not parted.is_exact(torch.randn(2, 3, size, size))
+    assert torch.isfinite(model(torch.randn(2, 3, size, size))).all()
+
+
+@pytest.mark.parametrize(
     ("unfreeze", "expected"),
     [
         ("fc", ["fc"]),
