@@ -292,7 +292,7 @@ def _check_image_size(model: nn.Module, name: str, image_size: int, key: str = "
         with torch.inference_mode():
             output: Tensor = model.eval()(torch.zeros(1, 3, image_size, image_size))
             return output
-    except (RuntimeError, AssertionError, ValueError) as error:
+    except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise UsageError(_cannot_take(key, image_size, name, error)) from None
     finally:
         model.train(training)

@@ -30,8 +30,11 @@ _MOST_PARTS = 1000  # of a tuple: shapes, strides and the arguments of a tensor 
 # PyTorch's reader calls them, and they make much of little: terabytes of zeros, or hours of a slow codec. No tensor is
 # made of them.
 _AMPLIFIERS = ("builtins bytearray", "__builtin__ bytearray", "_codecs encode")
-_FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_COUNTER = "num_batches_tracked"  # of batch norm; of no use here, and older files lack it
+_NUMBERS = (
+    *(torch.float16, torch.bfloat16, torch.float32, torch.float64),
+    *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+)
+_COUNTER = "num_batches_tracked"  # of batch norm; older files lack it
 
 
 @interrupts.held_back()
@@ -163,9 +166,8 @@ def _tensors(path: Path, content: object) -> dict[str, Tensor]:
         _refuse(path, f"holds something that is no weight: {one_line(name)}")
     for name, tensor in content.items():
         plain = tensor.layout is torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
-        if not plain or tensor.dtype not in (_FLOATING if not name.endswith(_COUNTER) else (torch.int64, *_FLOATING)):
-            kind = str(tensor.dtype).removeprefix("torch.")
-            _refuse(path, f"{one_line(name)} is no plain tensor of floating-point numbers, but of {kind}")
+        if not plain or tensor.dtype not in _NUMBERS:
+            _refuse(path, f"{one_line(name)} is no plain tensor of common numbers, but of {_kind(tensor)}")
     return _unwrapped(dict(content))
 
 
@@ -173,10 +175,15 @@ def _unwrapped(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without the names of what stands around the network, however many of them there are."""
     for prefix in _WRAPPERS:
         inside = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
-        # Beside a wrapped network there may be a head, as in our own files; anything else is not a wrapper.
-        if inside and all(name.startswith((prefix, "head.")) for name in tensors):
+        # Beside a wrapped network there may be a head, as in our own files; any other weight is not a wrapper's.
+        if inside and all(name.startswith((prefix, "head.")) for name in _weights(tensors)):
             return _unwrapped(inside)
     return tensors
+
+
+def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those that training moves. Whole numbers are counts, and tables of places that a network makes for itself."""
+    return {n: t for n, t in tensors.items() if t.is_floating_point() and not n.endswith(_COUNTER)}
 
 
 def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) -> None:
@@ -191,15 +198,14 @@ def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) 
         _refuse(path, f"holds {theirs}, and this run is of {name}; --backbone {theirs} takes the same network")
     tensors = read_weights(path)
     heads = tuple(f"{module}." for module in head)
-    expected = {n: t for n, t in model.state_dict().items() if not n.startswith(heads) and not n.endswith(_COUNTER)}
-    found = {n: t for n, t in tensors.items() if not n.startswith(heads) and not n.endswith(_COUNTER)}
-    missing = [n for n in expected if n not in found]
-    if missing:
-        translated = _from_torchvision(tensors, name, path)
-        if translated is not None:
-            found = {n: t for n, t in translated.items() if not n.startswith(heads) and not n.endswith(_COUNTER)}
-            missing = []
+    own = {n: t for n, t in model.state_dict().items() if not n.startswith(heads)}
+    expected = _weights(own)
+    if not expected.keys() <= tensors.keys():
+        tensors = _from_torchvision(_weights(tensors), name, path) or tensors
+    found = {n: t for n, t in _weights(tensors).items() if not n.startswith(heads)}
+    missing = [n for n in expected if n not in tensors]
     unexpected = [n for n in found if n not in expected]
+    whole = [f"{n} ({_kind(tensors[n])})" for n in expected if n in tensors and n not in found]
     misshapen = [
         f"{n} ({_shape(found[n])}, not {_shape(t)})"
         for n, t in expected.items()
@@ -207,7 +213,12 @@ def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) 
     ]
     problems = [
         f"{problem} {', '.join(n[:60] for n in names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-        for problem, names in (("lacks", missing), ("has besides", unexpected), ("has another shape for", misshapen))
+        for problem, names in (
+            ("lacks", missing),
+            ("has besides", unexpected),
+            ("has another kind of number for", whole),
+            ("has another shape for", misshapen),
+        )
         if names
     ]
     if problems:
@@ -215,36 +226,43 @@ def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) 
     broken = [n for n, tensor in found.items() if not torch.isfinite(tensor).all()]
     if broken:
         _refuse(path, f"{broken[0]} holds numbers that are not finite")
-    counting = {n: t.shape for n, t in model.state_dict().items() if n.endswith(_COUNTER)}
-    counters = {n: tensors[n] for n, shape in counting.items() if n in tensors and tensors[n].shape == shape}
-    model.load_state_dict({**found, **counters}, strict=False)
+    others = {n: tensors[n] for n, t in own.items() if n not in expected and n in tensors and _alike(tensors[n], t)}
+    model.load_state_dict({**found, **others}, strict=False)
+
+
+def _alike(tensor: Tensor, expected: Tensor) -> bool:
+    return (tensor.shape, tensor.dtype) == (expected.shape, expected.dtype)
+
+
+def _kind(tensor: Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _shape(tensor: Tensor) -> str:
     return "x".join(map(str, tensor.shape)) or "a single number"
 
 
-def _from_torchvision(tensors: Mapping[str, Tensor], name: str, path: Path) -> dict[str, Tensor] | None:
+def _from_torchvision(weights: Mapping[str, Tensor], name: str, path: Path) -> dict[str, Tensor] | None:
     """The weights of a torchvision network under timm's names, or None when they are not torchvision's.
 
     Both libraries define the parts of a network in the same order, so that the k-th tensor of a shape is the
     same part in both. Whether it is so for this network is not assumed but tried: both must compute the same.
     """
-    theirs = _torchvision_network(tensors, name)
+    theirs = _torchvision_network(weights, name)
     if theirs is None:
         return None
     ours = timm.create_model(name)
+    expected_weights = _weights(ours.state_dict())
     by_shape: dict[torch.Size, list[Tensor]] = {}
-    for key, tensor in tensors.items():
-        if not key.endswith(_COUNTER):
-            by_shape.setdefault(tensor.shape, []).append(tensor)
+    for tensor in weights.values():
+        by_shape.setdefault(tensor.shape, []).append(tensor)
     translated: dict[str, Tensor] = {}
-    for key, tensor in ours.state_dict().items():
-        if not key.endswith(_COUNTER) and by_shape.get(tensor.shape):
+    for key, tensor in expected_weights.items():
+        if by_shape.get(tensor.shape):
             translated[key] = by_shape[tensor.shape].pop(0)
-    different = any(by_shape.values()) or len(translated) < sum(not k.endswith(_COUNTER) for k in ours.state_dict())
+    different = any(by_shape.values()) or len(translated) < len(expected_weights)
     if not different:
-        theirs.load_state_dict(dict(tensors), strict=False)
+        theirs.load_state_dict(dict(weights), strict=False)
         ours.load_state_dict(translated, strict=False)
         images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
         with torch.inference_mode():
@@ -256,9 +274,9 @@ def _from_torchvision(tensors: Mapping[str, Tensor], name: str, path: Path) -> d
     return translated
 
 
-def _torchvision_network(tensors: Mapping[str, Tensor], name: str) -> nn.Module | None:
-    """torchvision's network of the same family as timm's `name` that has exactly these names and shapes."""
-    shapes = {name: tensor.shape for name, tensor in tensors.items() if not name.endswith(_COUNTER)}
+def _torchvision_network(weights: Mapping[str, Tensor], name: str) -> nn.Module | None:
+    """torchvision's network of the same family as timm's `name` that has weights of exactly these names and shapes."""
+    shapes = {name: tensor.shape for name, tensor in weights.items()}
     family = re.sub("[^a-z]", "", name)
     for builder in torchvision_models.list_models(module=torchvision_models):
         if re.sub("[^a-z]", "", builder)[:4] not in family:
@@ -268,7 +286,7 @@ def _torchvision_network(tensors: Mapping[str, Tensor], name: str) -> nn.Module 
                 network = torchvision_models.get_model(builder, weights=None)
         except (NotImplementedError, RuntimeError):  # RegNet computes its widths with tensors
             network = torchvision_models.get_model(builder, weights=None)
-        if {n: t.shape for n, t in network.state_dict().items() if not n.endswith(_COUNTER)} == shapes:
+        if {n: t.shape for n, t in _weights(network.state_dict()).items()} == shapes:
             found: nn.Module = torchvision_models.get_model(builder, weights=None)
             return found
     return None

@@ -279,6 +279,7 @@ def pretrained() -> Reader:
     from safetensors.torch import save
 
     state = {"conv.weight": torch.rand(4, 3, 3, 3), "bn.num_batches_tracked": torch.tensor(3), "bn.bias": torch.rand(4)}
+    state["places"] = torch.arange(4)
     corpus = [
         save(state),
         save(state, {card.KEY: '{"format": 1, "config": {"model": {"backbone": "a", "stem": "b"}}}'}),

@@ -446,8 +446,10 @@ KINDS = ("float8_e4m3fn", "float4_e2m1fn_x2", "complex64", "int32", "bool", "uin
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_of_another_kind_of_number(tmp_path: Path, kind: str) -> None:
-    """Whether numbers of four bits are finite, PyTorch does not say but raises."""
+    """Whether numbers of four bits are finite, PyTorch does not say but raises. Whole ones may stand beside weights."""
     from cifar100cli import checkpoint
+    from cifar100cli.models import create_model
+    from cifar100cli.schema import Config
     from tests.test_checkpoint import make_model
 
     path = tmp_path / "model.safetensors"
@@ -455,16 +457,19 @@ def test_weights_of_another_kind_of_number(tmp_path: Path, kind: str) -> None:
     if dtype is None:
         pytest.skip("this PyTorch does not know it")
     state = {name: tensor.contiguous() for name, tensor in make_model().state_dict().items()}
-    zeros = torch.zeros(3, dtype=torch.uint8)
-    state["fc.bias"] = zeros.view(dtype) if "float4" in kind else zeros.to(dtype)
+    zeros = torch.zeros_like(state["bn1.bias"], dtype=torch.uint8)
+    state["bn1.bias"] = zeros.view(dtype) if "float4" in kind else zeros.to(dtype)
     try:
         save_file(state, path, {KEY: described()})
     except (KeyError, ValueError):
         pytest.skip("this safetensors does not know it")
-    with pytest.raises(DataError, match=r"another kind of number for fc\.bias"):
+    with pytest.raises(DataError, match=r"another kind of number for bn1\.bias"):
         checkpoint.load_model(path)
-    with pytest.raises(DataError, match=r"fc\.bias is no plain tensor"):
-        weights.read_weights(path)
+    begun = Config.model_validate({"model": {"backbone": "test_resnet", "pretrained": True, "weights": str(path)}})
+    whole = kind in ("int32", "bool", "uint8")
+    words = rf"another kind of number for bn1\.bias \({kind}\)" if whole else r"bn1\.bias is no plain tensor"
+    with pytest.raises(DataError, match=words):
+        create_model(begun, classes=3)
 
 
 def test_tensors_that_are_no_plain_ones(tmp_path: Path) -> None:

@@ -14,10 +14,10 @@ from timm.models.vision_transformer import checkpoint_filter_fn
 from torch import Tensor, nn
 
 from cifar100cli import checkpoint
-from cifar100cli.errors import ChangedWeights, DataError
+from cifar100cli.errors import ChangedWeights, DataError, UsageError
 from cifar100cli.models import create_model
 from cifar100cli.schema import Config
-from cifar100cli.weights import read_weights
+from cifar100cli.weights import load_backbone, read_weights
 from tests.conftest import TINY, Cli
 
 State = dict[str, Tensor]
@@ -49,6 +49,9 @@ SAVERS: dict[str, Callable[[State, Path], None]] = {
     ),
     "of Lightning, compiled": lambda state, path: torch.save(
         {"state_dict": {f"model._orig_mod.{k}": t for k, t in state.items()}}, path
+    ),
+    "of an AveragedModel": lambda state, path: torch.save(
+        {"n_averaged": torch.tensor(5), **{f"module.{k}": t for k, t in state.items()}}, path
     ),
     "of torch.compile": lambda state, path: torch.save({f"_orig_mod.{k}": t for k, t in state.items()}, path),
     "without counters": lambda state, path: save_safetensors(
@@ -95,6 +98,41 @@ def test_damaged_weights_are_not_begun_from_without_a_word(tmp_path: Path) -> No
     flip_a_bit(path)
     with pytest.warns(ChangedWeights, match="they were changed since, or damaged"):
         create_model(config(path), classes=9)
+
+
+class Tabled(nn.Linear):
+    """With a table of places of its own, as timm's EfficientFormer has."""
+
+    def __init__(self) -> None:
+        super().__init__(3, 2)
+        self.register_buffer("table", torch.arange(4))
+
+
+def test_tables_of_whole_numbers_are_no_weights(tmp_path: Path) -> None:
+    """A network makes them for itself: those that it has are taken where they fit, and others are left."""
+    path, weights = tmp_path / "weights.safetensors", {"weight": torch.rand(2, 3), "bias": torch.rand(2)}
+    own = torch.arange(4)
+    for more, expected in (
+        ({}, own),
+        ({"offsets": torch.arange(3), "mask": torch.ones(2, dtype=torch.bool), "table": own.flip(0)}, own.flip(0)),
+        ({"table": torch.zeros(3, dtype=torch.int64)}, own),
+        ({"table": own.flip(0).int()}, own),
+    ):
+        save_safetensors({**weights, **more}, path)
+        model = Tabled()
+        load_backbone(model, path, "resnet18", head=())
+        assert torch.equal(model.weight, weights["weight"])
+        assert torch.equal(model.table, expected)
+
+
+def test_a_table_of_places_that_there_are_not_is_refused(tmp_path: Path) -> None:
+    name, table = "efficientformer_l1", "stages.3.blocks.4.token_mixer.attention_bias_idxs"
+    path = tmp_path / "weights.safetensors"
+    state = timm.create_model(name).state_dict()
+    save_safetensors({**state, table: state[table] + 1000}, path)
+    about = config(path, name).model_dump(include={"model"})
+    with pytest.raises(UsageError, match="efficientformer_l1 cannot take it"):
+        create_model(Config.model_validate({**about, "data": {"image_size": 224}}), classes=7)
 
 
 def test_position_embeddings_are_resampled_as_timm_does(tmp_path: Path) -> None:
