@@ -6,6 +6,7 @@ import pickletools
 import re
 import warnings
 import zipfile
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, NoReturn
@@ -35,6 +36,7 @@ _NUMBERS = (
     *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
 )
 _COUNTER = "num_batches_tracked"  # of batch norm; older files lack it
+_OLD_DENSENET = re.compile(r"(denselayer\d+\.(?:norm|conv))\.([12]\.)")  # as torchvision's files still have it
 
 
 @interrupts.held_back()
@@ -196,7 +198,7 @@ def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) 
     if ours is not None and ours.backbone != name:
         theirs = ours.backbone
         _refuse(path, f"holds {theirs}, and this run is of {name}; --backbone {theirs} takes the same network")
-    tensors = read_weights(path)
+    tensors = {_OLD_DENSENET.sub(r"\1\2", key): tensor for key, tensor in read_weights(path).items()}
     heads = tuple(f"{module}." for module in head)
     own = {n: t for n, t in model.state_dict().items() if not n.startswith(heads)}
     expected = _weights(own)
@@ -245,33 +247,42 @@ def _shape(tensor: Tensor) -> str:
 def _from_torchvision(weights: Mapping[str, Tensor], name: str, path: Path) -> dict[str, Tensor] | None:
     """The weights of a torchvision network under timm's names, or None when they are not torchvision's.
 
-    Both libraries define the parts of a network in the same order, so that the k-th tensor of a shape is the
-    same part in both. Whether it is so for this network is not assumed but tried: both must compute the same.
+    Both libraries define the parts of a network in the same order, so that the k-th tensor of a size is the
+    same part in both: a factor for each channel may be (C, 1, 1) in one and (C,) in the other, and a layer behind
+    7x7 pixels linear in one and a convolution in the other. Whether it is so for this network is not assumed but
+    tried: both must compute the same.
     """
     theirs = _torchvision_network(weights, name)
     if theirs is None:
         return None
+    problem = f"does not fit {name}: it is of a {type(theirs).__name__} of torchvision's, which"
     ours = timm.create_model(name)
-    expected_weights = _weights(ours.state_dict())
-    by_shape: dict[torch.Size, list[Tensor]] = {}
+    own, by_size = _weights(ours.state_dict()), defaultdict[tuple[int, ...], list[Tensor]](list)
     for tensor in weights.values():
-        by_shape.setdefault(tensor.shape, []).append(tensor)
-    translated: dict[str, Tensor] = {}
-    for key, tensor in expected_weights.items():
-        if by_shape.get(tensor.shape):
-            translated[key] = by_shape[tensor.shape].pop(0)
-    different = any(by_shape.values()) or len(translated) < len(expected_weights)
-    if not different:
-        theirs.load_state_dict(dict(weights), strict=False)
-        ours.load_state_dict(translated, strict=False)
-        images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
-        with torch.inference_mode():
-            expected, computed = theirs.eval()(images), ours.eval()(images)
-        different = not torch.allclose(computed, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
-    if different:
-        kind = type(theirs).__name__
-        _refuse(path, f"does not fit {name}: it is of a {kind} of torchvision's, which computes something else")
+        by_size[_size(tensor)].append(tensor)
+    if Counter(map(_size, own.values())) != {size: len(found) for size, found in by_size.items()}:
+        _refuse(path, f"{problem} cannot be translated")
+    translated = {key: by_size[_size(tensor)].pop(0).reshape(tensor.shape) for key, tensor in own.items()}
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected, computed = _computed(theirs, weights, images), _computed(ours, translated, images)
+    if not torch.allclose(computed, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        _refuse(path, f"{problem} computes something else")
     return translated
+
+
+def _size(tensor: Tensor) -> tuple[int, ...]:
+    """The outputs, and how many numbers there are in all."""
+    return (*tensor.shape[:1], tensor.numel())
+
+
+def _computed(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """What a network gives with these weights. `load_state_dict` would ask some for the version of the file."""
+    for name, tensor in model.state_dict().items():
+        if name in weights:
+            tensor.copy_(weights[name])
+    output: Tensor = model.eval()(images)
+    return output
 
 
 def _torchvision_network(weights: Mapping[str, Tensor], name: str) -> nn.Module | None:

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -164,10 +165,17 @@ def test_position_embeddings_are_resampled_as_timm_does(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("builder", "name"),
-    [("resnet18", "resnet18"), ("efficientnet_b0", "efficientnet_b0"), ("mobilenet_v2", "mobilenetv2_100")],
+    [
+        *(("resnet18", "resnet18"), ("efficientnet_b0", "efficientnet_b0"), ("mobilenet_v2", "mobilenetv2_100")),
+        *(("densenet121", "densenet121"), ("mobilenet_v3_small", "mobilenetv3_small_100")),
+        ("mnasnet0_5", "mnasnet_050"),
+    ],
 )
 def test_torchvisions_names(tmp_path: Path, builder: str, name: str) -> None:
-    """The network with torchvision's weights computes what torchvision's network computes."""
+    """The network with torchvision's weights computes what torchvision's network computes.
+
+    Of MobileNetV3 a linear layer is a convolution in timm's; and DenseNet's names are older in the published files.
+    """
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(builder, weights=None)
     with torch.no_grad():
@@ -176,7 +184,8 @@ def test_torchvisions_names(tmp_path: Path, builder: str, name: str) -> None:
                 module.running_mean.uniform_(-0.1, 0.1)  # type: ignore[union-attr]
                 module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
                 module.weight.uniform_(0.8, 1.2)
-    torch.save(theirs.state_dict(), tmp_path / "weights.pth")
+    published = {re.sub(r"(denselayer\d+\.(norm|conv))", r"\1.", n): t for n, t in theirs.state_dict().items()}
+    torch.save(published, tmp_path / "weights.pth")
     ours = create_model(config(tmp_path / "weights.pth", name), classes=100)
     head = [module for module in theirs.modules() if isinstance(module, nn.Linear)][-1]
     seen: list[Tensor] = []
@@ -229,7 +238,8 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     assert "it lacks conv1" in message
     assert "more" in message
     torch.save(torchvision.models.get_model("mobilenet_v3_small").state_dict(), path)
-    assert "MobileNetV3 of torchvision's" in refusal(path, "mobilenetv3_small_100")
+    assert "MobileNetV3 of torchvision's, which computes something else" in refusal(path, "tf_mobilenetv3_small_100")
+    assert "MobileNetV3 of torchvision's, which cannot be translated" in refusal(path, "mobilenetv3_small_075")
 
 
 def test_what_is_no_file_of_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
