@@ -78,6 +78,11 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
     # ImageNet's weights have ImageNet's stem; a checkpoint of ours has its own.
     ours = our_network(Path(file)) if file is not None else None
     stem_is_in_the_file = ours is not None and ours.stem == config.model.stem
+    if ours is not None and ours.backbone == name and ours.stem == "cifar" and not stem_is_in_the_file:
+        raise DataError(
+            f"{file}: holds {name} with the stem for 32 pixels, and this run has it with ImageNet's; "
+            "--set model.stem=cifar takes the same network"
+        )
     if config.model.stem == "cifar" and stem_is_in_the_file:
         _use_cifar_stem(model, name)
     if ours is not None and ours.backbone == name:

@@ -279,9 +279,11 @@ def _start_from(init: str, found: dict[str, "Override"]) -> None:
         raise DataError(f"{error}{did_you_mean(init, ('imagenet', 'none'))}") from None
     found["model.weights"] = Override("model.weights", str(path), flag)
     network = our_network(path)  # none where the file is of another kind, which is judged when it is loaded
-    if "model.backbone" not in found and network is not None:
-        for key in ("backbone", "stem"):
-            found.setdefault(f"model.{key}", Override(f"model.{key}", getattr(network, key), flag))
+    if network is None:
+        return
+    backbone = found.setdefault("model.backbone", Override("model.backbone", network.backbone, flag))
+    if backbone.value == network.backbone:
+        found.setdefault("model.stem", Override("model.stem", network.stem, flag))
 
 
 def _means_no(value: object) -> bool:

@@ -36,7 +36,7 @@ def build(
         checkpoint.restore_model(state, model)
         return model
     if config.model.weights is not None:
-        watcher.say(_told(config, preprocessing, classes))
+        watcher.say(_told(config, model, preprocessing, classes))
     if not config.model.pretrained:
         initialize(model, _sample(training, preprocessing))
     return model
@@ -99,9 +99,11 @@ def _is_there(weights: Path) -> bool:
         return False
 
 
-def _told(config: Config, preprocessing: Preprocessing, classes: int) -> str:
+def _told(config: Config, model: nn.Module, preprocessing: Preprocessing, classes: int) -> str:
     """What a run begins with, and where its images will not be those that the weights were made for."""
     told = f"starting from {config.model.weights}; the head is a new one of {classes} classes"
+    if stem_is_new(config, model):
+        told += ", and so is the stem"
     network = _named(config)
     if network is not None and (network.mean, network.std) != (preprocessing.mean, preprocessing.std):
         told += f"; the weights saw pixels normalised otherwise than by data.normalize = {config.data.normalize}"

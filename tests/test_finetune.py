@@ -19,6 +19,7 @@ from cifar100cli.errors import CifarError, DataError, RunInterrupted, UsageError
 from cifar100cli.models import create_model
 from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli, Listening, StopAfter, make_preset, only_run, where
+from tests.test_checkpoint import make_card
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
@@ -512,6 +513,47 @@ def test_a_stem_of_our_own_is_taken_over(tmp_path: Path) -> None:
     }
     second = create_model(Config.model_validate({"model": section}), classes=3)
     assert torch.equal(second.state_dict()["conv1.weight"], model.state_dict()["conv1.weight"])
+
+
+@pytest.mark.parametrize("backbone", ["resnet10t", "test_resnet"])
+def test_a_network_is_not_taken_with_another_stem(run_cli: Cli, backbone: str) -> None:
+    """A deep stem has the same weights with other strides, which no name and no shape would tell."""
+    config = {"model": {"backbone": backbone, "stem": "cifar"}}
+    first = create_model(Config.model_validate(config), classes=3)
+    about = make_card(config=config)
+    checkpoint.save_model(Path("first.safetensors"), first.state_dict(), about)
+    plan = ("finetune-cifar10", "--dataset", "synthetic", "--image-size", "32")
+    for flags in (["--init", "first.safetensors"], ["--init", "first.safetensors", "--backbone", backbone]):
+        taken = yaml.safe_load(run_cli(*plan, *flags, "--print-config").out)["model"]
+        assert (taken["backbone"], taken["stem"]) == (backbone, "cifar")
+        chosen = run_cli(*plan, *flags, "--set", "model.stem=imagenet", "--print-config")
+        assert yaml.safe_load(chosen.out)["model"]["stem"] == "imagenet", "the user is obeyed, and then refused"
+    other = run_cli(*plan, "--init", "first.safetensors", "--backbone", "resnet18", "--print-config")
+    assert yaml.safe_load(other.out)["model"]["stem"] == "imagenet"
+
+    weights = str(Path("first.safetensors").absolute())
+    asked = {"backbone": backbone, "pretrained": True, "weights": weights}
+    with pytest.raises(DataError, match=rf"holds {backbone} with the stem for 32 pixels.*--set model.stem=cifar"):
+        create_model(Config.model_validate({"model": asked}), classes=3)
+    second = create_model(Config.model_validate({"model": {**asked, "stem": "cifar"}}), classes=3)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.inference_mode():
+        expected, found = (model.eval().forward_features(images) for model in (first, second))  # type: ignore[operator]
+    assert torch.equal(found, expected)
+
+
+def test_a_new_stem_is_told(tmp_path: Path) -> None:
+    def told(backbone: str) -> str:
+        plain = create_model(Config.model_validate({"model": {"backbone": backbone}}), classes=10)
+        save_file(plain.state_dict(), tmp_path / "weights.safetensors")
+        watcher = Listening()
+        model = {"backbone": backbone, "pretrained": True, "weights": str(tmp_path / "weights.safetensors")}
+        jobs.prepare(make_preset(model={**model, "stem": "cifar"}), where(tmp_path), watcher, dry=True)
+        (line,) = [said for said in watcher.said if said.startswith("starting from")]
+        return line
+
+    assert told("resnet18").endswith("; the head is a new one of 100 classes, and so is the stem")
+    assert told("resnet10t").endswith("; the head is a new one of 100 classes"), "it has the weights that it had"
 
 
 def test_a_run_goes_on_with_its_own_images_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
