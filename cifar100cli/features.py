@@ -36,7 +36,7 @@ def keep(
         return None
     parted = Parted(model, frozen.first.start)
     sample = loaders.train.preprocessing(loaders.train.images[:2])
-    obstacle = _obstacle(config, parted, frozen, sample)
+    obstacle = _obstacle(config, finetune, parted, frozen, sample)
     if obstacle is not None:
         if finetune.cache == "on":
             raise UsageError(f"finetune.cache = on is not possible: {obstacle}; leave --cache out")
@@ -79,15 +79,17 @@ def keep(
     return parted
 
 
-def _obstacle(config: Config, parted: Parted, frozen: FrozenStages, sample: Tensor) -> str | None:
+def _obstacle(config: Config, finetune: Finetune, parted: Parted, frozen: FrozenStages, sample: Tensor) -> str | None:
     """Why features cannot be kept, in words, if they cannot."""
     if not frozen.stages:
         return "everything learns, and nothing is frozen"
-    obstacle = config.obstacle_to_kept_features()
-    if obstacle is None and not parted.is_exact(sample):
-        name, first = config.model.backbone, frozen.first.name
-        obstacle = f"{name} is no chain of stages that could be entered at {first}"
-    return obstacle
+    if (obstacle := config.obstacle_to_kept_features()) is not None:
+        return obstacle
+    if finetune.bn == "adapt" and any(stage.norms(parted.model) for stage in frozen.stages):
+        return "the frozen stages' batch statistics move (--bn adapt)"
+    if not parted.is_exact(sample):
+        return f"{config.model.backbone} is no chain of stages that could be entered at {frozen.first.name}"
+    return None
 
 
 def _dtype(name: str, computed_in: torch.dtype) -> torch.dtype:

@@ -320,11 +320,9 @@ class Config(Section):
         return self.optimizer.name != "muon"
 
     def obstacle_to_kept_features(self) -> str | None:
-        """Why a frozen part must run in every epoch, and not once for all of them, or None."""
+        """Why a frozen part, whatever it is, must run in every epoch, and not once for all of them, or None."""
         if unbounded := self.augment.unbounded():
             return f"no two views are the same under {unbounded}"
-        if self.finetune is not None and self.finetune.bn == "adapt":
-            return "the frozen stages' batch statistics move (--bn adapt)"
         if self.distillation is not None:
             return "a teacher wants to see the images"
         if self.data.first_image_size is not None:

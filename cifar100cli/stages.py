@@ -8,6 +8,7 @@ front can be run once, and the rest go on from its output.
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MethodType
 
 import torch
 from timm.models import group_modules
@@ -128,19 +129,30 @@ def learning(stages: Sequence[Stage], unfreeze: str, backbone: str) -> list[Stag
 
 
 def freeze(model: nn.Module, stages: Sequence[Stage], kept: Sequence[Stage], *, adapt: bool) -> None:
-    """Let only the stages `kept` learn. Without `adapt` the others stay in evaluation mode from now on."""
+    """Let only the stages `kept` learn. The others stay in evaluation mode; with `adapt`, all but their batch norms."""
     for stage in stages:
         for parameter in stage.parameters(model):
             if stage not in kept:  # what the network itself holds fixed, such as whitening, stays so
                 parameter.requires_grad_(False)
-    if adapt:
-        return
+    training = model.training
     for module in model.modules():
         weights = list(module.parameters())
         if weights and not any(weight.requires_grad for weight in weights):
             module.eval()
             # Whatever mode the network is put in, its frozen parts stay as they are.
-            module.train = lambda mode=True, module=module: module  # type: ignore[method-assign,misc]
+            module.train = MethodType(_adapts if adapt else _stays, module)  # type: ignore[method-assign]
+    model.train(training)  # and its batch norms that adapt
+
+
+def _stays(module: nn.Module, mode: bool = True) -> nn.Module:
+    return module
+
+
+def _adapts(module: nn.Module, mode: bool = True) -> nn.Module:
+    for norm in module.modules():
+        if isinstance(norm, _BatchNorm):
+            norm.training = mode
+    return module
 
 
 def stage_rows(model: nn.Module, stages: Sequence[Stage], rates: Mapping[str, float], bn: str) -> list[StageRow]:

@@ -176,6 +176,17 @@ def test_moving_statistics_are_not_kept(tmp_path: Path, weights: Path) -> None:
     before, after = load_file(weights), load_file(Path(result["run_dir"]) / runs.MODEL)
     assert not torch.equal(before["bn1.running_mean"], after["bn1.running_mean"])
     assert torch.equal(before["bn1.weight"], after["bn1.weight"])
+    with pytest.raises(UsageError, match=r"cache = on is not possible: the frozen stages' batch statistics move"):
+        workflows.dry_run(preset(weights, {"bn": "adapt", "cache": "on"}), where(tmp_path), Listening())
+
+
+@pytest.mark.parametrize(("backbone", "unfreeze"), [("convnext_atto", "layer4"), ("test_resnet", "all")])
+def test_where_no_statistics_move_nothing_is_said_of_them(tmp_path: Path, backbone: str, unfreeze: str) -> None:
+    watcher = Listening()
+    plain = make_preset(finetune={"bn": "adapt", "unfreeze": unfreeze}, model={"backbone": backbone})
+    parted = jobs.prepare(plain, where(tmp_path), watcher).parted
+    assert (parted is None) == (unfreeze == "all")
+    assert not any("in every epoch" in line for line in watcher.said)
 
 
 @pytest.mark.parametrize("stops", [(3,), (9,), (16, 2)])
@@ -246,7 +257,6 @@ def test_free_memory_is_a_sensible_number() -> None:
             {"augment": {"policy": "flip", "cutout": 8}, "finetune": {"cache": "on"}},
             "the same under augment.cutout = 8",
         ),
-        ({"finetune": {"cache": "on", "bn": "adapt"}}, "batch statistics move"),
     ],
 )
 def test_caches_that_cannot_be(sections: dict[str, dict[str, Any]], words: str) -> None:

@@ -5,7 +5,9 @@ from typing import Any
 
 import pytest
 import torch
+from timm.layers import DropPath  # type: ignore[attr-defined]
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar100cli import schema
 from cifar100cli.errors import UsageError
@@ -16,10 +18,10 @@ from cifar100cli.schema import Config
 from cifar100cli.stages import Parted, Stage, freeze, learning, stage_rows, stages_of
 
 
-def build(name: str, head: str = "linear", size: int = 64) -> tuple[nn.Module, list[Stage]]:
+def build(name: str, head: str = "linear", size: int = 64, **more: Any) -> tuple[nn.Module, list[Stage]]:
     torch.manual_seed(0)
     config = Config.model_validate(
-        {"model": {"backbone": name, "head": head, "embedding_dim": 16}, "data": {"image_size": size}}
+        {"model": {"backbone": name, "head": head, "embedding_dim": 16, **more}, "data": {"image_size": size}}
     )
     model = create_model(config, classes=10)
     return model, stages_of(model, name, classifiers(name))
@@ -177,12 +179,23 @@ def test_what_a_network_holds_fixed_stays_so() -> None:
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == fixed
 
 
-def test_drop_out_in_a_frozen_stage_is_off() -> None:
-    model, stages = build("convnext_atto")
-    freeze(model, stages, learning(stages, "fc", "convnext_atto"), adapt=False)
-    model.train()
-    stem, head = model.get_submodule("stem"), model.get_submodule("head.fc")
-    assert (stem.training, head.training, model.training) == (False, True, True)
+@pytest.mark.parametrize("name", ["convnext_atto", "resnet18", "tf_efficientnet_lite0"])
+@pytest.mark.parametrize("adapt", [False, True])
+def test_drop_out_in_a_frozen_stage_is_off(name: str, adapt: bool) -> None:
+    """And stochastic depth; the batch norms alone are in the network's mode, where their statistics may move."""
+    model, stages = build(name, drop_path_rate=0.5)
+    freeze(model, stages, learning(stages, "fc", name), adapt=adapt)
+    copied = copy.deepcopy(model)
+    for mode in (True, False, True):
+        model.train(mode)
+        norms = {module.training for module in model.modules() if isinstance(module, _BatchNorm)}
+        assert norms <= {mode and adapt}
+        depth = {module.training for module in model.modules() if isinstance(module, DropPath)}
+        assert depth == {False}
+        assert model.get_submodule(classifiers(name)[0]).training is mode
+    copied.eval()
+    assert model.training, "a copy has modes of its own"
+    assert {m.training for m in model.modules() if isinstance(m, _BatchNorm)} <= {adapt}
 
 
 def test_rates_fall_from_the_head() -> None:

@@ -123,7 +123,7 @@ def test_tables_of_whole_numbers_are_no_weights(tmp_path: Path) -> None:
         model = Tabled()
         load_backbone(model, path, "resnet18", head=())
         assert torch.equal(model.weight, weights["weight"])
-        assert torch.equal(model.table, expected)
+        assert torch.equal(model.get_buffer("table"), expected)
 
 
 def test_a_table_of_places_that_there_are_not_is_refused(tmp_path: Path) -> None:
