@@ -340,7 +340,7 @@ def evaluate(
     drawing = None
     if near_duplicates is not None:
         drawing = places.check_pairs("--near-duplicates", near_duplicates, split, files, csv_file)
-    where = places.where(data_dir, Path("runs"), device, models[0])
+    where = places.where(device, data_dir, run=models[0])
     from cifar100cli import evaluation
 
     with TrainingDisplay("evaluate") as display:
@@ -383,7 +383,7 @@ def predict(
 
     model = find_model(expand(checkpoint))  # what is not there is told before PyTorch is loaded
     pictures = find_images([expand(image) for image in images])
-    where = places.where(None, Path("runs"), device)
+    where = places.where(device)
     from cifar100cli import workflows
 
     with TrainingDisplay("predict") as display:
@@ -466,7 +466,7 @@ def bench(
         from cifar100cli.runs import find_model
 
         find_model(Path(chosen.config.distillation.required_teacher()))
-    where = places.where(None, Path("runs"), device)
+    where = places.where(device)
     from cifar100cli import benchmark
 
     with TrainingDisplay(chosen.name) as display:

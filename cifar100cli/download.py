@@ -236,7 +236,7 @@ def _make_folder(data_dir: Path) -> None:
         ) from None
 
 
-# What is in place
+# ------------------------------------------------------------------------------------ what is in place
 
 
 def _stamp(path: Path) -> list[int]:

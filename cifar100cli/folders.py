@@ -17,7 +17,7 @@ class Where:
     data_dir: Path
     runs_dir: Path
     cache_dir: Path
-    device: str = "auto"
+    device: str
 
 
 def expand(path: Path, called: str = "") -> Path:

@@ -29,29 +29,10 @@ MOST_BYTES = 500_000_000
 # Pillow also hands PostScript to an interpreter, and knows formats that nobody has looked at for years: not here.
 DECODERS = ("PNG", "JPEG", "MPO", "GIF", "WEBP", "AVIF", "BMP", "ICO", "TIFF", "PPM", "TGA", "JPEG2000")
 ENDINGS = frozenset(
-    f".{kind}"
-    for kind in (
-        "png",
-        "apng",
-        "jpg",
-        "jpeg",
-        "jpe",
-        "jfif",
-        "mpo",
-        "gif",
-        "webp",
-        "avif",
-        "bmp",
-        "ico",
-        "tif",
-        "tiff",
-        "ppm",
-        "pgm",
-        "pbm",
-        "pnm",
-        "tga",
-        "jp2",
-    )
+    {
+        *(".png", ".apng", ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".gif", ".webp", ".avif"),
+        *(".bmp", ".ico", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".jp2"),
+    }
 )
 
 

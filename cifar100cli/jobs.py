@@ -43,7 +43,7 @@ from cifar100cli.watcher import Watcher
 class Begun:
     """What a run that goes on was begun with, and its network's weights in `state` once an epoch is saved.
 
-    It needs the weights that it began from no more: what images these had not learned stands in its card, `unseen`.
+    The weights that it began from are not read again: `unseen`, of its card, says which images these had not learned.
     Older runs do not know the digests of their `images` and of their `teacher`.
     """
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -13,8 +14,6 @@ from cifar100cli.datasets import Split
 from cifar100cli.mixing import Mixed
 from cifar100cli.models import backbone_normalization
 from cifar100cli.schema import Data
-
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of pixels from 0 to 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ def preprocessing_for(data: Data, train: Split, backbone: str) -> Preprocessing:
         assert data.std is not None
         return Preprocessing(image_size, data.mean, data.std)
     if normalize == "imagenet":
-        return Preprocessing(image_size, IMAGENET_MEAN, IMAGENET_STD)
+        return Preprocessing(image_size, IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD)
     if normalize == "backbone":
         return Preprocessing(image_size, *backbone_normalization(backbone))
     if normalize == "dataset":
@@ -243,8 +242,8 @@ def derived_seed(*parts: int) -> int:
 def evaluation_batch_size(image_size: int, device: torch.device) -> int:
     """As many images as fill a device well without its memory: 1,000 up to 64 pixels, fewer above.
 
-    On a CPU a quarter of that, and at most 500. There tensors above 32 MB are given back to the system at once, and
-    getting their pages anew would take a sixth of the time at 64 pixels.
+    On a CPU a quarter of that at 64 pixels, and at most 500. There tensors above 32 MB are given back to the system at
+    once, and getting their pages anew would take a sixth of the time at 64 pixels.
     """
     most, at_64 = (500, 250) if device.type == "cpu" else (1000, 1000)
     return max(25, min(most, at_64 * 64 * 64 // (image_size * image_size)))

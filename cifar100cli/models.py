@@ -163,7 +163,10 @@ class _WithoutMemory(TorchFunctionMode):
 
 
 def initialize(model: nn.Module, images: Tensor) -> None:
-    """Let a new network that begins from training images look at some: (N, 3, S, S) float32, as it will see them."""
+    """Set the weights that some networks compute from training images (airbench's whitening).
+
+    `images` are some of these, (N, 3, S, S) float32, as the network will see them.
+    """
     backbone = getattr(model, "backbone", model)
     if isinstance(backbone, networks.Airbench):
         backbone.initialize(images)

@@ -352,15 +352,8 @@ class Airbench(SmallNetwork):
 # ---------------------------------------------------------------------------------------------------- by name
 
 NAMES = (
-    "wrn16_4",
-    "wrn28_10",
-    "wrn40_2",
-    "preact_resnet18",
-    "resnet9",
-    "airbench94",
-    "airbench94_512",
-    "airbench95",
-    "airbench96",
+    *("wrn16_4", "wrn28_10", "wrn40_2", "preact_resnet18", "resnet9"),
+    *("airbench94", "airbench94_512", "airbench95", "airbench96"),
 )
 default_cfgs = generate_default_cfgs(
     {

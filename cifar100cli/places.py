@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
-    """A file to be written must be possible before the work for it begins, and cost nothing that was work to make.
+    """Check, before the work for it begins, that a file can be written, and that nothing is lost that was work to make.
 
     Raises `UsageError` where it could not be written, and where it would take the place of one of `inputs` (which the
     command reads), of a file of a run or a data set, or of a model; a link counts as what it leads to.
@@ -112,12 +112,13 @@ def without_its_device(run: Path, device: str, error: UsageError, remedy: str) -
     return UsageError(f"{run}: was begun on {device}, and {reason}; {remedy} goes on without it")
 
 
-def where(data_dir: Path | None, runs_dir: Path, device: str, run: Path | None = None) -> Where:
+def where(device: str, data_dir: Path | None = None, runs_dir: Path | None = None, run: Path | None = None) -> Where:
     """Folders and device for a workflow. Importing it brings torch in, which takes a moment."""
     check_device(device)
     with console.waiting("starting PyTorch ..."), interrupts.at_once():
         from cifar100cli import machine, workflows  # noqa: F401 - workflows for the command, where all is imported
-    found = Where(data_folder(data_dir, run), expand(runs_dir), cache_dir(), device)
-    console.detail(f"data folder {found.data_dir.absolute()}, runs folder {found.runs_dir.absolute()}")
+    found = Where(data_folder(data_dir, run), expand(runs_dir or Path("runs")), cache_dir(), device)
+    runs = f", runs folder {found.runs_dir.absolute()}" if runs_dir is not None else ""
+    console.detail(f"data folder {found.data_dir.absolute()}{runs}")
     console.detail(machine.in_one_line(device))
     return found

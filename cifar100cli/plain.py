@@ -1,8 +1,8 @@
 """The way most code trains, to compare with: a `Dataset` of single images, a `DataLoader`, float32, NCHW.
 
-The same network, task and augmentation in distribution as ours, one image at a time on the host, as in the tutorial;
-what torchvision has is torchvision's. Mirror images that alternate are random here, and mixing is left out: it is not
-done image by image.
+The same network, task and augmentation in distribution as ours, one image at a time on the host, as in the tutorial:
+RandAugment, TrivialAugment and random erasing are torchvision's, crop, mirror and Cutout NumPy's. Mirror images that
+alternate are random here, and mixing is left out: it is not done image by image.
 """
 
 import os

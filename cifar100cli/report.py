@@ -35,18 +35,19 @@ CELL = {"finetune.unfreeze", "train.epochs"}  # what a published cell of the stu
 class Row:
     """The complete runs that share a preset and all settings but the seed.
 
-    `changes` says where they depart from the shipped preset, which has `shipped` there, or of a preset that is not
-    ours, what tells its rows apart; figures of different settings are never averaged. `departs` says that the figures
-    beside them are of other settings or images: a teacher takes none away, and of a user's own preset only those runs
-    have a figure whose settings it is of. `n` counts seeds: runs of one
-    seed count as one, their mean, since no more than that is learned from them; `seeds` and `best_epochs` are those
-    of `runs`. `teacher` is what they were distilled from: runs with the same weights for one are of one row, wherever
-    these lay. `expected_top1` is what a preset of ours reached in `expected_runs` runs, or with 0 of them is meant to
-    reach. `delta` is ours minus published, as a fraction, and only on the preset's own data set. `images` is the data
-    set's digest. `curves` has losses
-    and accuracies by epoch, as means over the runs; what was not measured in every epoch is not there. `noise` is how
-    far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds; `within_noise`
-    judges `delta` by it where the row does not depart.
+    - `changes`: where they depart from the shipped preset, which has `shipped` there; of a preset that is not ours,
+      what tells its rows apart. Figures of different settings are never averaged.
+    - `departs`: the figures beside them are of other settings or images. A teacher takes none away, and of a user's own
+      preset only those runs have a figure whose settings it is of.
+    - `n` counts seeds. Runs of one seed count as one, their mean, since no more than that is learned from them; `seeds`
+      and `best_epochs` are those of `runs`.
+    - `teacher`: what they were distilled from. Runs with the same weights for one are of one row, wherever these lay.
+    - `expected_top1`: what a preset of ours reached in `expected_runs` runs, or with 0 of them is meant to reach.
+    - `delta`: ours minus published, as a fraction, and only on the preset's own data set.
+    - `noise`: how far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds;
+      `within_noise` judges `delta` by it where the row does not depart.
+    - `images`: the data set's digest.
+    - `curves`: losses and accuracies by epoch, as means over the runs, of what was measured in every epoch.
     """
 
     preset: str

@@ -46,7 +46,7 @@ def resume(request: Request, overrides: list["Override"], command: str) -> None:
         show.training({**meant.result, "run_dir": str(run.path)}, own, request.json)  # it may have been moved since
         return
     try:
-        where = places.where(meant.data_dir, request.out, meant.device)
+        where = places.where(meant.device, meant.data_dir, request.out)
     except UsageError as error:
         if meant.device == request.device:
             raise

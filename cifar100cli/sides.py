@@ -1,4 +1,5 @@
-"""A preset's training and evaluation made ready to be timed, beside the same on what is ready and in the plain way.
+"""What `bench` and `--minutes` time: the real loop and evaluation, the same steps on one batch that is ready (the bare
+step), and the plain way.
 
 The images are noise: what they show makes no difference to the time.
 """

@@ -348,7 +348,6 @@ def create_steps(training: Training, step_mode: StepMode) -> Steps:
         torch._dynamo.config.recompile_limit = MOST_SHAPES
         compiled: Any = torch.compile(training.network, dynamic=False)
         training = replace(training, network=compiled)
-    captured = step_mode.name == "graph" or (step_mode.name == "inductor" and training.loader.device.type == "cuda")
-    if captured and _obstacle_to_capture(training.loader, ranks=1) is None:
+    if step_mode.name != "off" and _obstacle_to_capture(training.loader, ranks=1) is None:
         return CapturedSteps(training)
     return Steps(training)

@@ -1,6 +1,7 @@
 """Experiment trackers: a run's figures, written by TensorBoard's and Weights & Biases' own writers as well.
 
-Neither torch nor a tracker is imported before a run begins, nor what reads presets, which `--help` has no use for.
+Importing this file imports neither torch nor a tracker, nor what reads presets, which `--help` has no use for; `check`
+imports wandb, where it is asked for.
 """
 
 import os

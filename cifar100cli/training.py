@@ -53,7 +53,7 @@ def train(given: Mapping[str, Any], default_preset: str, command: str = "train")
 
         ranks.on_first(lambda: check_writable(expand(request.out)))
     _check_inputs(chosen.config, request.data_dir)
-    where = places.where(request.data_dir, request.out, request.device)
+    where = places.where(request.device, request.data_dir, request.out)
     if request.minutes is not None:
         from cifar100cli.time_limit import within
 

@@ -553,7 +553,7 @@ def test_a_user_without_a_home(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) ->
     assert "`cifar100 download --data-dir mine`" in told
     for folder in ("CIFAR100_DATA_DIR", "CIFAR100_CACHE_DIR"):
         monkeypatch.setenv(folder, "mine")
-    assert places.where(None, Path("runs"), "cpu").data_dir == Path("mine"), "predict and bench name no folder"
+    assert places.where("cpu").data_dir == Path("mine"), "predict and bench name no folder"
 
 
 def test_too_little_memory_for_pytorch(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
