@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cifar100cli import cli, console, fetch, interrupts, runs, synthetic
+from cifar100cli import cli, console, devices, fetch, interrupts, runs, synthetic
 from cifar100cli.augment import Epoch, Policy, flip, in_turn, random_crop
 from cifar100cli.averaging import MovingAverage
 from cifar100cli.config import Preset
@@ -50,19 +50,45 @@ EVERYTHING: dict[str, Any] = {
 
 def pytest_configure() -> None:
     """The user's folders and terminal are not for tests, nor for the processes that tests start."""
-    for name in ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR", "FORCE_COLOR", "COLUMNS", "LINES"):
+    folders = ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR")
+    for name in (*folders, "NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES"):
         os.environ.pop(name, None)
     os.environ["TERM"] = "xterm"  # of a dumb one, Rich knows no colours
     # Tests side by side share the cores, and so do the processes that they start.
     if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 0)):
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        threads = max(1, _cores() // workers)
         os.environ["OMP_NUM_THREADS"] = str(threads)
         torch.set_num_threads(threads)
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def pytest_make_parametrize_id(val: object, argname: str) -> str | None:
     """Bytes go by parameter and number: what they hold may differ between processes that collect (gzip tells time)."""
     return argname if isinstance(val, bytes) else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def auto_is_the_cpu() -> Iterator[Callable[[str], torch.device]]:
+    """Here `auto` is the CPU, so that the tests see the same bits on every machine; gives what chooses for users.
+
+    Most runs of tests name no device, as users do, and would find a GPU where there is one: other bits each time, and
+    a CUDA context for each worker. What `torch.cuda` says of the machine stays as it is, for the tests that name cuda.
+    For the whole session, as fixtures of modules train, too. A process that a test starts is told `--device cpu`.
+    """
+    choose = devices._select
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(devices, "_select", lambda name: choose("cpu" if name == "auto" else name))
+        yield choose
+
+
+@pytest.fixture
+def auto_is_auto(auto_is_the_cpu: Callable[[str], torch.device], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what `auto` is, on a machine that they pretend."""
+    monkeypatch.setattr(devices, "_select", auto_is_the_cpu)
 
 
 @dataclass(frozen=True)

@@ -60,6 +60,7 @@ def test_the_peak_of_a_run_is_not_that_of_the_one_before() -> None:
     assert int(run.stdout) > 200e6
 
 
+@pytest.mark.usefixtures("auto_is_auto")
 def test_the_chosen_gpu_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose streams, events and waits PyTorch takes where none is named."""
     current: list[torch.device] = []

@@ -113,6 +113,7 @@ def test_variables_that_are_not_torchruns(monkeypatch: pytest.MonkeyPatch, chang
         ranks.start()
 
 
+@pytest.mark.usefixtures("auto_is_auto")
 def test_every_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)

@@ -112,7 +112,7 @@ def stand_in(patch: pytest.MonkeyPatch, drawings: synthetic.Drawn) -> None:
 
     patch.setattr(config, "load_preset", load_small)
     patch.setattr(time_limit, "within", lambda preset, *_: preset)
-    patch.setattr(sides, "TURN", {"cpu": 0.0})
+    patch.setattr(sides, "TURN", dict.fromkeys(sides.TURN, 0.0))
     patch.setattr(benchmark, "REPEATS", 1)
     patch.setattr(sides, "TEST_BATCHES", 1)
 
