@@ -331,13 +331,12 @@ def test_differences_in_sections_that_only_one_has() -> None:
     assert differences(Config.model_validate({"finetune": {}}), plain) == {"finetune.unfreeze": ("layer4", None)}
 
 
-def test_the_tutorials_presets() -> None:
-    presets = dict(shipped_presets())
-    baseline = presets["resnet18-baseline"]
+def test_the_tutorials_baseline() -> None:
+    baseline = dict(shipped_presets())["resnet18-baseline"]
     assert baseline.published is not None
     assert (baseline.published.top1, baseline.published.epoch) == (0.4426, 186)
-    expected = {
-        "seed": 0,
+    assert baseline.seed == 0
+    expected: dict[str, dict[str, object]] = {
         "data": {"dataset": "cifar100", "image_size": 32, "batch_size": 250, "fraction": 1.0, "normalize": "none"},
         "augment": {"policy": "none"},
         "model": {"backbone": "resnet18", "pretrained": False, "stem": "imagenet", "head": "linear"},
@@ -348,11 +347,61 @@ def test_the_tutorials_presets() -> None:
     }
     found = baseline.model_dump(mode="json")
     for section, keys in expected.items():
-        if isinstance(keys, dict):
-            assert {key: found[section][key] for key in keys} == keys
-    assert differences(presets["resnet18-wd01"], baseline) == {"optimizer.weight_decay": (0.1, 0.0001)}
-    assert differences(presets["resnet18-lbsmooth"], baseline) == {"loss.label_smoothing": (0.1, 0.0)}
-    assert [presets[name].published.top1 for name in ("resnet18-wd01", "resnet18-lbsmooth")] == [0.4012, 0.4481]  # type: ignore[union-attr]
+        assert {key: found[section][key] for key in keys} == keys
+
+
+ARCFACE = {
+    **{"model.pretrained": True, "model.head": "cosine", "model.embedding_dim": 512},
+    **{"loss.name": "arcface", "loss.scale": 8.0, "loss.margin": 0.35, "loss.gradient": "straight_through"},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "published", "settings"),
+    [
+        ("resnet18-augment", (0.3648, None), {"augment.policy": "one_of"}),
+        ("resnet18-wd01", (0.4012, None), {"optimizer.weight_decay": 0.1}),
+        ("resnet18-lbsmooth", (0.4481, 59), {"loss.label_smoothing": 0.1}),
+        ("resnet18-pretrained", (0.5670, None), {"model.pretrained": True}),
+        ("resnet18-arcface", (0.5792, None), ARCFACE),
+        ("resnet18-arcface-224", (0.7957, None), {**ARCFACE, "data.image_size": 224}),
+        ("resnet50-arcface", (0.6176, None), {**ARCFACE, "model.backbone": "resnet50"}),
+        ("resnet50-arcface-224", (0.8121, None), {**ARCFACE, "model.backbone": "resnet50", "data.image_size": 224}),
+        (
+            "resnet18-arcface-kd",
+            (0.5737, None),
+            {
+                **ARCFACE,
+                **{"distillation.teacher": "one to be named", "distillation.form": "plain"},
+                **{"distillation.alpha": 0.7, "distillation.temperature": 4.0},
+            },
+        ),
+    ],
+)
+def test_each_of_the_tutorials_presets_is_its_baseline_but_for(
+    name: str, published: tuple[float, int | None], settings: dict[str, object]
+) -> None:
+    presets = dict(shipped_presets())
+    found = presets[name]
+    assert found.published is not None
+    assert (found.published.top1, found.published.epoch) == published
+    assert flat(found).items() >= settings.items()
+    assert differences(found, presets["resnet18-baseline"]).keys() <= settings.keys()
+
+
+def test_what_is_fixed_is_the_preset_and_the_same_repairs() -> None:
+    presets = dict(shipped_presets())
+    repairs = {
+        **{"data.normalize": "backbone", "data.val_fraction": 0.1, "train.select": "best_val"},
+        **{"schedule.name": "cosine", "schedule.warmup_epochs": 5.0, "augment.policy": "crop_flip"},
+    }
+    fixed = [name for name in presets if name.endswith("-fixed")]
+    assert len(fixed) == 7
+    for name in fixed:
+        original = presets[name.removesuffix("-fixed")]
+        exact = {"loss.gradient": "exact"} if original.loss.name == "arcface" else {}
+        changes = {key: ours for key, (ours, _) in differences(presets[name], original).items()}
+        assert changes == {**repairs, **exact}, name
 
 
 def test_only_the_tutorials_presets_choose_on_the_test_set() -> None:
