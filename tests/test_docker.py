@@ -22,8 +22,6 @@ from typing import Any
 import pytest
 import yaml
 
-from cifar100cli.config import preset_names
-
 ROOT = Path(__file__).parents[1]
 DOCKER = ROOT / "docker"
 VARIABLES = ("CIFAR100_DATA_DIR", "CIFAR100_RUNS_DIR", "CIFAR100_CACHE_DIR", "HF_HOME")
@@ -188,10 +186,6 @@ def test_a_preset_of_ones_own_is_mounted(host: Host) -> None:
     row = mounts(call)["/cifar100/presets/mine.yaml"]
     assert row["source"] == str(host.home / "a, b" / "mine.yaml")
     assert "readonly" in row
-
-
-def test_every_preset_of_ours_is_known(host: Host) -> None:
-    assert sorted(path.stem for path in (ROOT / "presets").glob("*.yaml")) == preset_names()
 
 
 @pytest.mark.parametrize("gpu", [True, False])

@@ -81,7 +81,7 @@ def test_claims_are_the_readmes_and_their_tests_exist() -> None:
         assert behind
         for name, test in re.findall(r"`(test_\w+)(?:::(test_\w+))?`", behind):
             source = (ROOT / "tests" / f"{name}.py").read_text(encoding="utf-8")
-            assert f"def {test or 'test_'}" in source, f"{name}::{test}"
+            assert (f"def {test}(" if test else "def test_") in source, f"{name}::{test}"
 
 
 # ------------------------------------------------------------------------------------------- what is in backticks
