@@ -19,17 +19,18 @@ import pytest
 
 from cifar100cli import console, report, report_text, wording, workflows
 from cifar100cli.bounded import printable
-from cifar100cli.display import TrainingDisplay
+from cifar100cli.display import TrainingDisplay, counting
 from cifar100cli.watcher import EpochProgress
 from tests.conftest import make_preset, where
 from tests.test_report import make_run
 
 ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+COLOUR = re.compile(r"\x1b\[(?:\d+;)*[34]\d[;m]")  # of letters, and of what is behind them
 
 
 @contextlib.contextmanager
 def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    """Both streams on a terminal of 80 columns; what is given returns what was written to it, without its escapes."""
+    """Both streams on a terminal of 80 columns; what is given returns what was written to it, escapes and all."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     stream = os.fdopen(theirs, "w", encoding="utf-8")
@@ -48,26 +49,26 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
     reader = threading.Thread(target=read, daemon=True)
     reader.start()
 
-    def text() -> str:
+    def written_to_it() -> str:
         if not stream.closed:
             stream.close()
             reader.join(timeout=10)
-        return ESCAPES.sub("", written.decode())
+        return written.decode()
 
     with monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", stream)
         patch.setattr(sys, "stdout", stream)
-        yield text
-    text()
+        yield written_to_it
+    written_to_it()
     os.close(ours)
 
 
 @pytest.mark.usefixtures("small_synthetic")
 def test_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     preset = make_preset(data={"val_fraction": 0.1}, train={"select": "best_val"})
-    with terminal(monkeypatch) as text, TrainingDisplay("mine") as display:
+    with terminal(monkeypatch) as written, TrainingDisplay("mine") as display:
         workflows.train(preset, where(tmp_path), display)
-    lines = [line.rstrip() for line in re.split(r"[\r\n]+", text())]
+    lines = [line.rstrip() for line in re.split(r"[\r\n]+", ESCAPES.sub("", written()))]
     assert max(map(len, lines)) <= 80
     done = [line for line in lines if re.fullmatch(r"epoch \d/3  loss .*", line)]
     assert len(done) == 3
@@ -136,15 +137,29 @@ def test_the_report_fits_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: P
                 figures = {"train_loss": 1 / epoch, "train_top1": epoch / 50, "seconds": 1, "images_per_second": 1}
                 run.append_metrics({"epoch": epoch, **figures, "test_loss": 1 / epoch, "test_top1": epoch / 100})
     found = report.collect([tmp_path])
-    with terminal(monkeypatch) as text:
+    with terminal(monkeypatch) as written:
         report_text.show_table(found)
-    lines = text().splitlines()
+    lines = ESCAPES.sub("", written()).splitlines()
     tables = [line for line in lines if not line.startswith(("[", "best on test:", "in brackets:"))]
     assert max(map(len, tables)) <= 80
     curves = [line for line in lines if re.search(r" 1\.00 +▁\S+█ +40\.00 ", line)]
     assert len(curves) == 4, "every setting has its curve"
     best = [line for line in curves if line.endswith(" 40.00 @40")]
     assert len(best) == 2, "and its best epoch, where one was chosen on these images"
+
+
+@pytest.mark.parametrize("no_color", ["", "1"])
+def test_no_colour_where_nobody_wants_one(monkeypatch: pytest.MonkeyPatch, no_color: str) -> None:
+    """Neither from what this program styles itself, nor from Rich's bars and tables; NO_COLOR that is empty says nothing."""
+    with terminal(monkeypatch) as written:
+        monkeypatch.setenv("NO_COLOR", no_color)
+        console.error("a mistake")
+        console.table("title", ("a",), [("b",)])
+        with counting("images", 2) as advance:
+            advance(1)
+    assert written().startswith("error: a mistake") == bool(no_color)
+    assert "1/2" in written()
+    assert bool(COLOUR.search(written())) != bool(no_color)
 
 
 def test_durations() -> None:

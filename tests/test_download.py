@@ -191,7 +191,7 @@ def test_range_ignored_keeps_what_is_there(server: Server, tmp_path: Path) -> No
 
 def test_stall(server: Server, tmp_path: Path) -> None:
     listener = Listener()
-    install(tmp_path, server.url("/a", stalling, good), timeout=0.2, listener=listener)
+    install(tmp_path, server.url("/a", stalling, good), timeout=1.0, listener=listener)
     assert server.ranges == [None, f"bytes={HALF}-"]
     assert "timed out: no data came" in listener.lines[0]
     assert_complete(tmp_path)
@@ -199,7 +199,7 @@ def test_stall(server: Server, tmp_path: Path) -> None:
 
 def test_a_drip_is_a_stall(server: Server, tmp_path: Path) -> None:
     listener = Listener()
-    install(tmp_path, server.url("/a", dripping, good), timeout=0.2, listener=listener)
+    install(tmp_path, server.url("/a", dripping, good), timeout=1.0, listener=listener)
     assert "timed out: no data came" in listener.lines[0]
     assert server.exchanges[0].sent < fetch.LEAST
     assert_complete(tmp_path)

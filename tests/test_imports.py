@@ -76,3 +76,20 @@ for arguments in (["--help"], ["--version"], ["train", "--help"], ["report", "--
 """
     finished = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=tmp_path, check=False)
     assert finished.returncode == 0, finished.stderr
+
+
+def test_a_report_imports_no_torch(tmp_path: Path) -> None:
+    """Of runs that are there, as a page with charts."""
+    kept = PACKAGE.parent / "tests" / "kept"
+    script = """
+import sys
+from cifar100cli import cli
+try:
+    cli.main()
+finally:
+    assert not {"torch", "timm", "torchvision"} & set(sys.modules)
+"""
+    command = [sys.executable, "-c", script, "report", str(kept), "--out", "report.html"]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert finished.returncode == 0, finished.stderr
+    assert "<svg" in (tmp_path / "report.html").read_text(encoding="utf-8")

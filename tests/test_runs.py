@@ -141,8 +141,9 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 def test_last_is_the_unfinished_run_begun_last(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no unfinished run"):
         runs.latest_unfinished(tmp_path)
-    make_run(tmp_path, preset="other")
-    second, third = make_run(tmp_path), make_run(tmp_path)
+    first, second, third = make_run(tmp_path, preset="other"), make_run(tmp_path), make_run(tmp_path)
+    for written, run in enumerate((first, second, third)):  # maybe within one tick of the disk's clock
+        os.utime(run.path / runs.CONFIG, (written, written))
     assert runs.latest_unfinished(tmp_path) == third
     third.write_result({})
     assert runs.latest_unfinished(tmp_path) == second

@@ -511,7 +511,7 @@ def test_a_printed_preset_is_read_back_whatever_stdout_speaks(tmp_path: Path, en
     weights = tmp_path / "josé 日本.safetensors"
     weights.touch()
     command = [sys.executable, "-m", "cifar100cli", "train", "--set", f"model.weights={weights}", "--print-config"]
-    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0"}
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONUTF8": "0", "LC_ALL": "C.UTF-8"}
     printed = subprocess.run(command, capture_output=True, check=True, env=environment, cwd=tmp_path).stdout
     (tmp_path / "mine.yaml").write_bytes(printed)
     assert load_preset(str(tmp_path / "mine.yaml")).config.model.weights == str(weights)
