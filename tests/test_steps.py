@@ -108,6 +108,11 @@ RECIPES: dict[str, dict[str, Any]] = {
         "train": {"precision": "bf16"},
     },
     "drop-out, stochastic depth": {"model": {"drop_rate": 0.2, "drop_path_rate": 0.5}},
+    "fine-tuned on features that are kept, in bf16": {
+        "finetune": {"unfreeze": "layer4", "cache": "on"},
+        "augment": {"policy": "flip"},
+        "train": {"precision": "bf16"},
+    },
     "growing": {"data": {"image_size": 48, "first_image_size": 32, "grow_until": 0.3}},
 }
 
