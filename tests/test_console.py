@@ -150,7 +150,7 @@ def test_the_report_fits_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 @pytest.mark.parametrize("no_color", ["", "1"])
 def test_no_colour_where_nobody_wants_one(monkeypatch: pytest.MonkeyPatch, no_color: str) -> None:
-    """Neither from what this program styles itself, nor from Rich's bars and tables; NO_COLOR that is empty says nothing."""
+    """Neither in lines of our own, nor in Rich's tables and bars; a NO_COLOR that is empty says nothing."""
     with terminal(monkeypatch) as written:
         monkeypatch.setenv("NO_COLOR", no_color)
         console.error("a mistake")
