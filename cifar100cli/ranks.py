@@ -76,7 +76,9 @@ def start() -> Any:
 
     if distributed.is_initialized():
         return distributed
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and distributed.is_nccl_available() else "gloo"
+    # NCCL begins at once, on a GPU for each rank of the machine: ranks that share the CPU may be more than these.
+    enough = torch.cuda.is_available() and torch.cuda.device_count() >= local_count()
+    backend = "cpu:gloo,cuda:nccl" if enough and distributed.is_nccl_available() else "gloo"
     if not rank() < count():
         raise UsageError(f"RANK = {rank()} of WORLD_SIZE = {count()}: torchrun sets these; unset them, or use torchrun")
     try:

@@ -62,7 +62,7 @@ for arguments in (["--help"], ["--version"], ["train", "--help"], ["report", "--
                   ["train", "--preset", "nope"], ["train", "--nope"], ["nope"], ["train", "--set", "a.b=1"],
                   ["train", "--lr", "x"], ["train", "--backbone", "resnet1888"], ["train", "--resume"],
                   ["finetune-cifar10", "--unfreeze", "layr3"], ["distill", "--preset", "quickstart"],
-                  ["train", "--print-config"], ["report", "nowhere"],
+                  ["train", "--print-config"], ["train", "quickstart"], ["report", "nowhere"],
                   ["train", "--resume", "nowhere"], ["download", "--dataset", "x"], ["evaluate", "nowhere"],
                   ["train", "--preset", "resnet18-baseline", "--data-dir", "nowhere"]):
     sys.argv = ["cifar100", *arguments]

@@ -1,5 +1,6 @@
 """Several processes train as one: shares of batches, batch statistics, whole runs, and a rank that dies."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import distributed
 from torch.nn import functional as F
 
 from cifar100cli import devices, ranks, runs
@@ -111,6 +113,27 @@ def test_variables_that_are_not_torchruns(monkeypatch: pytest.MonkeyPatch, chang
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=words):
         ranks.start()
+
+
+@pytest.mark.parametrize(
+    ("gpus", "backend"), [(0, "gloo"), (1, "gloo"), (2, "cpu:gloo,cuda:nccl"), (8, "cpu:gloo,cuda:nccl")]
+)
+def test_nccl_is_for_machines_with_a_gpu_for_each_rank(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, backend: str
+) -> None:
+    """It begins as the ranks meet, and on GPUs that are not there it fails, also where all ranks share the CPU."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(distributed, "is_nccl_available", lambda: True)
+    module = importlib.import_module("torch.distributed.rendezvous")  # hidden by its function of this name
+    monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
+    monkeypatch.setattr(distributed, "PrefixStore", lambda *_: None)
+    monkeypatch.setattr(distributed, "init_process_group", lambda backend, **_: asked.append(backend))
+    ranks.start()
+    assert asked == [backend]
 
 
 @pytest.mark.usefixtures("auto_is_auto")
