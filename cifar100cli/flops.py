@@ -14,9 +14,8 @@ from cifar100cli.steps import Training
 
 def forward_flops(model: nn.Module, loader: DeviceLoader) -> float:
     """Floating-point operations of the matrix products and convolutions of one whole image's forward pass."""
-    inputs = loader.batch(
-        replace(loader.plan(1), image_size=None), slice(0, 2)
-    ).inputs.float()  # kept features may be half
+    batch = loader.batch(replace(loader.plan(1), image_size=None), slice(0, 2))
+    inputs = batch.inputs.float()  # features that are kept may be of half the precision
     training = model.training
     try:
         with torch.no_grad(), _counting() as counter:

@@ -59,6 +59,7 @@ ELSEWHERE = {
     r"docker/\w+\.bash.*": "tests/test_docker.py",
     r"\.ci/(lowest|release).*": ".ci/run",
     r"\.ci/image.*": "README.md",  # run by hand, where there is a docker
+    r"python -m tests\.hollow": "tests/test_hollow.py",
     r"python -m tests\.kills.*": "tests/test_kills.py",
     r"python -m tests\.faults.*": "tests/test_faults.py",
     r"python -m tests\.fuzz.*": "tests/test_fuzz.py",
