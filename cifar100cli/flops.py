@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, conv_flop_count
 
+from cifar100cli.inference import evaluating
 from cifar100cli.loader import DeviceLoader
 from cifar100cli.steps import Training
 
@@ -16,12 +17,8 @@ def forward_flops(model: nn.Module, loader: DeviceLoader) -> float:
     """Floating-point operations of the matrix products and convolutions of one whole image's forward pass."""
     batch = loader.batch(replace(loader.plan(1), image_size=None), slice(0, 2))
     inputs = batch.inputs.float()  # features that are kept may be of half the precision
-    training = model.training
-    try:
-        with torch.no_grad(), _counting() as counter:
-            model.eval()(inputs)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.no_grad(), _counting() as counter:
+        model(inputs)
     return float(counter.get_total_flops()) / len(inputs)
 
 

@@ -15,6 +15,7 @@ from cifar100cli.analysis import Predictions
 from cifar100cli.augment import mirrored, pad
 from cifar100cli.devices import Cast
 from cifar100cli.errors import DataError
+from cifar100cli.inference import evaluating
 from cifar100cli.loader import Batch, DeviceLoader
 
 
@@ -75,16 +76,11 @@ def predict(
     ranks each looks at its share of every batch, and all have all logits in the end. `tta` takes means over views of
     an image; `advance` is told how many images more were looked at.
     """
-    training = model.training
-    model.eval()
     parts = []
-    try:
-        with torch.inference_mode(), cast():
-            for batch, size in zip(loader.epoch(1), loader.batch_sizes(), strict=True):
-                parts.append(average_over_views(model, loader, batch) if tta else model(batch.inputs).float())
-                advance(size)
-    finally:
-        model.train(training)
+    with evaluating(model), torch.inference_mode(), cast():
+        for batch, size in zip(loader.epoch(1), loader.batch_sizes(), strict=True):
+            parts.append(average_over_views(model, loader, batch) if tta else model(batch.inputs).float())
+            advance(size)
     logits = parts[0].new_zeros(loader.count, parts[0].shape[1])
     for share, part in zip(loader.shares, parts, strict=True):
         logits[share] = part

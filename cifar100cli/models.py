@@ -22,6 +22,7 @@ from cifar100cli import backbones, networks
 from cifar100cli.bounded import one_line
 from cifar100cli.card import our_network
 from cifar100cli.errors import DataError, UsageError, did_you_mean
+from cifar100cli.inference import evaluating
 from cifar100cli.schema import Config
 from cifar100cli.unrolled import unroll
 from cifar100cli.weights import load_backbone
@@ -295,15 +296,12 @@ def _cannot_take(key: str, image_size: int, name: str, error: Exception) -> str:
 
 def _check_image_size(model: nn.Module, name: str, image_size: int, key: str = "image_size") -> Tensor:
     """Try one blank image, so that a size that the network cannot take is a word and not a traceback."""
-    training = model.training
     try:
-        with torch.inference_mode():
-            output: Tensor = model.eval()(torch.zeros(1, 3, image_size, image_size))
+        with evaluating(model), torch.inference_mode():
+            output: Tensor = model(torch.zeros(1, 3, image_size, image_size))
             return output
     except (RuntimeError, AssertionError, ValueError, IndexError) as error:
         raise UsageError(_cannot_take(key, image_size, name, error)) from None
-    finally:
-        model.train(training)
 
 
 def count_parameters(model: nn.Module, *, trainable: bool = False) -> int:

@@ -5,6 +5,7 @@ weights and, unless asked otherwise, its batch statistics; and where the network
 front can be run once, and the rest go on from its output.
 """
 
+import contextlib
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from cifar100cli.errors import UsageError, did_you_mean
-from cifar100cli.folded import fold
+from cifar100cli.inference import evaluating, fold
 from cifar100cli.watcher import StageRow
 
 HEAD, LAST, LAST_TWO, ALL = "fc", "layer4", "layer3", "all"  # as in ResNet-18, for any network
@@ -204,17 +205,12 @@ class Parted:
             seen.append(given[0])
             raise _Enough
 
-        training = self._looking.training
         handle = self._looking.get_submodule(self.start).register_forward_pre_hook(keep)
-        self._looking.eval()
         try:
-            with torch.no_grad():
+            with evaluating(self._looking), torch.no_grad(), contextlib.suppress(_Enough):
                 self._looking(inputs)
-        except _Enough:
-            pass
         finally:
             handle.remove()
-            self._looking.train(training)
         return seen[0]
 
     def switch_front(self, *, on: bool) -> None:
@@ -227,10 +223,8 @@ class Parted:
 
     def is_exact(self, inputs: Tensor) -> bool:
         """Whether the network is a chain: whole, or on from the front's output, it computes the same."""
-        training = self.model.training
-        self.model.eval()
         try:
-            with torch.no_grad():
+            with evaluating(self.model), torch.no_grad():
                 whole = self.model(inputs)
                 features: object = self.front(inputs)
                 if not isinstance(features, Tensor) or len(features) != len(inputs):  # a list of branches, say
@@ -241,7 +235,6 @@ class Parted:
             return False
         finally:
             self.switch_front(on=True)
-            self.model.train(training)
         return rest.shape == whole.shape and torch.allclose(rest, whole, rtol=1e-5, atol=1e-5)
 
 

@@ -18,7 +18,7 @@ from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.datasets import Dataset
 from cifar100cli.devices import Cast
 from cifar100cli.errors import DataError
-from cifar100cli.folded import fold
+from cifar100cli.inference import fold
 from cifar100cli.loader import Batch, DeviceLoader, Preprocessing, evaluation_batch_size
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config, Distillation

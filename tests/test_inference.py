@@ -7,7 +7,7 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from cifar100cli.folded import fold
+from cifar100cli.inference import fold
 from cifar100cli.networks import NAMES
 
 

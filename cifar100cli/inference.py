@@ -1,10 +1,12 @@
-"""A network that only looks, with fewer passes over its maps: batch norms are folded into convolutions.
+"""A network that only looks: in evaluation mode, and with fewer passes over its maps.
 
 In evaluation mode a batch norm is a factor and a term for each channel, and the convolution before it can have both
 among its weights (Jacob et al., arXiv 1712.05877, section 3.2). But for rounding, the result is the same.
 """
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from timm.layers.norm_act import BatchNormAct2d
@@ -12,6 +14,16 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 ROUNDING = 1e-4  # of the largest output; what is computed wrongly is further off
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[nn.Module]:
+    """The network in evaluation mode; afterwards it is as it was."""
+    training = model.training
+    try:
+        yield model.eval()
+    finally:
+        model.train(training)
 
 
 def fold(model: nn.Module, sample: Tensor) -> nn.Module:
