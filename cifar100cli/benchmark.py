@@ -7,6 +7,7 @@ are taken within a turn.
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -100,13 +101,13 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int, cost:
     plain = sides.plain_loop()
     if plain is not None:
         parts["plain"] = plain.epoch
-    turns = take_turns(parts, repeats, watcher, "turns, after a first one that warms up")
-    next(turns)
-    warm_up = time.perf_counter() - started
     taken, phases = [], []
-    for turn in turns:
-        taken.append(turn)
-        phases.append(sides.phases())
+    with closing(take_turns(parts, repeats, watcher, "turns, after a first one that warms up")) as turns:
+        next(turns)
+        warm_up = time.perf_counter() - started
+        for turn in turns:
+            taken.append(turn)
+            phases.append(sides.phases())
     seconds = {name: [turn[name] for turn in taken] for name in parts}
     shares = {name: [spent[name] / sum(spent.values()) for spent in phases] for name in phases[0]}
     images, tested = steps * job.config.data.batch_size, sides.test.count

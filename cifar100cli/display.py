@@ -195,25 +195,27 @@ class TrainingDisplay(Watcher):
         self._bar.update(self._bar.task_ids[0], completed=done, description=measuring + what, left=left)
         self._live.update(Group(self._bar, Text(figures, no_wrap=True, overflow="ellipsis")), refresh=True)
 
-    def step(self, taken: int, glance: Callable[[int], Any]) -> None:
+    def step(self, taken: int, glance: Callable[[], Any]) -> None:
         """A step was issued; now and then a look at how the epoch goes."""
         if self._live is not None and time.monotonic() - self._looked >= 0.2:
-            self._look(taken, glance(taken))
+            self._look(taken, glance())
 
     def _look(self, taken: int, known: "EpochProgress | None") -> None:
         """Draw what is known of an epoch of which `taken` steps were issued; a GPU is behind that."""
-        self._looked = now = time.monotonic()
+        self._looked = time.monotonic()
         done = taken if known is None else known.steps
         parts = [self._measured] if self._measured else []
         if known is not None and done:
             parts = [f"loss {loss(known.loss)}", f"train {percent(known.top1)}", *parts]
-            parts.append(f"{known.images / (now - self._epoch_started):,.0f} images/s")
+            seconds = max(known.at - self._epoch_started, 1e-3)
+            parts.append(f"{known.images / seconds:,.0f} images/s")
         left = f"  {self._left(self._epoch, done / self._steps)} left" if done else ""
         self._show(done, "  ".join(parts), left)
 
     def measure(self, known: "EpochProgress") -> None:
         """All steps of the epoch are done."""
-        self._look(self._steps, known)
+        if self._live is not None:
+            self._look(self._steps, known)
 
     def _left(self, epoch: int, part: float) -> str:
         """How long the epochs still take, after this part of one, if they go on as they went."""

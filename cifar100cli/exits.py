@@ -15,7 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from cifar100cli import completion, console, interrupts, ranks
-from cifar100cli.catalog import FOLDERS
+from cifar100cli.catalog import DATASETS, FOLDERS
 from cifar100cli.errors import (
     ChangedWeights,
     CifarError,
@@ -211,7 +211,7 @@ def _option_before(word: str, context: Any) -> str:
     """The option that may have been forgotten before a word which the command does not take by itself."""
     fitting: dict[str, Callable[[], bool]] = {
         "--preset": lambda: word.lower().endswith((".yaml", ".yml")) or word in completion.presets(),
-        "--dataset": lambda: word in FOLDERS,
+        "--dataset": lambda: word in (FOLDERS if context.info_name == "download" else DATASETS),
         "--teacher": lambda: os.access(word, os.F_OK),
     }
     known = _options(context.command)

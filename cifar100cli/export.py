@@ -64,9 +64,12 @@ def _refused(what: str) -> Iterator[None]:
     except (CifarError, OSError):
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        reason: BaseException = error
+        while reason.__cause__ is not None:  # around which the exporter puts advice of its own
+            reason = reason.__cause__
+        if is_out_of_memory(reason):
             raise
-        raise CifarError(f"{what} ({one_line(error)}); nothing was written") from None
+        raise CifarError(f"{what} ({one_line(reason) or type(reason).__name__}); nothing was written") from None
 
 
 def _write(network: ImagesToLogits, saved: Checkpoint, path: Path) -> int:

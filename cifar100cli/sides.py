@@ -5,7 +5,7 @@ The images are noise: what they show makes no difference to the time.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -85,7 +85,7 @@ def take_turn(parts: Mapping[str, Callable[[], object]]) -> dict[str, float]:
 
 def take_turns(
     parts: Mapping[str, Callable[[], object]], count: int, watcher: Watcher, title: str
-) -> Iterator[dict[str, float]]:
+) -> Generator[dict[str, float]]:
     """Seconds of each part in a first turn, which warms up what is not yet, and in each of `count` after that."""
     with watcher.progress(title, count + 1) as advance:
         for _ in range(count + 1):

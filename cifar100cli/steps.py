@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import sysconfig
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -92,12 +93,18 @@ class Steps:
         self.taken = 0  # steps of the run before this epoch
         self.losses = torch.zeros(len(loader), device=loader.device)
         self.correct = torch.zeros(len(loader), dtype=torch.int64, device=loader.device)
+        self._begun: torch.cuda.Event | None = None
         self._copies: _Copies | None = None
+        self._last = EpochProgress(0, 0, math.nan, math.nan, 0.0)
 
     def begin(self, epoch: int) -> None:
         """Lay out an epoch."""
         self.taken = (epoch - 1) * len(self.training.loader)
-        self._copies = None
+        self.correct.fill_(-1)  # what is not done yet
+        self._copies, self._last = None, EpochProgress(0, 0, math.nan, math.nan, time.monotonic())
+        if self.losses.device.type == "cuda":
+            self._begun = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._begun.record()
         self._lay_out(self.training.loader.plan(epoch))
 
     def _lay_out(self, plan: Plan) -> None:
@@ -122,30 +129,31 @@ class Steps:
             self.plan, loader.shares[index], loader.loss_weights[index]
         )
 
-    def glance(self, taken: int) -> EpochProgress | None:
-        """How the epoch goes, of which `taken` steps were issued, as far as it is known without waiting for the device.
+    def glance(self) -> EpochProgress | None:
+        """How the epoch goes, as far as it is known without waiting for the device.
 
         A CUDA device is asked for a copy, and what the last copy that has arrived says is returned. None where a device
         cannot be asked.
         """
         if self.losses.device.type == "cpu":
-            return self._glance(self.losses, self.correct, taken)
-        if self.losses.device.type != "cuda":
+            return self._known(self.losses, self.correct, time.monotonic())
+        if self._begun is None:
             return None
-        before, known = self._copies, EpochProgress(0, 0, math.nan, math.nan)
-        if before is not None:
-            if not before.arrived.query():  # type: ignore[no-untyped-call]
-                return before.last
-            known = self._glance(before.losses, before.correct, before.taken)
-        self._copies = _Copies.ask(self.losses, self.correct, taken, known)
-        return known
+        if self._copies is None or self._copies.arrived.query():  # type: ignore[no-untyped-call]
+            if self._copies is not None:
+                self._last = self._known(self._copies.losses, self._copies.correct, self._copies.asked)
+            self._copies = _Copies.ask(self.losses, self.correct, self._begun)
+        return self._last
 
-    def _glance(self, losses: Tensor, correct: Tensor, taken: int) -> EpochProgress:
+    def _known(self, losses: Tensor, correct: Tensor, at: float) -> EpochProgress:
+        """What is known from the losses and right predictions on the host; of a step that is not done, these are -1."""
+        done = int((correct >= 0).cumprod(0).sum())
+        if not done:
+            return EpochProgress(0, 0, math.nan, math.nan, at)
         loader = self.training.loader
-        own = sum(share.stop - share.start for share in loader.shares[:taken])
-        return EpochProgress(
-            taken, loader.bounds[taken - 1][1], losses[:taken].mean().item(), correct[:taken].sum().item() / own
-        )
+        own = sum(share.stop - share.start for share in loader.shares[:done])
+        top1 = correct[:done].sum().item() / own
+        return EpochProgress(done, loader.bounds[done - 1][1], losses[:done].mean().item(), top1, at)
 
     def all_done(self) -> Callable[[], bool]:
         """What asks the device, without waiting for it, whether all that was issued until now is done."""
@@ -159,23 +167,30 @@ class Steps:
 
 @dataclass(frozen=True)
 class _Copies:
-    """Losses and right predictions on their way to the host, and what was known when they were asked for."""
+    """Losses and right predictions on their way to the host, and when they were asked for."""
 
     losses: Tensor
     correct: Tensor
-    taken: int
+    asked: float
     arrived: torch.cuda.Event
-    last: EpochProgress
 
     @classmethod
-    def ask(cls, losses: Tensor, correct: Tensor, taken: int, last: EpochProgress) -> "_Copies":
+    def ask(cls, losses: Tensor, correct: Tensor, begun: torch.cuda.Event) -> "_Copies":
+        """By a stream of their own, which waits for what was `begun` alone, and not for all that was issued since.
+
+        A step notes its loss first: what has the one, by then, has the other.
+        """
+
         def copy(tensor: Tensor) -> Tensor:
             return torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
 
-        losses, correct = copy(losses), copy(correct)
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return cls(losses, correct, taken, arrived, last)
+        stream = _stream(losses.device, "glance")
+        stream.wait_event(begun)
+        with torch.cuda.stream(stream):
+            correct, losses = copy(correct), copy(losses)
+            arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            arrived.record(stream)
+        return cls(losses, correct, time.monotonic(), arrived)
 
 
 class CapturedSteps(Steps):
@@ -194,7 +209,7 @@ class CapturedSteps(Steps):
         self.size = end - start
         self.first_row = torch.zeros(1, dtype=torch.int64, device=device)
         self.offsets = torch.arange(self.size, device=device)
-        self.stream = _capture_stream(device)
+        self.stream = _stream(device, "capture")
         self.graph: torch.cuda.CUDAGraph | None = None
         self.left = WARM_UP
 
@@ -254,7 +269,7 @@ class CapturedSteps(Steps):
 
 
 @functools.cache
-def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+def _stream(device: torch.device, purpose: str) -> torch.cuda.Stream:
     """One for all runs of the process: cuBLAS keeps memory to work in for every stream that it has been called on."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 

@@ -29,12 +29,16 @@ def within(preset: Preset, minutes: float, where: Where, watcher: Watcher) -> Pr
     def seconds(epochs: int) -> float:
         return full_run(having(preset.config, "train.epochs", epochs), rates)["seconds"]
 
+    def of(epochs: int) -> Preset:
+        fitted = parse_config(having(preset.config, "train.epochs", epochs).model_dump(), f"--minutes {minutes:g}")
+        return replace(preset, config=fitted if shipped(preset.name) is not None else without_figures(fitted))
+
     def most() -> int:
         return bisect_right(range(1, MOST_EPOCHS + 1), 60 * minutes, key=seconds)
 
     epochs = most()
     if epochs and sides.takes_its_steps_otherwise(epochs):  # as a longer or shorter run than the preset's own
-        _, rates = measure_rates(replace(preset, config=having(preset.config, "train.epochs", epochs)), where, watcher)
+        _, rates = measure_rates(of(epochs), where, watcher)
         epochs = min(epochs, most())
     if not epochs:
         raise UsageError(
@@ -42,10 +46,7 @@ def within(preset: Preset, minutes: float, where: Where, watcher: Watcher) -> Pr
             "at the test set; give it more minutes, or take a smaller --image-size or --set data.fraction=0.1"
         )
     watcher.say(f"--minutes {minutes:g}: a run of --epochs {epochs} takes about {duration(seconds(epochs))} here")
-    if epochs == preset.config.train.epochs:
-        return preset
-    fitted = parse_config(having(preset.config, "train.epochs", epochs).model_dump(), f"--minutes {minutes:g}")
-    return replace(preset, config=fitted if shipped(preset.name) is not None else without_figures(fitted))
+    return preset if epochs == preset.config.train.epochs else of(epochs)
 
 
 def measure_rates(preset: Preset, where: Where, watcher: Watcher) -> tuple[Sides, Rates]:

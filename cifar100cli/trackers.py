@@ -184,7 +184,7 @@ class Tracked(Watcher):
     def stages(self, rows: Sequence[StageRow]) -> None:
         self._watcher.stages(rows)
 
-    def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
+    def step(self, taken: int, glance: Callable[[], EpochProgress | None]) -> None:
         self._watcher.step(taken, glance)
 
     def measure(self, known: EpochProgress) -> None:

@@ -88,7 +88,7 @@ def fit(job: Job, run: RunDir, watcher: Watcher) -> TrainState:
         if saved is not None:
             ranks.on_first(lambda: saver.catch_up(saved, state))
 
-        def on_step(taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
+        def on_step(taken: int, glance: Callable[[], EpochProgress | None]) -> None:
             if ranks.count() == 1:  # several ranks end together, after the epoch
                 saver.check()  # raises what went wrong with saving the one before
             watcher.step(taken, glance)
@@ -97,9 +97,8 @@ def fit(job: Job, run: RunDir, watcher: Watcher) -> TrainState:
             started = time.perf_counter()
             trained = train_epoch(steps, config, epoch, on_step)
             train_seconds = time.perf_counter() - started
-            watcher.measure(
-                EpochProgress(len(loaders.train), loaders.train.count, trained["train_loss"], trained["train_top1"])
-            )
+            loss, top1, now = trained["train_loss"], trained["train_top1"], time.monotonic()
+            watcher.measure(EpochProgress(len(loaders.train), loaders.train.count, loss, top1, now))
             row: dict[str, Any] = {"epoch": epoch, **trained} | dict.fromkeys(("test_loss", "test_top1", "test_top5"))
             if not config.train.sync_batch_norm:
                 _agree_on_statistics(training)
@@ -146,7 +145,7 @@ def prepare_steps(job: Job) -> Training:
 
 
 def train_epoch(
-    steps: Steps, config: Config, epoch: int, on_step: Callable[[int, Callable[[int], EpochProgress | None]], None]
+    steps: Steps, config: Config, epoch: int, on_step: Callable[[int, Callable[[], EpochProgress | None]], None]
 ) -> dict[str, float]:
     """One pass over the training images. The host waits for the device once, at the end, for the sums.
 

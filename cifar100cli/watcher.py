@@ -27,13 +27,15 @@ class StageRow:
 class EpochProgress:
     """What is known of an epoch while it runs: steps and images so far, and this rank's mean loss and accuracy of them.
 
-    A GPU is behind what was issued. Before its first step, loss and accuracy are NaN.
+    A GPU is behind what was issued. Before its first step, loss and accuracy are NaN. `at` says when it was so, by
+    `time.monotonic`.
     """
 
     steps: int
     images: int
     loss: float
     top1: float
+    at: float
 
 
 @dataclass
@@ -61,8 +63,8 @@ class Watcher:
     def begin(self, config: "Config", run: Path, first_epoch: int, steps_per_epoch: int, place: str) -> None:
         """Training starts in the run's folder, or goes on, with `first_epoch`; `place` is device and precision."""
 
-    def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
-        """The epoch's `taken`-th step was issued. `glance(taken)` tells what is known by now, and waits for nothing.
+    def step(self, taken: int, glance: Callable[[], EpochProgress | None]) -> None:
+        """The epoch's `taken`-th step was issued. `glance()` tells what is known by now, and waits for nothing.
 
         After the last one it is called on and on until a GPU has done them all.
         """

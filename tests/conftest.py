@@ -245,7 +245,7 @@ class StopAfter(Listening):
         super().__init__()
         self.left = steps
 
-    def step(self, taken: int, glance: Callable[[int], EpochProgress | None]) -> None:
+    def step(self, taken: int, glance: Callable[[], EpochProgress | None]) -> None:
         self.left -= 1
         if self.left == 0:
             raise KeyboardInterrupt

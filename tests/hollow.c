@@ -1,8 +1,8 @@
 /* A CUDA runtime without a GPU: memory, streams, events and graphs are there, and no kernel computes anything.
  *
  * Loaded in front of the real one (LD_PRELOAD), it lets PyTorch's own CUDA code run to its end: where tensors are, what
- * a step launches, whether it can be captured, and what makes the host wait, which is counted. What kernels would have
- * written is whatever was in that memory before. `tests/hollow.py` builds it, and says what is tried with it.
+ * a step launches, whether it can be captured, and what makes the host wait, which is counted. Whatever is asked of the
+ * device is 0. `tests/hollow.py` builds it, and says what is tried with it.
  */
 #include <cuda_runtime_api.h>
 #include <pthread.h>
@@ -61,7 +61,6 @@ static cudaError_t give_back(void *pointer) {
 }
 
 cudaError_t cudaMalloc(void **pointer, size_t size) { return take(pointer, size, DEVICE); }
-cudaError_t cudaFree(void *pointer) { return give_back(pointer); }
 cudaError_t cudaMallocHost(void **pointer, size_t size) { return take(pointer, size, PINNED); }
 cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned flags) { return take(pointer, size, PINNED); }
 cudaError_t cudaFreeHost(void *pointer) { return give_back(pointer); }
@@ -92,6 +91,10 @@ static cudaError_t waited(void) {
     waits++;
     int here = captured && pthread_equal(by, pthread_self()) && mode != cudaStreamCaptureModeRelaxed;
     return here ? refuse(cudaErrorStreamCaptureUnsupported) : cudaSuccess;
+}
+cudaError_t cudaFree(void *pointer) {
+    cudaError_t error = pointer ? waited() : cudaSuccess;
+    return error ? error : give_back(pointer);
 }
 static cudaError_t new_handle(void *handle) {
     *(void **)handle = calloc(1, 64);
@@ -163,6 +166,7 @@ static cudaError_t copy(void *to, const void *from, size_t size, int async, cuda
     }
     if (source == DEVICE && (!target || (!async && target == PINNED)) && waited() != cudaSuccess) return last;
     if (capturing(stream)) nodes++;
+    else if (source == DEVICE && target != DEVICE) memset(to, 0, size); /* what no kernel has written */
     else memmove(to, from, size);
     return cudaSuccess;
 }

@@ -338,6 +338,15 @@ def test_epochs_whose_steps_are_taken_otherwise_are_measured_again(
     assert (asked, fitted.config.train.epochs) == ([10, 6], 3)
 
 
+def test_few_epochs_that_a_preset_cannot_have_are_told_before_they_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time_limit, "measure_rates", lambda *_: (unittest.mock.Mock(), Rates(1000, 1e9, None)))
+    preset = make_preset(schedule={"name": "multi_step", "milestones": [20]}, train={"epochs": 30})
+    with pytest.raises(UsageError, match=r"--minutes 0\.5.*schedule\.milestones|schedule\.milestones.*--minutes 0\.5"):
+        time_limit.within(preset, 0.5, where(tmp_path), Listening())
+
+
 def test_the_way_steps_are_taken_depends_on_the_epochs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = sides_of(tmp_path)
     assert not sides.takes_its_steps_otherwise(1000)

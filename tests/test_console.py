@@ -83,19 +83,20 @@ def test_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
 def test_a_gpu_is_behind_what_was_issued(monkeypatch: pytest.MonkeyPatch) -> None:
     """The line tells what is done, and nothing of what is not known yet."""
     monkeypatch.setattr(time, "monotonic", iter(range(0, 1000, 10)).__next__)
-    with terminal(monkeypatch) as text, TrainingDisplay("mine") as display:
+    with terminal(monkeypatch) as written, TrainingDisplay("mine") as display:
         display.begin(make_preset().config, Path(), 1, 5, "cuda:0 in bf16")
-        display.step(5, lambda taken: EpochProgress(0, 0, math.nan, math.nan))
-        display.step(5, lambda taken: EpochProgress(2, 100, 3.5, 0.25))
-        display.measure(EpochProgress(5, 250, 3.0, 0.5))
-    drawn = re.findall(r"((?:measuring )?epoch 1/3) \S+ +(\d)/5 steps(  .* left)?", text())
+        display.step(5, lambda: EpochProgress(0, 0, math.nan, math.nan, 5))
+        display.step(5, lambda: EpochProgress(2, 100, 3.5, 0.25, 10))
+        display.measure(EpochProgress(5, 250, 3.0, 0.5, 30))
+    text = ESCAPES.sub("", written())
+    drawn = re.findall(r"((?:measuring )?epoch 1/3) \S+ +(\d)/5 steps(  .* left)?", text)
     assert {(what, done, bool(left)) for what, done, left in drawn} == {
         ("epoch 1/3", "0", False),
         ("epoch 1/3", "2", True),
         ("measuring epoch 1/3", "5", True),
     }
-    assert "nan" not in text()
-    assert "loss 3.5000  train 25.00%" in text()
+    assert "nan" not in text
+    assert "loss 3.5000  train 25.00%" in text
 
 
 @pytest.mark.usefixtures("small_synthetic")

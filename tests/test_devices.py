@@ -61,6 +61,16 @@ def test_the_peak_of_a_run_is_not_that_of_the_one_before() -> None:
 
 
 @pytest.mark.usefixtures("auto_is_auto")
+@pytest.mark.parametrize(("apple", "expected"), [(False, "cpu"), (True, "mps")])
+def test_without_cuda_auto_is_apples_gpu_or_the_cpu(
+    monkeypatch: pytest.MonkeyPatch, apple: bool, expected: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: apple)
+    assert devices.select_device("auto") == torch.device(expected)
+
+
+@pytest.mark.usefixtures("auto_is_auto")
 def test_the_chosen_gpu_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whose streams, events and waits PyTorch takes where none is named."""
     current: list[torch.device] = []

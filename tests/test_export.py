@@ -126,13 +126,16 @@ def test_what_the_exporter_cannot_take_is_told_in_words(
     """Its errors, and the runtime's, are of many kinds."""
 
     def fail(*_: object) -> None:
-        raise ArithmeticError("Constraints violated (batch)!\nFor more information, run with TORCH_LOGS")
+        try:
+            raise ArithmeticError("Constraints violated (batch)!\nFor more information, run with TORCH_LOGS")
+        except ArithmeticError as error:
+            raise LookupError("Failed to export the model. This is step 1/3. Next steps: ...") from error
 
     monkeypatch.setattr(export, part, fail)
     outcome = run_cli("export", plain, "--out", "model.onnx")
     assert (outcome.code, len(outcome.err.splitlines())) == (1, 1)
     assert words in outcome.err
-    assert "Constraints violated (batch)!" in outcome.err
+    assert "Constraints violated (batch)!" in outcome.err, "and not the advice around it"
     assert not Path("model.onnx").exists()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -69,7 +70,7 @@ def pretend_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
                 raise RuntimeError("operation failed due to a previous error during capture")
 
     monkeypatch.setattr(torch.cuda, "Stream", PretendStream)
-    monkeypatch.setattr(steps, "_capture_stream", functools.cache(steps._capture_stream.__wrapped__))
+    monkeypatch.setattr(steps, "_stream", functools.cache(steps._stream.__wrapped__))
     monkeypatch.setattr(torch.cuda, "current_stream", PretendStream)
     monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "CUDAGraph", PretendGraph)
@@ -131,6 +132,24 @@ def test_captured_steps_train_as_steps_one_by_one_do(tmp_path: Path, recipe: str
     assert other.graph.replays == (6 if recipe == "growing" else 12) - steps.WARM_UP
     for ours, theirs in zip(captured.model.state_dict().values(), plain.model.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_a_glance_counts_what_is_done(tmp_path: Path) -> None:
+    """A GPU is asked while it works: what is -1 is not done yet, whatever stands behind it."""
+    taken = Steps(training_of(make_preset(), tmp_path))
+    for epoch in (1, 2):
+        taken.begin(epoch)
+        nothing = taken.glance()
+        assert nothing is not None
+        assert (nothing.steps, nothing.images, math.isnan(nothing.loss)) == (0, 0, True)
+        taken.take(0)
+        taken.take(1)
+        known = taken.glance()
+        assert known is not None
+        assert (known.steps, known.images) == (2, 128)
+    losses, correct = torch.tensor([4.0, 2.0, 0.0, 9.0]), torch.tensor([16, 32, -1, 64])
+    known = taken._known(losses, correct, 7.0)
+    assert (known.steps, known.images, known.loss, known.top1, known.at) == (2, 128, 3.0, 48 / 128, 7.0)
 
 
 @pytest.mark.usefixtures("pretend_cuda")
