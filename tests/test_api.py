@@ -316,6 +316,7 @@ def test_a_model_that_is_traced_leaves_others_alone(run: Path) -> None:
     assert augment._KEPT == {}
 
 
+@pytest.mark.usefixtures("small_synthetic")
 def test_the_callers_settings_of_torch_are_not_the_runs_and_are_kept(tmp_path: Path) -> None:
     """Autocast, default types and devices, and what is switched off."""
 
@@ -400,6 +401,7 @@ def test_a_run_of_a_device_that_is_not_here_says_what_goes_on(run: Path, tmp_pat
     assert resume(copy, device="cpu")["complete"]
 
 
+@pytest.mark.usefixtures("small_synthetic")
 def test_threads_take_turns(tmp_path: Path) -> None:
     """There is one generator of random numbers for all of them."""
     presets = [load_preset("quickstart", {**OVERRIDES, "seed": seed, "model.drop_rate": 0.3}) for seed in (0, 1)]
