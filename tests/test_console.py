@@ -149,11 +149,12 @@ def test_the_report_fits_80_columns(monkeypatch: pytest.MonkeyPatch, tmp_path: P
     assert len(best) == 2, "and its best epoch, where one was chosen on these images"
 
 
-@pytest.mark.parametrize("no_color", ["", "1"])
-def test_no_colour_where_nobody_wants_one(monkeypatch: pytest.MonkeyPatch, no_color: str) -> None:
-    """Neither in lines of our own, nor in Rich's tables and bars; a NO_COLOR that is empty says nothing."""
+@pytest.mark.parametrize("no_color", [None, "1"])
+def test_no_colour_where_nobody_wants_one(monkeypatch: pytest.MonkeyPatch, no_color: str | None) -> None:
+    """Neither in lines of our own, nor in Rich's tables and bars."""
     with terminal(monkeypatch) as written:
-        monkeypatch.setenv("NO_COLOR", no_color)
+        if no_color is not None:
+            monkeypatch.setenv("NO_COLOR", no_color)
         console.error("a mistake")
         console.table("title", ("a",), [("b",)])
         with counting("images", 2) as advance:
