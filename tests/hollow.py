@@ -151,6 +151,7 @@ def _commands() -> dict[str, Callable[[], None]]:
     small = ("--dataset", "synthetic", "--backbone", "test_resnet")
     short = ("--epochs", "2", *small, "--batch-size", "100")
     tuned = ("--epochs", "2", *small, "--init", "none", "--image-size", "32", "--set", "data.batch_size=100")
+    timed = ("--steps", "2", "--repeats", "1", "--image-size", "32", *small[2:])
     return {
         " ".join(arguments[:3]): partial(_command, *arguments)
         for arguments in (
@@ -163,18 +164,7 @@ def _commands() -> dict[str, Callable[[], None]]:
             ("finetune-cifar10", "--unfreeze", "layer3", *tuned),
             ("finetune-cifar10", "--no-cache", "--unfreeze", "fc", *tuned, "--bn", "adapt"),
             ("evaluate", "--tta", "RUN"),
-            (
-                "bench",
-                "--steps",
-                "2",
-                "--repeats",
-                "1",
-                "--preset",
-                "finetune-layer4",
-                "--image-size",
-                "32",
-                *small[2:],
-            ),
+            ("bench", "--preset", "finetune-layer4", *timed),
         )
     }
 
