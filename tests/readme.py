@@ -22,7 +22,8 @@ from cifar100cli import cli
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 TRANSLATION = ROOT / "README.ja.md"
-DOCUMENTS = [path for path in (README, TRANSLATION, ROOT / "presets" / "MEASURED.md") if path.is_file()]
+RECORDS = [ROOT / "presets" / "MEASURED.md", ROOT / "cifar100cli" / "SPEED.md", ROOT / "tests" / "RELIABILITY.md"]
+DOCUMENTS = [path for path in (README, TRANSLATION, *RECORDS) if path.is_file()]
 
 GPU = "# needs a GPU"  # at the end of a line: it is read by the tests, and not run
 _UV = (".uv/bin/uv", "run")

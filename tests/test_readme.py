@@ -72,8 +72,8 @@ def test_both_commands_come_first_and_are_one_line_each() -> None:
 
 
 def test_claims_are_the_readmes_and_their_tests_exist() -> None:
-    """tests/claims.md: a quotation on the left, `file::test` on the right."""
-    said = " ".join(TEXT.split())
+    """tests/claims.md: a quotation of it or of a file of records on the left, `file::test` on the right."""
+    said = " ".join(" ".join(path.read_text(encoding="utf-8") for path in (readme.README, *readme.RECORDS)).split())
     rows = re.findall(r"^\| (?!claim )(\S.*?) \| (.+) \|$", CLAIMS.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert len(rows) > 50
     for claim, behind in rows:

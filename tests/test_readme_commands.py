@@ -1,4 +1,4 @@
-"""The README's commands, run as they stand, block by block, in a folder that has what they name.
+"""The commands of the README and its records, run as they stand, block by block, in a folder that has what they name.
 
 What a test cannot have is replaced below the command line: the data sets by a few drawn images, timm's hub by random
 weights, the network by a server on this machine, and hours by presets that are made small after the flags are read.
@@ -38,7 +38,11 @@ FIRST = "runs/resnet18-baseline/20251231-100000-seed0"
 UNFINISHED = "runs/quickstart/20251231-110000-seed0"
 
 TEXT = readme.README.read_text(encoding="utf-8")
-BLOCKS = [list(readme.commands(block)) for block in readme.blocks(TEXT, "bash")]
+BLOCKS = [
+    list(readme.commands(block))
+    for path in (readme.README, *readme.RECORDS)
+    for block in readme.blocks(path.read_text(encoding="utf-8"), "bash")
+]
 # Whole commands within sentences, each for itself; RUN is a run.
 BLOCKS += [
     list(readme.commands(span.replace("RUN", FIRST)))
