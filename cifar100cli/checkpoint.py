@@ -12,14 +12,13 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from cifar100cli.averaging import MovingAverage
 from cifar100cli.bounded import one_line
 from cifar100cli.card import KEY, Card, parse_card, parse_metadata, read_about
 from cifar100cli.config import parse_config
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.loader import Preprocessing
 from cifar100cli.models import create_model, outline
-from cifar100cli.optim import keys_of_state
+from cifar100cli.optim import MovingAverage, keys_of_state
 from cifar100cli.runs import MODEL, find_model
 from cifar100cli.schema import Config
 from cifar100cli.tensors import are_as_written, load_tensors, save_tensors

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from torch import nn
 
 from cifar100cli.errors import UsageError
-from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.models import classifiers
+from cifar100cli.optim import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.schema import Config, Finetune
 from cifar100cli.stages import Stage, freeze, learning, stage_rows, stages_of
 from cifar100cli.watcher import Watcher

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from cifar100cli.erasing import Color
-from cifar100cli.groups import Group
 from cifar100cli.loader import Batch, DeviceLoader
+from cifar100cli.optim import Group
 from cifar100cli.policies import color_of
 from cifar100cli.schema import Augment, Optimizer
 from cifar100cli.tasks import Task

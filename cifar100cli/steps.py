@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cifar100cli.averaging import MovingAverage
 from cifar100cli.bounded import one_line, printable
 from cifar100cli.devices import TENSOR_CORES, Cast, in_words
 from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.loader import Batch, DeviceLoader, Plan
+from cifar100cli.optim import MovingAverage
 from cifar100cli.sam import uphill
 from cifar100cli.tasks import StepOutput, Task
 from cifar100cli.watcher import EpochProgress

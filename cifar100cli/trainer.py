@@ -9,16 +9,13 @@ import torch
 from torch import nn
 
 from cifar100cli import batch_norm, checkpoint, metrics, ranks
-from cifar100cli.averaging import MovingAverage
 from cifar100cli.card import Card
 from cifar100cli.devices import Cast, autocast, peak_memory
 from cifar100cli.errors import DataError, DivergedError
-from cifar100cli.groups import Group
 from cifar100cli.loader import DeviceLoader, derived_seed
-from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.optim import Group, MovingAverage, create_optimizer, learning_rate, set_learning_rate
 from cifar100cli.runs import LARGEST, STATE, RunDir
 from cifar100cli.saving import Saver
-from cifar100cli.schedule import learning_rate
 from cifar100cli.schema import Config
 from cifar100cli.stages import Parted
 from cifar100cli.steps import StepMode, Steps, Training, create_steps

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from cifar100cli import cli, console, devices, fetch, interrupts, runs, synthetic
 from cifar100cli.augment import Epoch, Policy, flip, in_turn, random_crop
-from cifar100cli.averaging import MovingAverage
 from cifar100cli.config import Preset
 from cifar100cli.folders import Where
+from cifar100cli.optim import MovingAverage
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
 from cifar100cli.watcher import EpochProgress, StageRow, Watcher

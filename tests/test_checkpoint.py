@@ -14,12 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cifar100cli import checkpoint, devices, runs, tensors
-from cifar100cli.averaging import MovingAverage
 from cifar100cli.card import KEY, Card
 from cifar100cli.errors import ChangedWeights, DataError
-from cifar100cli.groups import everything
 from cifar100cli.models import create_model
-from cifar100cli.optim import create_optimizer
+from cifar100cli.optim import MovingAverage, create_optimizer, everything
 from cifar100cli.schema import Config
 from cifar100cli.tensors import checksum
 from cifar100cli.watcher import TrainState

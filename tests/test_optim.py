@@ -10,9 +10,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cifar100cli.groups import Group, divided, everything, hidden_weights, without_decay
 from cifar100cli.muon import Muon, orthogonalised
-from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.optim import (
+    Group,
+    create_optimizer,
+    divided,
+    everything,
+    hidden_weights,
+    set_learning_rate,
+    without_decay,
+)
 from cifar100cli.schema import Optimizer
 
 

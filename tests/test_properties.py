@@ -26,7 +26,7 @@ from cifar100cli.card import KEY
 from cifar100cli.config import load_preset
 from cifar100cli.download import OFFICIAL
 from cifar100cli.errors import CifarError, DataError, UsageError
-from cifar100cli.schedule import learning_rate
+from cifar100cli.optim import learning_rate
 from cifar100cli.schema import Config, Schedule
 from cifar100cli.unpickle import PickleError, read_pickle
 from tests.test_checkpoint import make_card, make_model

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from cifar100cli.averaging import MovingAverage
 from cifar100cli.loader import Batch, DeviceLoader, Plan
+from cifar100cli.optim import MovingAverage
 from cifar100cli.sam import uphill
 from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cifar100cli import checkpoint, interrupts, runs, tensors
-from cifar100cli.averaging import MovingAverage
+from cifar100cli.optim import MovingAverage
 from cifar100cli.runs import RunDir
 from cifar100cli.saving import Saver
 from cifar100cli.watcher import TrainState

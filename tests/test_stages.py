@@ -11,9 +11,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar100cli import schema
 from cifar100cli.errors import UsageError
-from cifar100cli.groups import Group
 from cifar100cli.models import classifiers, create_model
-from cifar100cli.optim import create_optimizer, set_learning_rate
+from cifar100cli.optim import Group, create_optimizer, set_learning_rate
 from cifar100cli.schema import Config
 from cifar100cli.stages import Parted, Stage, freeze, learning, stage_rows, stages_of
 

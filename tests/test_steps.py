@@ -18,9 +18,8 @@ from cifar100cli import augment, jobs, steps, teachers, trainer
 from cifar100cli.config import Preset
 from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.folders import Where
-from cifar100cli.groups import everything
 from cifar100cli.loader import DeviceLoader, Plan
-from cifar100cli.optim import set_learning_rate
+from cifar100cli.optim import everything, set_learning_rate
 from cifar100cli.schema import Distillation
 from cifar100cli.steps import CapturedSteps, StepMode, Steps, Training
 from cifar100cli.tasks import DistillationTask

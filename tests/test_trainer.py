@@ -31,12 +31,11 @@ from cifar100cli import (
     trainer,
     workflows,
 )
-from cifar100cli.averaging import MovingAverage
 from cifar100cli.config import Preset
 from cifar100cli.errors import DataError, DivergedError, FolderError, RunInterrupted, UsageError
 from cifar100cli.folders import Where
-from cifar100cli.groups import everything
 from cifar100cli.loader import Batch, DeviceLoader, Plan
+from cifar100cli.optim import MovingAverage, everything
 from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
 from cifar100cli.watcher import EpochProgress, TrainState

@@ -11,9 +11,8 @@ from torch import nn
 
 from cifar100cli import jobs, trainer
 from cifar100cli.errors import UsageError
-from cifar100cli.groups import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.models import CosineHead, classifiers
-from cifar100cli.optim import create_optimizer
+from cifar100cli.optim import Group, by_layer, create_optimizer, divided, everything, hidden_weights, without_decay
 from tests.conftest import Listening, make_preset, where
 
 NETWORKS = ("resnet18", "test_vit", "test_convnext", "test_efficientnet", "test_vit2")

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 from torch.optim.lr_scheduler import LRScheduler
 
-from cifar100cli.schedule import learning_rate
+from cifar100cli.optim import learning_rate
 from cifar100cli.schema import Schedule
 
 PEAK, PER_EPOCH, EPOCHS = 0.3, 10, 6
