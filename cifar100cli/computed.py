@@ -27,7 +27,7 @@ from cifar100cli.loader import DeviceLoader
 from cifar100cli.tensors import are_as_written, load_tensors, save_tensors
 from cifar100cli.watcher import Watcher
 
-FORMAT = 2  # of a part; in its key
+FORMAT = 3  # of a part; in its key
 PART = 5000  # images
 KEPT = 2**30  # bytes of the largest table that is kept on the disk
 STALE = 3600  # seconds that no part takes to be written

@@ -6,7 +6,7 @@ among its weights (Jacob et al., arXiv 1712.05877, section 3.2). But for roundin
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from timm.layers.norm_act import BatchNormAct2d
@@ -26,24 +26,26 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
         model.train(training)
 
 
-def fold(model: nn.Module, sample: Tensor) -> nn.Module:
-    """A copy of a network in evaluation mode, without the batch norms that follow a convolution.
+def fold(model: nn.Module, sample: Tensor, parts: Iterable[nn.Module] | None = None) -> nn.Module:
+    """A copy of a network in evaluation mode, without the batch norms (within `parts`) that follow a convolution.
 
     Which do is seen when it is given `sample`, inputs (N, C, H, W) in float32. A network that would compute something
     else, because what a convolution gives goes elsewhere too, is returned as it is.
     """
     folded = copy.deepcopy(model).eval()
+    within = {id(module) for part in parts or [model] for module in part.modules()}
+    names = [name for name, module in model.named_modules() if id(module) in within]
     with torch.no_grad():
         expected = folded(sample)
-        for norm, convolution in _followed(folded, sample).items():
+        for norm, convolution in _followed(folded, sample, names).items():
             _fold(folded, convolution, norm)
         found = folded(sample)
     same = (found - expected).abs().max() <= ROUNDING * expected.abs().max()
     return folded if same else model
 
 
-def _followed(model: nn.Module, sample: Tensor) -> dict[str, str]:
-    """The batch norms that are given what a convolution gives, each with the name of this convolution."""
+def _followed(model: nn.Module, sample: Tensor, among: Iterable[str]) -> dict[str, str]:
+    """The batch norms that are given what a convolution gives, both `among` these modules, by their names."""
     last: tuple[Tensor, str] | None = None
     pairs = {}
 
@@ -56,7 +58,8 @@ def _followed(model: nn.Module, sample: Tensor) -> dict[str, str]:
             pairs[name] = last[1]
 
     handles = []
-    for name, module in model.named_modules():
+    for name in among:
+        module = model.get_submodule(name)
         if isinstance(module, nn.Conv2d):
             handles.append(module.register_forward_hook(lambda _, __, output, name=name: keep(name, output)))
         elif type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.track_running_stats:

@@ -1,7 +1,8 @@
 """Sharpness-Aware Minimisation: the gradient is taken where the loss is highest nearby.
 
 Foret et al., arXiv 2010.01412; its adaptive form, which measures nearness by each weight's size: Kwon et al., arXiv
-2102.11600.
+2102.11600. Drop-out and stochastic depth draw anew where the loss is highest: the gradient there is of another thinned
+network than the one that led there.
 """
 
 from collections.abc import Iterator

@@ -194,8 +194,11 @@ class Parted:
                     self._front.append(module)
 
     def fold(self, sample: Tensor) -> None:
-        """From now on, `front` is computed by a copy with folded batch norms; the frozen part does not move."""
-        self._looking = fold(self.model, sample)
+        """From now on, `front` is computed by a copy with folded batch norms; the frozen part does not move.
+
+        A norm that learns stays, even if it follows the front's last convolution.
+        """
+        self._looking = fold(self.model, sample, self._front)
 
     def front(self, inputs: Tensor) -> Tensor:
         """What the first learning stage is given for `inputs`, in evaluation mode, without gradients."""

@@ -96,7 +96,7 @@ def _met_along(size: int, places: int, kernel: int, stride: int, padding: int) -
 class _Unrolled(torch.autograd.Function):
     """Rows (N, pixels x C) of images, by a convolution's weight (O, C, h, w), to (N, O x pixels out).
 
-    The matrix is made of the weight's taps, and its gradient is summed up into them in float32.
+    The matrix is made of the weight's taps, and its gradient is summed up into them in float32, or float64.
     """
 
     @staticmethod
@@ -119,7 +119,8 @@ class _Unrolled(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             channels_out, channels, down, across = ctx.shape
             blocks = (gradient.T @ rows).view(channels_out, -1, channels)
-            by_tap = torch.zeros(channels_out, down * across, channels, device=rows.device)
+            dtype = torch.promote_types(rows.dtype, torch.float32)
+            by_tap = torch.zeros(channels_out, down * across, channels, dtype=dtype, device=rows.device)
             for number, tap in enumerate(tap for meets in ctx.taps for tap in meets):
                 if tap is not None:
                     by_tap[:, tap] += blocks[:, number]

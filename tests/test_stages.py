@@ -72,6 +72,26 @@ def test_the_parted_network_is_the_whole_one(name: str, unfreeze: str) -> None:
         assert torch.equal(model(inputs), whole)
 
 
+@pytest.mark.parametrize(
+    ("name", "unfreeze"), [("vgg11_bn", "layer4"), ("wrn16_4", "layer1"), ("resnet18", "layer4"), ("resnet9", "fc")]
+)
+def test_a_norm_that_learns_is_not_folded_into_what_is_frozen(name: str, unfreeze: str) -> None:
+    """Even if it is the norm of the frozen part's last convolution."""
+    model, stages = build(name, size=32)
+    for norm in (module for module in model.modules() if isinstance(module, nn.BatchNorm2d)):
+        assert norm.running_mean is not None
+        assert norm.running_var is not None
+        nn.init.normal_(norm.running_mean, std=0.3)
+        nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        nn.init.normal_(norm.weight, 1.0, 0.7)
+        nn.init.normal_(norm.bias, std=0.3)
+    parted = Parted(model, learning(stages, unfreeze, name)[0].start)
+    inputs = torch.randn(2, 3, 32, 32)
+    whole = parted.front(inputs)
+    parted.fold(inputs)
+    torch.testing.assert_close(parted.front(inputs), whole, rtol=0, atol=float(1e-5 * whole.abs().max()))
+
+
 def test_a_network_that_is_no_chain_is_found_out() -> None:
     """A vision transformer adds its positions to whatever it is given."""
     model, stages = build("test_vit", size=160)

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.grad import conv2d_weight
+from torch.utils.flop_counter import FlopCounterMode
 
 from cifar100cli.unrolled import UnrolledConv2d, unroll
 
@@ -96,12 +97,24 @@ def test_in_bfloat16_no_digits_are_lost() -> None:
 def test_only_where_it_takes_no_more_multiplications(size: int, kernel: int, stride: int, unrolled: bool) -> None:
     layer = nn.Conv2d(4, 8, kernel, stride, kernel // 2)
     unroll(layer)
-    with torch.utils.flop_counter.FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:
         layer(torch.randn(2, 4, size, size))
     kinds = {str(kind).split(".")[-1] for kind in counter.get_flop_counts()["Global"]}
     assert kinds == ({"mm"} if unrolled else {"convolution"})
     out = (size - 1) // stride + 1
     assert counter.get_total_flops() <= 2 * 2 * 4 * 8 * kernel**2 * out**2
+
+
+def test_in_float64_gradients_are_as_exact() -> None:
+    """And whatever the default type is, by which a sum would be rounded."""
+    layer = nn.Conv2d(3, 4, 3, padding=1).double()
+    unroll(layer)
+    images = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.autograd.gradcheck(lambda x, _: layer(x), (images, layer.weight))
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def test_without_a_gradient_for_the_images() -> None:
