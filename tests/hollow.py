@@ -45,6 +45,8 @@ def obstacle() -> str | None:
         return f"needs the headers of CUDA {CUDA}, as Triton has them"
     if shutil.which("cc") is None or subprocess.run(["cc", "-E", *FLAGS], capture_output=True, check=False).returncode:
         return "needs a C compiler, and the C library's headers"
+    if os.statvfs(tempfile.gettempdir()).f_flag & os.ST_NOEXEC:
+        return "needs a folder for temporary files that is not mounted noexec (TMPDIR)"
     return None
 
 

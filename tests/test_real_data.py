@@ -59,7 +59,10 @@ def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(("name", "archive"), [("cifar100", "cifar-100-python"), ("cifar10", "cifar-10-python")])
-def test_download_and_read(run_cli: Cli, server: str, tmp_path: Path, name: str, archive: str) -> None:
+def test_download_and_read(
+    run_cli: Cli, server: str, tmp_path: Path, name: str, archive: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
     path = Path(str(ARCHIVES)) / f"{archive}.tar.gz"
     sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
     arguments = ["--dataset", name, "--data-dir", str(tmp_path), "--url", f"{server}/{path.name}", "--sha256", sha256]
