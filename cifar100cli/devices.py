@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import functools
 import os
 import re
 import sys
@@ -13,7 +14,8 @@ from typing import Any
 import torch
 
 from cifar100cli import depthwise, ranks
-from cifar100cli.errors import UsageError
+from cifar100cli.bounded import one_line
+from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.schema import Config
 from cifar100cli.shared import Shared
 
@@ -25,8 +27,9 @@ TENSOR_CORES = (7, 0)  # the compute capability from which on CUDA devices have 
 
 
 def select_device(name: str) -> torch.device:
-    """`auto` is CUDA, then Apple's MPS, then the CPU. Raises `UsageError` for a device that is not here.
+    """`auto` is CUDA, then Apple's MPS, then the CPU.
 
+    Raises `UsageError` for a device that is not here, and `CifarError` for one that this PyTorch cannot compute on.
     Where it is the CPU, the process keeps the memory that tensors leave, for the next ones. From here on, float32 is
     float32 on every device.
     """
@@ -38,7 +41,30 @@ def select_device(name: str) -> torch.device:
         # Read once, at the first matrix product of the process: too late for a deterministic run after another one.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(device)  # streams, events and waits are those of the current device
+        _try(device)
     return device
+
+
+@functools.cache
+def _try(device: torch.device) -> None:
+    """Run a kernel on a CUDA device, once: whether PyTorch was built with any for it, no question to it tells."""
+    try:
+        torch.ones(1, device=device).add_(1)
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        major, minor = torch.cuda.get_device_capability(device)
+        gpu = f"{device} ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor})"
+        raise CifarError(  # and no `UsageError`, of which the first rank alone tells: each has a GPU of its own
+            f"PyTorch {torch.__version__} cannot compute on {gpu}: {_first_line(error)}; install one that is built for "
+            "this GPU (README, Installing), or use --device cpu"
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    """What PyTorch says of a device, without its advice to programmers on the lines behind it."""
+    return one_line(next(iter(str(error).splitlines()), type(error).__name__))
 
 
 # What says how float32 is multiplied, each alone and all together; PyTorch's older names are written besides, for one
@@ -112,13 +138,20 @@ def _select(name: str) -> torch.device:
     device = torch.device(name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: PyTorch finds no CUDA device here; --device auto takes what there is")
+            raise UsageError(f"--device {name}: {_why_none()}; --device auto takes what there is")
         if (device.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"--device {name}: there are {torch.cuda.device_count()} CUDA devices, counted from 0")
         return torch.device("cuda", device.index or 0)
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise UsageError("--device mps: PyTorch finds no Apple GPU here; --device auto takes what there is")
     return device
+
+
+def _why_none() -> str:
+    """Why there is no CUDA device, as far as that is known."""
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"PyTorch {torch.__version__} is built without CUDA (README, Installing, says where one with it is)"
+    return "PyTorch finds no CUDA device here (is there a GPU, and is its driver recent enough?)"
 
 
 def _keep_memory() -> None:

@@ -1,6 +1,7 @@
 """What a device is chosen for, and what the process does then."""
 
 import ctypes
+import functools
 import os
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from cifar100cli import devices
+from cifar100cli.errors import CifarError, UsageError
 
 KEPT = """
 import sys, torch
@@ -77,9 +79,85 @@ def test_the_chosen_gpu_is_the_current_one(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(devices, "_try", lambda device: None)
     for name in ("auto", "cuda", "cuda:1"):
         assert devices.select_device(name) == current[-1]
     assert current == [torch.device("cuda:0"), torch.device("cuda:0"), torch.device("cuda:1")]
+
+
+@pytest.fixture
+def old_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], list[str]]:
+    """A GPU on which every kernel fails as it is told to; gives the kernels that were asked for."""
+
+    def fails_with(words: str) -> list[str]:
+        tried: list[str] = []
+
+        def ones(*_: object, device: torch.device) -> None:
+            tried.append(str(device))
+            raise RuntimeError(words)
+
+        monkeypatch.setattr(torch, "ones", ones)
+        return tried
+
+    monkeypatch.setattr(devices, "_try", functools.cache(devices._try.__wrapped__))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce GTX 1080")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (6, 1))
+    return fails_with
+
+
+@pytest.mark.usefixtures("auto_is_auto")
+@pytest.mark.parametrize("name", ["auto", "cuda"])
+def test_a_gpu_that_pytorch_has_no_kernels_for_is_told(old_gpu: Callable[[str], list[str]], name: str) -> None:
+    """In one line, with what is there and what to do, before anything is loaded."""
+    old_gpu("CUDA error: no kernel image is available for execution on the device\nCompile with `TORCH_USE_CUDA_DSA`")
+    with pytest.raises(CifarError) as refusal:
+        devices.select_device(name)
+    assert str(refusal.value) == (
+        f"PyTorch {torch.__version__} cannot compute on cuda:0 (NVIDIA GeForce GTX 1080, compute capability 6.1): CUDA "
+        "error: no kernel image is available for execution on the device; install one that is built for this GPU "
+        "(README, Installing), or use --device cpu"
+    )
+
+
+def test_a_full_gpu_is_not_taken_for_an_old_one(old_gpu: Callable[[str], list[str]]) -> None:
+    old_gpu("CUDA error: out of memory")
+    with pytest.raises(RuntimeError, match="out of memory"):
+        devices.select_device("cuda")
+
+
+def test_a_gpu_is_tried_once(old_gpu: Callable[[str], list[str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And after a failure again: it may be another program's, and over."""
+    tried, zeros, waits = old_gpu("CUDA error: the device is busy"), torch.zeros(1), list[torch.device]()
+    with pytest.raises(CifarError, match="the device is busy"):
+        devices.select_device("cuda")
+    assert tried == ["cuda:0"]
+    monkeypatch.setattr(torch, "ones", lambda *_, device: zeros)
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    for _ in range(2):
+        devices.select_device("cuda")
+    assert waits == [torch.device("cuda:0")]
+
+
+@pytest.mark.parametrize(
+    ("cuda", "hip", "words"),
+    [
+        (None, None, "is built without CUDA (README, Installing, says where one with it is)"),
+        ("13.0", None, "PyTorch finds no CUDA device here (is there a GPU, and is its driver recent enough?)"),
+        (None, "7.0", "PyTorch finds no CUDA device here (is there a GPU, and is its driver recent enough?)"),
+    ],
+)
+def test_why_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch, cuda: str | None, hip: str | None, words: str) -> None:
+    """PyPI's wheels for Windows have no CUDA; a driver that is too old looks like none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", cuda)
+    monkeypatch.setattr(torch.version, "hip", hip)
+    with pytest.raises(UsageError) as refusal:
+        devices.select_device("cuda")
+    assert words in str(refusal.value)
+    assert str(refusal.value).endswith("; --device auto takes what there is")
 
 
 def products() -> list[object]:

@@ -147,6 +147,7 @@ def test_every_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(devices, "_try", lambda device: None)
     assert devices.select_device("auto") == devices.select_device("cuda") == torch.device("cuda:1")
     for name in ("cuda:0", "mps"):
         with pytest.raises(UsageError, match="every rank has a device of its own"):
