@@ -97,7 +97,9 @@ class Classifier(ImagesToLogits):
     @torch.inference_mode()
     def guesses(self, images: Tensor, top: int) -> list[list[dict[str, Any]]]:
         """The `top` most likely classes of images as `forward` takes them, in `predict`'s form."""
-        logits = torch.cat([self(some).cpu() for some in torch.split(images, PICTURES)])
+        portions = devices.Portions(self.device, PICTURES)
+        found = portions.of(slice(0, len(images)), lambda rows: self(images[rows]).cpu())
+        logits = torch.cat([answers for _, answers in found])
         metrics.refuse_no_answer(logits, self.path)
         probabilities, order = logits.double().softmax(1).topk(min(top, len(self.classes)), dim=1)
         return [

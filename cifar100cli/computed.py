@@ -22,6 +22,7 @@ from torch import Tensor
 from cifar100cli import interrupts, ranks
 from cifar100cli.augment import Views
 from cifar100cli.card import parse_metadata
+from cifar100cli.devices import Portions
 from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.loader import DeviceLoader
 from cifar100cli.tensors import are_as_written, load_tensors, save_tensors
@@ -61,10 +62,10 @@ def table(
 ) -> Tensor:
     """`function` of every version of every image of a loader: (versions, images, ...) of `dtype`.
 
-    `function` takes uint8 images (N, 3, H, W) on the loader's device, at most `batch_size` at once. `folder` is
-    for this table alone (`key`). The table is on the device if there is room, else on the host. Of several ranks each
-    computes some parts, and all have the whole. Raises `UsageError` where there is room nowhere, and
-    `CifarError` for a value that is beyond `dtype`.
+    `function` takes uint8 images (N, 3, H, W) on the loader's device, at most `batch_size` at once, and fewer where a
+    GPU has no memory for so many. `folder` is for this table alone (`key`). The table is on the device if there is
+    room, else on the host. Of several ranks each computes some parts, and all have the whole. Raises `UsageError`
+    where there is room nowhere, and `CifarError` for a value that is beyond `dtype`.
     """
     assert isinstance(loader.policy, Views)
     versions = loader.policy.versions
@@ -89,19 +90,22 @@ def table(
         watcher.say(f"{title}: kept in {folder}, nothing to compute")
         return whole
     _tidy(folder)
+    portions = Portions(loader.device, batch_size)
     with watcher.progress(title, sum(end - start for *_, start, end in missing)) as advance:
         for index, version, start, end in missing:
-            for first in range(start, end, batch_size):
-                last = min(first + batch_size, end)
-                values = function(version(loader.images[first:last]))
-                kept = whole[index, first:last] = values.to(dtype)
+
+            def compute(rows: slice, version: Callable[[Tensor], Tensor] = version) -> Tensor:
+                return function(version(loader.images[rows]))
+
+            for rows, values in portions.of(slice(start, end), compute):
+                kept = whole[index, rows] = values.to(dtype)
                 narrower = kept.dtype != values.dtype  # else there is nothing to wait for
                 if narrower and not bool(kept.isfinite().all()) and bool(values.isfinite().all()):
                     raise CifarError(  # no mistake in what was typed, which all ranks would find
                         f"{title}: some are too large for {str(dtype).removeprefix('torch.')}: "
                         "--set finetune.cache_dtype=float32 keeps them as they are"
                     )
-                advance(last - first)
+                advance(rows.stop - rows.start)
             if keep:
                 problem = _write(_path(folder, version, start), whole[index, start:end])
                 if problem:

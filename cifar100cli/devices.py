@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from cifar100cli import depthwise, ranks
 from cifar100cli.bounded import one_line
@@ -243,13 +244,42 @@ def is_out_of_memory(error: BaseException) -> bool:
 def in_words(error: BaseException) -> str | None:
     """What a user can do about an error of PyTorch's, where that is known."""
     if is_out_of_memory(error):
-        return "out of memory: lower --batch-size or --image-size"
+        return "out of memory: lower --batch-size or --image-size where the command has them, or name another --device"
     if found := _NOT_DETERMINISTIC.search(str(error)):
         return (
             "deterministic kernels are asked for (train.deterministic = true), and PyTorch has no deterministic "
             f"{found[1]} for this device; leave that out"
         )
     return None
+
+
+class Portions:
+    """How many rows a device has memory for at once: `most`, and each time that it runs out, half as many."""
+
+    def __init__(self, device: torch.device, most: int) -> None:
+        self.device, self.most = device, most
+
+    def of(self, rows: slice, compute: Callable[[slice], Tensor]) -> Iterator[tuple[slice, Tensor]]:
+        """What `compute` makes of rows that do not depend on each other, portion by portion.
+
+        Raises what PyTorch raises where there is no memory for a single row. So it does on a CPU for more of them:
+        there a run's bits are those of the same products, and these have other ones in other sizes.
+        """
+        first = rows.start
+        while True:
+            portion = slice(first, min(first + self.most, rows.stop))
+            count = portion.stop - first
+            try:
+                values = compute(portion)
+            except RuntimeError as error:
+                if count == 1 or self.device.type == "cpu" or not is_out_of_memory(error):
+                    raise
+                self.most = (count + 1) // 2
+                continue
+            yield portion, values
+            first = portion.stop
+            if first >= rows.stop:
+                return
 
 
 def forget_peak_memory(device: torch.device) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from cifar100cli.augment import Drawn, Epoch, Policy, Views, constant, none, on_device
 from cifar100cli.datasets import Split
+from cifar100cli.devices import Portions
 from cifar100cli.mixing import Mixed
 from cifar100cli.models import backbone_normalization
 from cifar100cli.schema import Data
@@ -139,6 +140,7 @@ class DeviceLoader:
     can be had again without those before it. With `features` set, they are looked up in place of the images.
 
     `images` are (N, 3, H, W) uint8 and `labels` (N,) int64, on `device`; `shares` are this rank's rows of each batch.
+    In `portions` of these the images are looked at, where nothing learns.
 
     Of several `ranks`, each makes its own share of every batch, and together they make the batches of one. A last
     batch of fewer than `smallest_batch` images joins the one before.
@@ -174,6 +176,7 @@ class DeviceLoader:
             slice(start + (end - start) * rank // ranks, start + (end - start) * (rank + 1) // ranks)
             for start, end in self.bounds
         ]
+        self.portions = Portions(device, max(self.batch_sizes()))
         # A batch's loss is the mean over its images, and that of the means of shares when these are weighted.
         self.loss_weights = [
             (share.stop - share.start) * ranks / (end - start)

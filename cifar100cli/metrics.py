@@ -73,17 +73,24 @@ def predict(
     """Logits (N, classes) float32 and labels (N,) int64 of a whole split, in its order, on the CPU.
 
     The model is in evaluation mode meanwhile, and afterwards as it was. The host waits once, at the end. Of several
-    ranks each looks at its share of every batch, and all have all logits in the end. `tta` takes means over views of
-    an image; `advance` is told how many images more were looked at.
+    ranks each looks at its share of every batch, and all have all logits in the end. A batch that a GPU has no memory
+    for is looked at in portions. `tta` takes means over views of an image; `advance` is told how many images more were
+    looked at.
     """
-    parts = []
+    answers: list[tuple[slice, Tensor]] = []
     with evaluating(model), torch.inference_mode(), cast():
-        for batch, size in zip(loader.epoch(1), loader.batch_sizes(), strict=True):
-            parts.append(average_over_views(model, loader, batch) if tta else model(batch.inputs).float())
+        plan = loader.plan(1)
+
+        def look(rows: slice) -> Tensor:
+            batch = loader.batch(plan, rows)
+            return average_over_views(model, loader, batch) if tta else model(batch.inputs).float()
+
+        for share, size in zip(loader.shares, loader.batch_sizes(), strict=True):
+            answers += loader.portions.of(share, look)
             advance(size)
-    logits = parts[0].new_zeros(loader.count, parts[0].shape[1])
-    for share, part in zip(loader.shares, parts, strict=True):
-        logits[share] = part
+    logits = answers[0][1].new_zeros(loader.count, answers[0][1].shape[1])
+    for rows, answer in answers:
+        logits[rows] = answer
     ranks.sum_up(logits)  # each row was filled on one rank, and is zero on the others
     return logits.cpu(), loader.labels.cpu()
 

@@ -303,7 +303,10 @@ def test_the_current_gpu_is_as_before(monkeypatch: pytest.MonkeyPatch, before: l
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (MemoryError(), "out of memory: lower --batch-size"),
+        (
+            MemoryError(),
+            "out of memory: lower --batch-size or --image-size where the command has them, or name another",
+        ),
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (
@@ -318,3 +321,52 @@ def test_what_a_user_can_do_about(error: BaseException, words: str) -> None:
 
 def test_what_is_a_mistake_of_ours_has_no_words() -> None:
     assert devices.in_words(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+
+
+def with_room_for(rows: int, asked: list[int]) -> Callable[[slice], torch.Tensor]:
+    """Twice what stands in each row, from a GPU that has no memory for more rows at once."""
+
+    def compute(portion: slice) -> torch.Tensor:
+        asked.append(portion.stop - portion.start)
+        if asked[-1] > rows:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return 2 * torch.arange(100)[portion]
+
+    return compute
+
+
+def test_what_a_gpu_has_no_memory_for_is_halved_until_it_has() -> None:
+    """And what fits is remembered."""
+    portions, asked = devices.Portions(torch.device("cuda"), 60), list[int]()
+    for rows, tried in (
+        (slice(0, 60), [60, 30, 15, 15, 15, 15]),
+        (slice(60, 100), [15, 15, 10]),
+        (slice(7, 7), [0]),  # a rank's share of few images
+    ):
+        asked.clear()
+        found = [*portions.of(rows, with_room_for(20, asked))]
+        assert asked == tried
+        expected = [*range(rows.start, rows.stop)]
+        assert [row for portion, _ in found for row in range(portion.start, portion.stop)] == expected
+        assert torch.cat([values for _, values in found]).tolist() == [2 * row for row in expected]
+
+
+@pytest.mark.parametrize(("device", "room", "tried"), [("cuda", 0, [4, 2, 1]), ("cpu", 3, [4])])
+def test_what_no_portion_fits_into_is_out_of_memory(device: str, room: int, tried: list[int]) -> None:
+    """On a CPU at once: a run's bits hang on the size of its products."""
+    asked: list[int] = []
+    with pytest.raises(torch.OutOfMemoryError):
+        [*devices.Portions(torch.device(device), 4).of(slice(0, 8), with_room_for(room, asked))]
+    assert asked == tried
+
+
+def test_other_errors_are_no_lack_of_memory() -> None:
+    asked: list[slice] = []
+
+    def compute(rows: slice) -> torch.Tensor:
+        asked.append(rows)
+        raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(RuntimeError, match="mat1"):
+        [*devices.Portions(torch.device("cuda"), 4).of(slice(0, 8), compute)]
+    assert asked == [slice(0, 4)]

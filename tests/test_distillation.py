@@ -15,10 +15,24 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from cifar100cli import checkpoint, computed, evaluation, jobs, losses, resume, runs, teachers, workflows
+from cifar100cli import (
+    augment,
+    checkpoint,
+    computed,
+    evaluation,
+    jobs,
+    losses,
+    resume,
+    runs,
+    synthetic,
+    teachers,
+    workflows,
+)
 from cifar100cli.config import Override, Preset, load_preset
+from cifar100cli.datasets import Split
+from cifar100cli.devices import Portions
 from cifar100cli.errors import DataError, RunInterrupted, UsageError
-from cifar100cli.loader import Batch
+from cifar100cli.loader import Batch, DeviceLoader, Preprocessing
 from cifar100cli.schema import Distillation
 from cifar100cli.tasks import ClassificationTask, DistillationTask, MarginTask
 from tests.conftest import EVERYTHING, TINY, Cli, Listening, StopAfter, make_preset, only_run, where
@@ -243,6 +257,31 @@ def test_the_cached_teacher_says_what_the_online_one_says(
         torch.testing.assert_close(looked_up, online.task.teacher(batch), rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(looked_up, alone, rtol=1e-4, atol=1e-4)
         assert not looked_up.requires_grad
+
+
+def test_what_a_gpu_has_no_memory_for_is_computed_in_portions(
+    tmp_path: Path, small_synthetic: synthetic.Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of both versions of 400 images, of which 30 fit at once."""
+    monkeypatch.setattr(computed, "Portions", lambda device, most: Portions(torch.device("cuda"), most))
+    images, labels = small_synthetic.train
+    loader = DeviceLoader(Split(images, labels), 64, torch.device("cpu"), Preprocessing(32), policy=augment.flip)
+    asked: list[int] = []
+
+    def left_column(some: Tensor) -> Tensor:
+        asked.append(len(some))
+        if len(some) > 30:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return some[:, 0, :, 0].float()
+
+    watcher = Listening()
+    table = computed.table(
+        "left columns", left_column, loader, batch_size=100, dtype=torch.float32, folder=tmp_path / "x", watcher=watcher
+    )
+    red = images[:, 0]
+    np.testing.assert_array_equal(table.numpy(), np.stack([red[:, :, 0], red[:, :, -1]]).astype(np.float32))
+    assert asked == [1, 100, 50, *[25] * 32]
+    assert watcher.counted == [25] * 32
 
 
 def test_training_with_either_teacher_is_the_same(

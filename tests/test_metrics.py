@@ -1,5 +1,6 @@
 """Every measure against torchmetrics, and by hand where a sum can be done by hand."""
 
+import contextlib
 import csv
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from torchmetrics.functional.classification import (
 )
 
 from cifar100cli import evaluation, metrics
+from cifar100cli.datasets import Split
+from cifar100cli.devices import Portions
+from cifar100cli.loader import DeviceLoader, Preprocessing
 
 
 @pytest.fixture
@@ -88,3 +92,30 @@ def test_equal_logits_are_predicted_alike_in_every_figure(tmp_path: Path) -> Non
     assert np.mean([row["true"] == row["predicted"] for row in rows]) == pytest.approx(found.top1)
     assert found.top1 == pytest.approx(metrics.score(logits, labels).top1)
     assert found.top5 >= found.top1
+
+
+class Narrow(torch.nn.Module):
+    """The mean of each channel, of few images at once."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        if len(inputs) > 20:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+        return inputs.mean((2, 3))
+
+
+@pytest.mark.parametrize("tta", [False, True])
+def test_images_that_do_not_fit_into_a_gpu_together_are_looked_at_in_portions(tta: bool) -> None:
+    """A trained epoch is not lost for it, and `evaluate` has no batch size to lower."""
+    random = np.random.default_rng(0)
+    split = Split(random.integers(0, 256, (100, 3, 32, 32), np.uint8), np.arange(100))
+    loader = DeviceLoader(split, 64, torch.device("cpu"), Preprocessing(32))
+    advanced: list[int] = []
+    loader.portions = Portions(torch.device("cuda"), loader.portions.most)
+    logits, labels = metrics.predict(Narrow(), loader, contextlib.nullcontext, tta=tta, advance=advanced.append)
+    assert labels.tolist() == list(range(100))
+    assert loader.portions.most == 16
+    assert advanced == [64, 36]
+    if not tta:
+        np.testing.assert_allclose(logits.numpy(), split.images.mean((2, 3)) / 255, rtol=1e-5)
+    small = DeviceLoader(split, 20, torch.device("cpu"), Preprocessing(32))
+    torch.testing.assert_close(logits, metrics.predict(Narrow(), small, contextlib.nullcontext, tta=tta)[0])
