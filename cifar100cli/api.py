@@ -216,6 +216,8 @@ def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
     except (RuntimeError, MemoryError) as error:
         if words := devices.in_words(error):
             raise CifarError(words) from None
+        if words := devices.failure(error):
+            raise CifarError(words) from error
         raise
 
 

@@ -232,13 +232,23 @@ def deterministic(wanted: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before, warn_only=warns)
 
 
-_NO_MEMORY = re.compile("out of memory|(can't|cannot) allocate memory|CUBLAS_STATUS_ALLOC_FAILED", re.IGNORECASE)
+_NO_MEMORY = re.compile(
+    "out of memory|(can't|cannot) allocate memory|(CU|HIP)(BLAS|DNN)_STATUS_(ALLOC_FAILED|NOT_INITIALIZED)"
+    "|miopenStatusAllocFailed|valid cuDNN algorithm",
+    re.IGNORECASE,
+)
 _NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether this is what PyTorch or Python say when there is no more memory, on any device."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)) is not None
+
+
+def failure(error: BaseException) -> str | None:
+    """That a GPU, or its driver, has failed, in its own words, where that is so: it computes nothing any more."""
+    failed = isinstance(error, torch.AcceleratorError) or str(error).startswith(("CUDA error:", "HIP error:"))
+    return f"the device failed ({_first_line(error)})" if failed and not is_out_of_memory(error) else None
 
 
 def in_words(error: BaseException) -> str | None:

@@ -171,6 +171,8 @@ def _torchs_message(error: RuntimeError | MemoryError) -> str:
         return words
     if ranks.is_lost(error):
         return f"another rank failed, or could not be reached, so this one stops too ({ranks.words_of(error)})"
+    if (failure := devices.failure(error)) and console.verbosity() < console.VERBOSE:
+        return f"{failure}; start the command again, or use --device cpu"
     raise error
 
 

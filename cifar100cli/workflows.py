@@ -159,12 +159,14 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
                 f"out of memory with {data.batch_size} images of {data.image_size} pixels a step: lower --batch-size "
                 f"or --image-size; {_last_good(run)}"
             ) from None
+        saved = f"{checkpoint.finished_epochs(run.path / STATE)} of {job.config.train.epochs} epochs are done and saved"
         if ranks.is_lost(error):
             raise CifarError(
                 f"another rank failed, or could not be reached, so this one stops too ({ranks.words_of(error)}); "
-                f"{checkpoint.finished_epochs(run.path / STATE)} of {job.config.train.epochs} epochs are done and "
-                f"saved; torchrun --max-restarts goes on by itself; by hand, {go_on}"
+                f"{saved}; torchrun --max-restarts goes on by itself; by hand, {go_on}"
             ) from None
+        if failure := devices.failure(error):
+            raise CifarError(f"{failure}; {saved}; {go_on}") from error
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""

@@ -502,6 +502,9 @@ def test_mistakes_are_raised(kept: Classifier, tmp_path: Path, monkeypatch: pyte
         patch.setattr(starting_weights, "create_model", full)
         with pytest.raises(CifarError, match="out of memory: lower --batch-size"):
             train(load_preset("quickstart", {"model.backbone": "resnet18"}), device="cpu")
+        full.side_effect = torch.AcceleratorError("CUDA error: unspecified launch failure")
+        with pytest.raises(CifarError, match="the device failed"):
+            train(load_preset("quickstart", {"model.backbone": "resnet18"}), device="cpu")
     with pytest.raises(UsageError, match=r"not ndarray: Image\.fromarray makes one"):
         kept.predict([np.zeros((32, 32, 3), np.uint8)])  # type: ignore[list-item]
     for reader in (load_model, evaluate, resume):

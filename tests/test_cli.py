@@ -622,6 +622,33 @@ def test_out_of_memory_says_what_to_lower(run_cli: Cli, monkeypatch: pytest.Monk
     assert json.loads(resumed.out)["epochs"] == 2
 
 
+def test_a_device_that_fails_leaves_the_line_to_go_on(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    from cifar100cli import metrics, trainer
+
+    train_epoch = trainer.train_epoch
+
+    def failing(steps: Any, config: Any, epoch: int, observer: Any) -> Any:
+        if epoch == 2:
+            raise torch.AcceleratorError("CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA`")
+        return train_epoch(steps, config, epoch, observer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_epoch", failing)
+        outcome = run_cli("train", *TINY, "--epochs", "2")
+    (run,) = Path("runs").glob("*/*")
+    failure = "error: the device failed (CUDA error: unspecified launch failure)"
+    assert (outcome.code, outcome.err.splitlines()[-1]) == (
+        1,
+        f"{failure}; 1 of 2 epochs are done and saved; resume with: cifar100 train --resume {run}",
+    )
+    monkeypatch.setattr(metrics, "predict", lambda *_, **__: failing(None, None, 2, None))
+    measured = run_cli("evaluate", run)
+    assert (measured.code, measured.err.splitlines()[-1]) == (
+        1,
+        f"{failure}; start the command again, or use --device cpu",
+    )
+
+
 def test_metrics_as_a_table(run_cli: Cli) -> None:
     run = Path(train(run_cli)["run_dir"])
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]

@@ -310,6 +310,14 @@ def test_the_current_gpu_is_as_before(monkeypatch: pytest.MonkeyPatch, before: l
         (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), "out of memory"),
         (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), "out of memory"),
         (
+            RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+            "out of memory",
+        ),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), "out of memory"),
+        (RuntimeError("CUDA error: HIPBLAS_STATUS_ALLOC_FAILED when calling `hipblasCreate(handle)`"), "out of memory"),
+        (RuntimeError("miopenStatusAllocFailed"), "out of memory"),
+        (RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"), "out of memory"),
+        (
             RuntimeError("x_backward_cuda does not have a deterministic implementation, but you set 'torch.use_...'"),
             "deterministic kernels are asked for (train.deterministic = true), and PyTorch has no deterministic x_back",
         ),
@@ -320,7 +328,25 @@ def test_what_a_user_can_do_about(error: BaseException, words: str) -> None:
 
 
 def test_what_is_a_mistake_of_ours_has_no_words() -> None:
-    assert devices.in_words(RuntimeError("mat1 and mat2 shapes cannot be multiplied")) is None
+    mistake = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    assert devices.in_words(mistake) is None
+    assert devices.failure(mistake) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (
+            torch.AcceleratorError("CUDA error: unspecified launch failure\nadvice"),
+            "CUDA error: unspecified launch failure",
+        ),
+        (torch.AcceleratorError(""), "AcceleratorError"),
+        (RuntimeError("HIP error: invalid device function"), "HIP error: invalid device function"),
+        (torch.AcceleratorError("CUDA error: out of memory"), None),
+    ],
+)
+def test_a_device_that_fails_says_so(error: RuntimeError, words: str | None) -> None:
+    assert devices.failure(error) == (words and f"the device failed ({words})")
 
 
 def with_room_for(rows: int, asked: list[int]) -> Callable[[slice], torch.Tensor]:
