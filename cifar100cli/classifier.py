@@ -100,7 +100,7 @@ class Classifier(ImagesToLogits):
         portions = devices.Portions(self.device, PICTURES)
         found = portions.of(slice(0, len(images)), lambda rows: self(images[rows]).cpu())
         logits = torch.cat([answers for _, answers in found])
-        metrics.refuse_no_answer(logits, self.path)
+        metrics.refuse_no_answer(logits, self.path, devices.precision_of(self._config, self.device))
         probabilities, order = logits.double().softmax(1).topk(min(top, len(self.classes)), dim=1)
         return [
             [self._guess(label, share) for label, share in zip(labels, shares, strict=True)]

@@ -25,6 +25,9 @@ Cast = Callable[[], AbstractContextManager[object]]  # a context for a forward p
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}  # of `train.precision`
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # of glibc's malloc.h
 TENSOR_CORES = (7, 0)  # the compute capability from which on CUDA devices have some for fp16
+# But for the small ones of 7.5, on which fp16 is slow, and convolutions are known to give NaN.
+_WITHOUT_TENSOR_CORES = re.compile(r"\b(GTX 16\d\d|MX[45]50|T[456]00|T550|T[12]000|T1200)\b")
+_BF16_OF_AMD = re.compile("gfx(908|90a|94|95|11|12)")  # MI100 and newer, RX 7000 and newer
 
 
 def select_device(name: str) -> torch.device:
@@ -195,13 +198,21 @@ def resolve_precision(name: str, device: torch.device, *, fp16: bool = True) -> 
     if name != "auto":
         return name
     if device.type == "cuda":
+        if torch.version.hip is not None:  # of whose devices PyTorch says that all have bf16
+            architecture = torch.cuda.get_device_properties(device).gcnArchName
+            return "bf16" if _BF16_OF_AMD.match(architecture) else "fp32"
         if torch.cuda.is_bf16_supported(including_emulation=False):
             return "bf16"
-        return "fp16" if fp16 and torch.cuda.get_device_capability(device) >= TENSOR_CORES else "fp32"
+        return "fp16" if fp16 and _multiplies_fp16(device) else "fp32"
     if device.type == "cpu":
         capabilities = torch.cpu.get_capabilities()
         return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
     return "fp32"
+
+
+def _multiplies_fp16(device: torch.device) -> bool:
+    name = torch.cuda.get_device_name(device)
+    return torch.cuda.get_device_capability(device) >= TENSOR_CORES and not _WITHOUT_TENSOR_CORES.search(name)
 
 
 def precision_of(config: Config, device: torch.device) -> str:

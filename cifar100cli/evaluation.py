@@ -89,7 +89,7 @@ def measure(
             model, device, cast = ready(member, where)
             loader = evaluation_loader(images, device, member.preprocessing)
             logits, labels = metrics.predict(model, loader, cast, tta=tta, advance=advance)
-            metrics.refuse_no_answer(logits, member.path)
+            metrics.refuse_no_answer(logits, member.path, devices.precision_of(member.config, device))
             answers.append(logits)
             model.cpu()  # one at a time on the device
     together = answers[0] if len(answers) == 1 else metrics.ensemble(answers)

@@ -95,10 +95,13 @@ def predict(
     return logits.cpu(), loader.labels.cpu()
 
 
-def refuse_no_answer(logits: Tensor, path: Path) -> None:
+def refuse_no_answer(logits: Tensor, path: Path, precision: str) -> None:
     """Raise `DataError` where what a model says of images is no number, as finite weights can be damaged to do."""
     if not torch.isfinite(logits).all():
-        raise DataError(f"{path}: its outputs are NaN or infinite: it is damaged, or its training diverged")
+        reason = "it is damaged, or its training diverged"
+        if precision == "fp16":
+            reason += ", or it is too much for fp16: --set train.precision=fp32 for a teacher, else --device cpu"
+        raise DataError(f"{path}: its outputs are NaN or infinite: {reason}")
 
 
 def ensemble(members: Sequence[Tensor]) -> Tensor:

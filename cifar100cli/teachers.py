@@ -106,7 +106,7 @@ def make_ready(
     if precision == "fp32":
         model = fold(model, saved.preprocessing(loader.images[:2]))
     online = OnlineTeacher(model, saved.preprocessing, devices.autocast(device, precision))
-    metrics.refuse_no_answer(online.logits(loader.images[:2]), saved.path)
+    metrics.refuse_no_answer(online.logits(loader.images[:2]), saved.path, precision)
     if dry:
         return online
     if isinstance(loader.policy, Views):

@@ -151,7 +151,8 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
                 with contextlib.suppress(OSError):
                     run.note_divergence(str(error))
         clip = "a smaller optimizer.grad_clip" if job.config.optimizer.grad_clip else "--set optimizer.grad_clip=5"
-        raise DivergedError(f"{error}; {kept}; try a lower --lr, or {clip}") from None
+        wider = ", or --set train.precision=fp32" if job.precision == "fp16" else ""
+        raise DivergedError(f"{error}; {kept}; try a lower --lr, or {clip}{wider}") from None
     except (RuntimeError, MemoryError) as error:
         if devices.is_out_of_memory(error):
             data = job.config.data

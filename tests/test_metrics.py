@@ -16,6 +16,7 @@ from torchmetrics.functional.classification import (
 from cifar100cli import evaluation, metrics
 from cifar100cli.datasets import Split
 from cifar100cli.devices import Portions
+from cifar100cli.errors import DataError
 from cifar100cli.loader import DeviceLoader, Preprocessing
 
 
@@ -92,6 +93,19 @@ def test_equal_logits_are_predicted_alike_in_every_figure(tmp_path: Path) -> Non
     assert np.mean([row["true"] == row["predicted"] for row in rows]) == pytest.approx(found.top1)
     assert found.top1 == pytest.approx(metrics.score(logits, labels).top1)
     assert found.top5 >= found.top1
+
+
+@pytest.mark.parametrize(
+    ("precision", "reason"),
+    [
+        ("bf16", "its training diverged$"),
+        ("fp16", "or it is too much for fp16: --set train.precision=fp32 for a teacher"),
+    ],
+)
+def test_answers_that_are_no_numbers_are_refused(precision: str, reason: str) -> None:
+    metrics.refuse_no_answer(torch.zeros(2, 3), Path("model"), precision)
+    with pytest.raises(DataError, match=f"model: its outputs are NaN or infinite: .*{reason}"):
+        metrics.refuse_no_answer(torch.tensor([[0.0, float("inf")]]), Path("model"), precision)
 
 
 class Narrow(torch.nn.Module):

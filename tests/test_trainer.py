@@ -6,6 +6,7 @@ import json
 import math
 import os
 import re
+import unittest.mock
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -496,6 +497,20 @@ def test_an_overflow_in_fp16_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("precision", "advice"),
+    [
+        ("fp32", "try a lower --lr, or a smaller optimizer.grad_clip"),
+        ("fp16", "try a lower --lr, or a smaller optimizer.grad_clip, or --set train.precision=fp32"),
+    ],
+)
+def test_a_divergence_in_fp16_may_be_that_of_fp16(tmp_path: Path, precision: str, advice: str) -> None:
+    job = replace(jobs.prepare(make_preset(), where(tmp_path), Listening()), precision=precision)
+    with pytest.raises(DivergedError) as told, workflows._in_words(job, runs.RunDir(tmp_path)):
+        raise DivergedError("the loss was nan in epoch 1")
+    assert str(told.value).endswith(f"; {advice}")
+
+
+@pytest.mark.parametrize(
     ("taken", "epoch", "step", "rate"),
     [(3, 1, 4, 0.1 * 4 / 7), (9, 2, 3, 0.05 * (1 + math.cos(math.pi * 2 / 343)))],
     ids=["warm-up", "cosine"],
@@ -539,19 +554,62 @@ def test_auto_precision_asks_the_processor(
 
 
 @pytest.mark.parametrize(
-    ("bf16", "capability", "expected"), [(True, (8, 0), "bf16"), (False, (7, 5), "fp16"), (False, (6, 1), "fp32")]
+    ("name", "bf16", "capability", "expected"),
+    [
+        ("NVIDIA A100-SXM4-40GB", True, (8, 0), "bf16"),
+        ("NVIDIA RTX 2000 Ada Generation", True, (8, 9), "bf16"),
+        ("Tesla T4", False, (7, 5), "fp16"),
+        ("Tesla V100-SXM2-16GB", False, (7, 0), "fp16"),
+        ("NVIDIA TITAN RTX", False, (7, 5), "fp16"),
+        ("Quadro RTX 4000", False, (7, 5), "fp16"),
+        ("NVIDIA GeForce RTX 2060", False, (7, 5), "fp16"),
+        ("NVIDIA GeForce GTX 1660 Ti", False, (7, 5), "fp32"),
+        ("NVIDIA GeForce GTX 1650 with Max-Q Design", False, (7, 5), "fp32"),
+        ("NVIDIA GeForce MX450", False, (7, 5), "fp32"),
+        ("NVIDIA T500", False, (7, 5), "fp32"),
+        ("NVIDIA T600 Laptop GPU", False, (7, 5), "fp32"),
+        ("Quadro T1000", False, (7, 5), "fp32"),
+        ("NVIDIA T1200 Laptop GPU", False, (7, 5), "fp32"),
+        ("NVIDIA GeForce GTX 1080", False, (6, 1), "fp32"),
+    ],
 )
 def test_auto_precision_asks_the_gpu(
-    monkeypatch: pytest.MonkeyPatch, bf16: bool, capability: tuple[int, int], expected: str
+    monkeypatch: pytest.MonkeyPatch, name: str, bf16: bool, capability: tuple[int, int], expected: str
 ) -> None:
-    """An A100, a T4, and a GTX 1080."""
+    """By NVIDIA's names, where the compute capability of those with tensor cores is that of those without."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: bf16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    monkeypatch.setattr(torch.version, "hip", None)
     device = torch.device("cuda", 0)
     assert devices.resolve_precision("auto", device) == expected
     adamw, muon = (make_preset(optimizer={"name": name}, train={"precision": "auto"}) for name in ("adamw", "muon"))
     assert devices.precision_of(adamw.config, device) == expected
     assert devices.precision_of(muon.config, device) == ("fp32" if expected == "fp16" else expected)  # skips no step
+
+
+@pytest.mark.parametrize(
+    ("architecture", "expected"),
+    [
+        ("gfx90a:sramecc+:xnack-", "bf16"),
+        ("gfx908", "bf16"),
+        ("gfx942:sramecc+:xnack-", "bf16"),
+        ("gfx950", "bf16"),
+        ("gfx1100", "bf16"),
+        ("gfx1201", "bf16"),
+        ("gfx1030", "fp32"),
+        ("gfx906", "fp32"),
+        ("gfx900", "fp32"),
+    ],
+)
+def test_auto_precision_asks_amds_gpus_by_their_architecture(
+    monkeypatch: pytest.MonkeyPatch, architecture: str, expected: str
+) -> None:
+    """PyTorch says of each that it has bf16: an MI50 or an RX 6800 computes it slowly, without matrix units."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    properties = unittest.mock.Mock(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    assert devices.resolve_precision("auto", torch.device("cuda", 0)) == expected
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
