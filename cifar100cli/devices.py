@@ -306,10 +306,11 @@ class Portions:
 def forget_peak_memory(device: torch.device) -> None:
     """Begin anew with what `peak_memory` says, where that can be done: on CUDA devices, and on Linux."""
     if device.type == "cuda":
+        torch.cuda.empty_cache()  # what is free counts until it is given back
         torch.cuda.reset_peak_memory_stats(device)
         return
     if (trim := _of_libc("malloc_trim")) is not None:
-        trim(0)  # what is free counts until it is given back
+        trim(0)  # likewise
     if sys.platform == "linux":
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): from here on, the peak is what is in use now
@@ -318,10 +319,10 @@ def forget_peak_memory(device: torch.device) -> None:
 def peak_memory(device: torch.device) -> int:
     """Bytes held at most: by PyTorch on a CUDA device, else by the whole process in the machine's memory.
 
-    Since `forget_peak_memory`, where that works.
+    Since `forget_peak_memory`, where that works. What a captured step computes in is held, though free, between two.
     """
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+        return torch.cuda.max_memory_reserved(device)
     with contextlib.suppress(OSError):  # Linux's own; what it tells of rusage may be the peak of who began the process
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return int(found[1]) * 1024

@@ -27,7 +27,7 @@ def one(
     with TrainingDisplay(preset.name) as display, trackers.Tracked(display, log) as watcher:
         if run is None:
             return workflows.train(preset, where, watcher)
-        return workflows.resume(run, where, watcher, teacher)
+        return workflows.resume(run, where, watcher, teacher, preset.config.train.compile)
 
 
 def seeds(in_turn: Sequence["Preset"], request: Request, where: Where) -> None:

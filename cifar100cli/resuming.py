@@ -79,7 +79,7 @@ class _Meant(NamedTuple):
 
 
 def _run_to_resume(request: Request, overrides: list["Override"], section: str | None) -> _Meant:
-    from cifar100cli.config import TEACHER, Override, differences, having, load_preset
+    from cifar100cli.config import STEPS, TEACHER, Override, differences, having, load_preset
     from cifar100cli.runs import CONFIG, TEACHER_DIGEST, RunDir, latest_unfinished
 
     name, device = request.resume, request.device
@@ -95,7 +95,7 @@ def _run_to_resume(request: Request, overrides: list["Override"], section: str |
             raise UsageError(
                 f"--resume {run.path}: a run of {run.preset}, and not of {preset.name}; leave --preset out"
             )
-        apart = {key: mine for key, (mine, _) in differences(own, preset.config).items() if key != "seed"}
+        apart = {k: mine for k, (mine, _) in differences(own, preset.config).items() if k not in ("seed", STEPS)}
         if apart:
             told = ", ".join(f"{key} = {value}" for key, value in apart.items())
             console.log(f"{run.path} goes on with its own settings, which {preset.name} has not: {told}")
@@ -104,6 +104,10 @@ def _run_to_resume(request: Request, overrides: list["Override"], section: str |
         if not any(override.key == "seed" for override in overrides):
             overrides = [*overrides, Override("seed", own.seed, "the run")]
         asked = load_preset(str(run.path / CONFIG), overrides).config
+    steps = asked.train.compile
+    if steps != own.train.compile and not run.complete:  # only rounding depends on it, and how much memory is needed
+        console.log(f"{run.path} goes on with {STEPS} = {steps}, and was begun with {own.train.compile}")
+    own = having(own, STEPS, steps)
     if own.distillation is not None and asked.distillation is not None:
         known = run.recorded(TEACHER_DIGEST) is not None  # by which it is known wherever it is now
         teacher = (asked.distillation if known else own.distillation).required_teacher()

@@ -13,7 +13,7 @@ import torch
 from cifar100cli import checkpoint, devices, evaluation, images, machine, metrics, ranks, trainer
 from cifar100cli.card import read_card
 from cifar100cli.classifier import PICTURES, Classifier
-from cifar100cli.config import TEACHER, Preset, having
+from cifar100cli.config import STEPS, TEACHER, Preset, having
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted
 from cifar100cli.folders import Where
 from cifar100cli.jobs import Begun, prepare
@@ -61,12 +61,19 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
         raise _interrupted(run, preset.config, stop) from None
 
 
-def resume(run: RunDir, where: Where, watcher: Watcher, teacher: str | None = None) -> dict[str, Any]:
-    """Go on with a run that was stopped; a complete one is only read. `teacher` is where the run's teacher is now."""
+def resume(
+    run: RunDir, where: Where, watcher: Watcher, teacher: str | None = None, steps: str | None = None
+) -> dict[str, Any]:
+    """Go on with a run that was stopped; a complete one is only read.
+
+    `teacher` is where the run's teacher is now, and `steps` what `train.compile` is from here on.
+    """
     left = ranks.on_first(lambda: _what_is_left(run))
     if left.result is not None:
         return {**left.result, "run_dir": str(run.path)}  # which may have been moved since
     config = left.config if teacher is None else having(left.config, TEACHER, teacher)
+    if steps is not None:
+        config = having(config, STEPS, steps)
     try:
         with devices.deterministic(config.train.deterministic):
             job = prepare(Preset(run.preset, config), where, watcher, begun=left.begun)
@@ -156,9 +163,10 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
     except (RuntimeError, MemoryError) as error:
         if devices.is_out_of_memory(error):
             data = job.config.data
+            eager = ", or go on with --set train.compile=off, which takes less" if job.step_mode.name != "off" else ""
             raise CifarError(
                 f"out of memory with {data.batch_size} images of {data.image_size} pixels a step: lower --batch-size "
-                f"or --image-size; {_last_good(run)}"
+                f"or --image-size{eager}; {_last_good(run)}"
             ) from None
         saved = f"{checkpoint.finished_epochs(run.path / STATE)} of {job.config.train.epochs} epochs are done and saved"
         if ranks.is_lost(error):

@@ -62,6 +62,19 @@ def test_the_peak_of_a_run_is_not_that_of_the_one_before() -> None:
     assert int(run.stdout) > 200e6
 
 
+def test_the_peak_on_a_gpu_is_what_is_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A captured step holds what it computes in, which nothing else can use; what a run before left is given back."""
+    held = {"run before": 5, "run": 3}
+    peak = [sum(held.values())]
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: held.pop("run before"))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.append(sum(held.values())))
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: peak[-1])
+    gpu = torch.device("cuda")
+    assert devices.peak_memory(gpu) == 8
+    devices.forget_peak_memory(gpu)
+    assert devices.peak_memory(gpu) == 3
+
+
 @pytest.mark.usefixtures("auto_is_auto")
 @pytest.mark.parametrize(("apple", "expected"), [(False, "cpu"), (True, "mps")])
 def test_without_cuda_auto_is_apples_gpu_or_the_cpu(

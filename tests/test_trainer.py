@@ -33,7 +33,7 @@ from cifar100cli import (
     workflows,
 )
 from cifar100cli.config import Preset
-from cifar100cli.errors import DataError, DivergedError, FolderError, RunInterrupted, UsageError
+from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted, UsageError
 from cifar100cli.folders import Where
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.optim import MovingAverage, everything
@@ -508,6 +508,20 @@ def test_a_divergence_in_fp16_may_be_that_of_fp16(tmp_path: Path, precision: str
     with pytest.raises(DivergedError) as told, workflows._in_words(job, runs.RunDir(tmp_path)):
         raise DivergedError("the loss was nan in epoch 1")
     assert str(told.value).endswith(f"; {advice}")
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("off", "lower --batch-size or --image-size; no epoch"),
+        ("graph", "or go on with --set train.compile=off, which takes less; no epoch"),
+    ],
+)
+def test_out_of_memory_tells_what_takes_less(tmp_path: Path, name: str, remedy: str) -> None:
+    """A captured step keeps its memory while the last batch and the held-out images are looked at."""
+    job = replace(jobs.prepare(make_preset(), where(tmp_path), Listening()), step_mode=steps.StepMode(name, ""))
+    with pytest.raises(CifarError, match=remedy), workflows._in_words(job, runs.RunDir(tmp_path)):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
 
 
 @pytest.mark.parametrize(

@@ -211,6 +211,22 @@ def test_resume_of_a_preset(run_cli: Cli) -> None:
     assert json.loads(outcome.out)["test"] == result["test"]
 
 
+def test_how_steps_are_taken_may_change_as_a_run_goes_on(run_cli: Cli) -> None:
+    """Where memory is short, `off` takes less. (No graph is possible on a CPU: that is how it is seen to be taken.)"""
+    result = train(run_cli, "--preset", "quickstart")
+    run = Path(result["run_dir"])
+    (run / "result.json").unlink()
+    again = ("train", "--resume", "last", "--json", "--set")
+    graph = run_cli(*again, "train.compile=graph")
+    assert (graph.code, "train.compile = graph is not possible" in graph.err) == (2, True), graph.err
+    off = run_cli(*again, "train.compile=off", "--preset", "quickstart")
+    assert (off.code, json.loads(off.out)["test"]) == (0, result["test"]), off.err
+    assert f"{run} goes on with train.compile = off, and was begun with auto\n" in off.err
+    assert "train.compile = auto" not in off.err
+    complete = run_cli("train", "--resume", run, "--set", "train.compile=graph")
+    assert (complete.code, "goes on" in complete.err) == (0, False), complete.err
+
+
 def test_a_run_that_was_moved(run_cli: Cli) -> None:
     """Its name and its preset are what it says and where it is, and not where it was."""
     run = Path(train(run_cli)["run_dir"]).rename("moved here")
