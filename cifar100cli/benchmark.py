@@ -19,6 +19,7 @@ from cifar100cli import __version__, devices, machine
 from cifar100cli.config import Preset
 from cifar100cli.flops import step_flops
 from cifar100cli.folders import Where
+from cifar100cli.plain import PlainLoop
 from cifar100cli.sides import Sides, StepCost, cost_of_a_step, take_turn, take_turns, without_files
 from cifar100cli.tasks import DistillationTask
 from cifar100cli.teachers import CachedTeacher
@@ -75,6 +76,20 @@ class PeakProduct:
             torch.accelerator.synchronize()
 
 
+def _plain_loop(sides: Sides, watcher: Watcher) -> PlainLoop | None:
+    """The plain way, if there is one, and if a GPU has memory for it beside the other sides."""
+    try:
+        plain = sides.plain_loop()
+        if plain is not None and sides.job.device.type != "cpu":
+            plain.epoch()  # only as steps are taken is it seen
+    except RuntimeError as error:
+        if not devices.is_out_of_memory(error):
+            raise
+        watcher.say(f"the plain way is left out: {sides.job.device} has no memory for it beside the other sides")
+        return None
+    return plain
+
+
 def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int, cost: StepCost | None) -> dict[str, Any]:
     job, steps = sides.job, sides.steps
     watcher.say(f"measuring {preset.name} on {job.device}: {repeats} turns of {steps} steps of each side")
@@ -98,7 +113,7 @@ def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int, cost:
     }
     if job.parted is not None:
         parts["front"] = sides.front
-    plain = sides.plain_loop()
+    plain = _plain_loop(sides, watcher)
     if plain is not None:
         parts["plain"] = plain.epoch
     taken, phases = [], []

@@ -114,6 +114,31 @@ def test_mixing_has_no_plain_way(tmp_path: Path) -> None:
     assert set(result["images_per_second"]) == {"loop", "bare", "evaluation", "bare_evaluation"}
 
 
+def test_a_plain_way_without_memory_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is measured of the other sides is not lost."""
+    full = unittest.mock.Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))
+    monkeypatch.setattr(Sides, "plain_loop", full)
+    watcher = Listening()
+    result = benchmark.bench(make_preset(), where(tmp_path), watcher, steps=1, repeats=1)
+    assert set(result["images_per_second"]) == {"loop", "bare", "evaluation", "bare_evaluation"}
+    assert watcher.said[-1] == "the plain way is left out: cpu has no memory for it beside the other sides"
+
+
+@pytest.mark.parametrize(("device", "taken"), [("cuda", 1), ("cpu", 0)])
+def test_a_gpus_memory_is_tried_before_the_turns(device: str, taken: int) -> None:
+    """What a step takes is not there yet when the plain way is made ready."""
+    plain = unittest.mock.Mock()
+    sides = unittest.mock.Mock(job=unittest.mock.Mock(device=torch.device(device)))
+    sides.plain_loop.return_value = plain
+    assert benchmark._plain_loop(sides, Listening()) is plain
+    assert plain.epoch.call_count == taken
+    plain.epoch.side_effect = RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    assert benchmark._plain_loop(sides, Listening()) is (None if taken else plain)
+    sides.plain_loop.side_effect = RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+    with pytest.raises(RuntimeError, match="mat1"):
+        benchmark._plain_loop(sides, Listening())
+
+
 def test_the_plain_network_is_timms_in_its_usual_layout(tmp_path: Path) -> None:
     plain_loop = sides_of(tmp_path).plain_loop()
     assert plain_loop is not None
