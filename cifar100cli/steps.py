@@ -116,9 +116,10 @@ class Steps:
             self._issue(index)
         except RuntimeError as error:
             if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                otherwise = "graph" if _obstacle_to_capture(self.training.loader, ranks=1) is None else "off"
                 raise CifarError(
                     f"this network's kernels cannot be compiled here ({one_line(error)}): "
-                    "--set train.compile=off launches PyTorch's own"
+                    f"--set train.compile={otherwise} launches PyTorch's own"
                 ) from None
             raise
         self.training.average.update(self.taken + index)
@@ -301,39 +302,54 @@ def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) 
             return StepMode("off", obstacle)
         if training_flops < PAYS_FROM:
             return StepMode("graph", f"{training_flops:.1e} operations are too few to pay for compiling kernels")
-        if not _can_compile(loader.device):
-            return StepMode(
-                "graph", "compiling kernels needs Triton, C and C++ compilers, Python.h and a device that Triton knows"
-            )
+        if (lacking := _obstacle_to_compiling(loader.device)) is not None:
+            return StepMode("graph", lacking)
         return StepMode("inductor", f"{training_flops:.1e} operations pay for compiling kernels")
     if asked == "graph" and obstacle is not None:
         raise UsageError(f"train.compile = graph is not possible: {obstacle}; use auto or off")
     if asked == "inductor" and ranks > 1:
         raise UsageError("train.compile = inductor is for one device; use auto or off with torchrun")
-    if asked == "inductor" and not _can_compile(loader.device):
-        raise UsageError(
-            "train.compile = inductor needs a C++ compiler, and on a GPU Triton, a C compiler, Python.h, tensor cores; "
-            "something of this is not here: use --set train.compile=off"
-        )
+    if asked == "inductor" and (lacking := _obstacle_to_compiling(loader.device)) is not None:
+        raise UsageError(f"train.compile = inductor is not possible: {lacking}; use auto or off")
     return StepMode(asked, "as the preset says")
 
 
-def _can_compile(device: torch.device) -> bool:
-    """Whether `torch.compile` has what it makes kernels with.
+def _obstacle_to_compiling(device: torch.device) -> str | None:
+    """Why `torch.compile` cannot make kernels for a device.
 
-    On a CUDA device that is Triton, which compiles a module for this Python in C when it is first used, and knows no
-    device without tensor cores.
+    On a CUDA device it makes them with Triton, which compiles a module for this Python in C when it is first used, and
+    knows no device without tensor cores. That all of it is there says not yet that it works.
     """
     if not any(shutil.which(name) for name in (os.environ.get("CXX", "c++"), "g++", "clang++")):
-        return False
+        return "compiling kernels needs a C++ compiler"
     if device.type != "cuda":
-        return True
-    return (
-        importlib.util.find_spec("triton") is not None
-        and any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
-        and Path(sysconfig.get_path("include"), "Python.h").is_file()
-        and torch.cuda.get_device_capability(device) >= TENSOR_CORES
-    )
+        return None
+    if (
+        importlib.util.find_spec("triton") is None
+        or not any(shutil.which(name) for name in (os.environ.get("CC", "cc"), "gcc", "clang"))
+        or not Path(sysconfig.get_path("include"), "Python.h").is_file()
+        or torch.cuda.get_device_capability(device) < TENSOR_CORES
+    ):
+        return "compiling kernels needs Triton, a C compiler, Python.h and a device that Triton knows"
+    return _failure_to_compile(device)
+
+
+@functools.cache
+def _failure_to_compile(device: torch.device) -> str | None:
+    """Why a small kernel cannot be compiled, or not run, if it cannot: a run of hours must not find out.
+
+    It may be a folder for temporary files that nothing can be run from, a driver's library that Triton does not find,
+    or a compiler without its own headers.
+    """
+
+    def small(numbers: Tensor) -> Tensor:
+        return numbers.sin() + 1
+
+    try:
+        torch.compile(small)(torch.ones(2, device=device)).sum().item()
+    except Exception as error:  # each of these tools has its own
+        return f"a small kernel could not be compiled here ({printable(one_line(error))})"
+    return None
 
 
 def _on_device(tensor: Tensor) -> bool:

@@ -287,7 +287,7 @@ def loader_on(device: str, policy: Any = None) -> DeviceLoader:
 def test_auto_asks_how_long_the_run_is(
     monkeypatch: pytest.MonkeyPatch, asked: str, device: str, flops: float, ranks: int, expected: str
 ) -> None:
-    monkeypatch.setattr(steps, "_can_compile", lambda device: True)
+    monkeypatch.setattr(steps, "_obstacle_to_compiling", lambda device: None)
     monkeypatch.setattr(steps, "_on_device", lambda tensor: True)
     step_mode = steps.choose(asked, flops, loader_on(device), ranks)
     assert step_mode.name == expected
@@ -295,12 +295,11 @@ def test_auto_asks_how_long_the_run_is(
 
 
 def test_without_a_compiler_auto_captures_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps, "_can_compile", lambda device: False)
+    monkeypatch.setattr(steps, "_obstacle_to_compiling", lambda device: "compiling kernels needs a C++ compiler")
     monkeypatch.setattr(steps, "_on_device", lambda tensor: True)
     step_mode = steps.choose("auto", 1e17, loader_on("cuda"), 1)
-    assert step_mode.name == "graph"
-    assert "Triton" in step_mode.reason
-    with pytest.raises(UsageError, match=r"compiler.*train\.compile=off"):
+    assert step_mode == StepMode("graph", "compiling kernels needs a C++ compiler")
+    with pytest.raises(UsageError, match=r"inductor is not possible: .*a C\+\+ compiler; use auto or off"):
         steps.choose("inductor", 1e17, loader_on("cpu"), 1)
 
 
@@ -308,23 +307,63 @@ def test_what_compiling_needs_on_a_gpu(tmp_path: Path, monkeypatch: pytest.Monke
     """Triton builds a module for this Python in C, when the first kernel is launched."""
     device = torch.device("cuda")
     (tmp_path / "Python.h").touch()
-    found, capability, folder = {"g++", "gcc"}, (9, 0), tmp_path
+    found, capability, folder, failure = {"g++", "gcc"}, (9, 0), tmp_path, None
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setattr("shutil.which", lambda name: name if name in found else None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
     monkeypatch.setattr("sysconfig.get_path", lambda _: str(folder))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
-    assert steps._can_compile(device)
-    found = {"g++"}
-    assert not steps._can_compile(device)
-    assert steps._can_compile(torch.device("cpu"))
+    monkeypatch.setattr(steps, "_failure_to_compile", lambda _: failure)
+    assert steps._obstacle_to_compiling(device) is None
+    failure = "a small kernel could not be compiled here (libcuda.so cannot be found)"
+    assert steps._obstacle_to_compiling(device) == failure
+    assert steps._obstacle_to_compiling(torch.device("cpu")) is None
+    failure, found = None, {"g++"}
+    assert "a C compiler" in str(steps._obstacle_to_compiling(device))
     found = {"gcc"}
-    assert not steps._can_compile(device)
+    assert "a C++ compiler" in str(steps._obstacle_to_compiling(device))
     found, capability = {"clang", "clang++"}, (6, 1)
-    assert not steps._can_compile(device)
+    assert "a device that Triton knows" in str(steps._obstacle_to_compiling(device))
     capability, folder = (7, 0), tmp_path / "none"
-    assert not steps._can_compile(device)
+    assert "Python.h" in str(steps._obstacle_to_compiling(device))
+
+
+def test_whether_kernels_can_be_compiled_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here without a C++ compiler's half minute; what fails is told in one line."""
+    tried, works = [], torch.compile
+
+    def breaks(function: Any) -> Any:
+        tried.append(function)
+        raise OSError("libcuda.so cannot be found!\nPossible files are located at []")
+
+    monkeypatch.setattr(steps, "_failure_to_compile", functools.cache(steps._failure_to_compile.__wrapped__))
+    monkeypatch.setattr(torch, "compile", breaks)
+    for _ in range(2):
+        assert steps._failure_to_compile(torch.device("cpu")) == (
+            "a small kernel could not be compiled here (libcuda.so cannot be found! Possible files are located at [])"
+        )
+    assert len(tried) == 1
+    steps._failure_to_compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", functools.partial(works, backend="eager"))
+    assert steps._failure_to_compile(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(("device", "otherwise"), [("cuda", "graph"), ("cpu", "off")])
+def test_a_network_whose_kernels_cannot_be_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, otherwise: str
+) -> None:
+    """A GPU is left with what costs least of the speed."""
+    monkeypatch.setattr(steps, "_on_device", lambda tensor: True)
+    taken = Steps(training_of(make_preset(), tmp_path))
+    taken.training = replace(taken.training, loader=loader_on(device))
+
+    def issue(index: int) -> None:
+        raise torch._dynamo.exc.TorchDynamoException("no such header")
+
+    monkeypatch.setattr(taken, "_issue", issue)
+    with pytest.raises(CifarError, match=rf"cannot be compiled here.*--set train\.compile={otherwise} launches"):
+        taken.take(0)
 
 
 @pytest.mark.parametrize(
