@@ -3,7 +3,7 @@
 import socket
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -105,22 +105,34 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
 def _backbone(config: Config, classes: int, *, from_timm: bool) -> nn.Module:
     """timm's network, with the classifier if it is to have timm's; `from_timm` with its ImageNet weights."""
     name = config.model.backbone
-    rates = {key: rate for key in DROP_RATES if (rate := getattr(config.model, key))}
+    rates = {key: getattr(config.model, key) for key in DROP_RATES}
     try:
         outputs = classes if config.model.head == "linear" else 0  # 0: timm gives the pooled features
-        model = timm.create_model(name, pretrained=from_timm, num_classes=outputs, **rates)
+        model = _with_rates(name, rates, pretrained=from_timm, num_classes=outputs)
+    except UsageError:
+        raise
     except Exception as error:
         reason = one_line(error, 200)
-        for key, rate in rates.items():
-            if isinstance(error, TypeError) and f"'{key}'" in reason:
-                raise UsageError(_takes_no(key, rate, name)) from None
         if from_timm:
             raise DataError(_no_weights(name, reason)) from None
         raise UsageError(f"model.backbone = {name}: timm cannot build it here: {reason}") from None
     for key, rate in rates.items():
-        if not _takes(model, key):
+        if rate and not _takes(model, key):
             raise UsageError(_takes_no(key, rate, name))
     return model
+
+
+def _with_rates(name: str, rates: Mapping[str, float], **keys: Any) -> nn.Module:
+    """timm's network with these drop-out rates. Zeros are passed, too: many networks drop something by default."""
+    try:
+        return timm.create_model(name, **keys, **rates)
+    except TypeError as error:
+        unknown = next((key for key in rates if f"'{key}'" in str(error)), None)
+        if unknown is None:
+            raise
+        if rates[unknown]:
+            raise UsageError(_takes_no(unknown, rates[unknown], name)) from None
+        return _with_rates(name, {key: rate for key, rate in rates.items() if key != unknown}, **keys)
 
 
 def _with_head(model: nn.Module, features: int, config: Config, classes: int) -> nn.Module:

@@ -84,6 +84,25 @@ def test_drop_rates_reach_the_network() -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        # By default timm has 0.2 of drop-out in the first two, and stochastic depth in the third.
+        *(("ghostnet_050", 32), ("rexnet_100", 32), ("swin_tiny_patch4_window7_224", 64)),
+        ("resnet9", 32),  # takes no drop_path_rate, be it 0; nor does GhostNet
+    ],
+)
+def test_a_rate_of_0_drops_nothing(name: str, size: int) -> None:
+    config = Config.model_validate({"model": {"backbone": name}, "data": {"image_size": size}})
+    model = create_model(config, classes=10).train()
+    for norm in model.modules():
+        if isinstance(norm, nn.BatchNorm2d):  # and one image has no variance
+            norm.eval()
+    image = torch.randn(1, 3, size, size)
+    with torch.no_grad():
+        assert torch.equal(model(image), model(image))
+
+
+@pytest.mark.parametrize(
     ("backbone", "keys", "words"),
     [
         ("vgg11", {"drop_path_rate": 0.1}, r"model\.drop_path_rate = 0\.1: vgg11 has no stochastic depth"),
