@@ -26,6 +26,13 @@ def names() -> list[str]:
     return sorted(re.findall(r"^@register_model\ndef (\w+)\(", _sources(), re.MULTILINE))
 
 
+def present_name(name: str) -> str:
+    """What timm calls a network now that its earlier versions called `name`; other names are as they are."""
+    from timm.models import get_deprecated_models
+
+    return get_deprecated_models().get(name) or name
+
+
 def unknown(name: str, known: Iterable[str], origin: str = "") -> UsageError:
     """What is to be told of a backbone that there is not, with the nearest names of those that there are."""
     near = difflib.get_close_matches(name.lower(), list(known), n=3)

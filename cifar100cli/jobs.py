@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar100cli import (
+    backbones,
     batch_norm,
     checkpoint,
     datasets,
@@ -106,6 +107,7 @@ def prepare(
     if begun is not None:
         begun.refuse_other_precision(config, precision)
     if state is None:
+        _tell_of_earlier_name(config.model.backbone, watcher)
         starting_weights.check_known_images(config, watcher)
         _tell_of_warmup(config, watcher)
     dataset = dataset or datasets.load(config.data.dataset, where.data_dir)
@@ -191,6 +193,12 @@ def _refuse_impossible(config: Config, precision: str, device: torch.device, wat
         raise UsageError(
             "optimizer.name = muon: cannot skip a step, as fp16 must; use --set train.precision=fp32, or adamw"
         )
+
+
+def _tell_of_earlier_name(backbone: str, watcher: Watcher) -> None:
+    present = backbones.present_name(backbone)
+    if present != backbone:
+        watcher.say(f"model.backbone = {backbone}: timm calls it {present} now, and that is what is built")
 
 
 def _tell_of_warmup(config: Config, watcher: Watcher) -> None:

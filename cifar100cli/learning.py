@@ -37,7 +37,7 @@ def freeze_stages(
     would leave it frozen, or do nothing.
     """
     name = config.model.backbone
-    stages = stages_of(model, name, classifiers(name))
+    stages = stages_of(model, name, classifiers(model))
     kept = learning(stages, finetune.unfreeze, name)
     frozen = FrozenStages(stages[: len(stages) - len(kept)], kept[0])
     freeze(model, stages, kept, adapt=finetune.bn == "adapt")
@@ -107,4 +107,4 @@ def _matrices(model: nn.Module, config: Config) -> list[nn.Parameter]:
     """What Muon moves, if it is the optimizer."""
     if config.optimizer.name != "muon":
         return []
-    return hidden_weights(model, classifiers(config.model.backbone) if config.model.head == "linear" else ("head",))
+    return hidden_weights(model, classifiers(model) if config.model.head == "linear" else ("head",))

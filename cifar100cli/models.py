@@ -13,6 +13,7 @@ from urllib.request import getproxies, proxy_bypass
 import timm
 import torch
 from huggingface_hub import constants
+from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
@@ -32,7 +33,7 @@ def check_backbone(name: str) -> None:
     """Raise `UsageError`, with the nearest name, for a backbone that timm does not know."""
     if not timm.is_model(name):
         raise backbones.unknown(name, timm.list_models())
-    architecture, _, weights = name.partition(".")
+    architecture, _, weights = backbones.present_name(name).partition(".")
     known = [full.partition(".")[2] for full in timm.list_pretrained(f"{architecture}.*")] if weights else []
     if weights and weights not in known:
         hint = f"{did_you_mean(weights, known)} (there are {', '.join(known)})" if known else ""
@@ -74,6 +75,11 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
     wants_weights = config.model.pretrained if pretrained is None else pretrained
     file = config.model.weights if wants_weights else None
     from_timm = wants_weights and file is None
+    if from_timm and ((source := _described(name)) is None or not source.has_weights):
+        raise DataError(
+            f"model.pretrained = true: no weights of {name} are published; start from random ones with "
+            "--set model.pretrained=false, or name a file of your own with --weights FILE"
+        )
     with _hub_asked_once() if from_timm else nullcontext():
         model = _backbone(config, classes, from_timm=from_timm)
     # ImageNet's weights have ImageNet's stem; a checkpoint of ours has its own.
@@ -89,7 +95,7 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
     if ours is not None and ours.backbone == name:
         _use_image_size(model, name, ours.image_size)
     if file is not None:
-        load_backbone(model, Path(file), name, classifiers(name))
+        load_backbone(model, Path(file), name, classifiers(model))
     if config.model.stem == "cifar" and not stem_is_in_the_file:
         _use_cifar_stem(model, name)
     _use_image_size(model, name, config.data.image_size)
@@ -125,7 +131,7 @@ def _backbone(config: Config, classes: int, *, from_timm: bool) -> nn.Module:
 def _with_rates(name: str, rates: Mapping[str, float], **keys: Any) -> nn.Module:
     """timm's network with these drop-out rates. Zeros are passed, too: many networks drop something by default."""
     try:
-        return timm.create_model(name, **keys, **rates)
+        return timm.create_model(backbones.present_name(name), **keys, **rates)
     except TypeError as error:
         unknown = next((key for key in rates if f"'{key}'" in str(error)), None)
         if unknown is None:
@@ -202,8 +208,8 @@ def _takes_no(key: str, rate: float, name: str) -> str:
 
 def _no_weights(name: str, reason: str) -> str:
     """Why timm's weights cannot be had, and what to do."""
-    source = timm.get_pretrained_cfg(name)
-    place = (source and (source.hf_hub_id or source.url)) or "none are published"
+    source = _described(name)
+    place = source and (source.hf_hub_id or source.url)
     if constants.HF_HUB_OFFLINE:
         reason = (
             "they are not in the cache and the model hub cannot be reached from here; fetch them elsewhere and name "
@@ -215,11 +221,28 @@ def _no_weights(name: str, reason: str) -> str:
     )
 
 
-def classifiers(name: str) -> tuple[str, ...]:
-    """The modules of timm's network that give the classes: what is new for new classes."""
-    source = timm.get_pretrained_cfg(name, allow_unregistered=True)
-    classifier = source.classifier if source is not None else None
-    return (classifier,) if isinstance(classifier, str) else tuple(classifier or ())
+def _described(name: str) -> PretrainedCfg | None:
+    """What timm knows of a network's weights; of networks of a user's own, it is nothing."""
+    return timm.get_pretrained_cfg(backbones.present_name(name), allow_unregistered=True)
+
+
+def classifiers(model: nn.Module) -> tuple[str, ...]:
+    """The modules of timm's network that give the classes: what is new for new classes.
+
+    `model` is one that `create_model` built. Raises `UsageError` for a network of a user's own that does not say.
+    """
+    backbone = getattr(model, "backbone", model)
+    named = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier")
+    if named:
+        return (named,) if isinstance(named, str) else tuple(named)
+    given = backbone.get_classifier() if hasattr(backbone, "get_classifier") else None
+    found = tuple(name for name, module in backbone.named_modules() if name and module is given)
+    if not found:
+        raise UsageError(
+            f"model.backbone: {type(backbone).__name__} does not say which of its layers gives the classes; it needs a "
+            "get_classifier(), as timm's networks have"
+        )
+    return found
 
 
 Colour = tuple[float, float, float]
@@ -228,7 +251,7 @@ Colour = tuple[float, float, float]
 def backbone_normalization(name: str) -> tuple[Colour, Colour]:
     """Mean and deviation of pixels from 0 to 1 that timm's weights of this network were trained with."""
     check_backbone(name)
-    source = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    source = _described(name)
     if source is None:
         raise UsageError(f"data.normalize = backbone: timm knows no mean and deviation for {name}; use dataset")
     (red, green, blue), (r, g, b) = source.mean, source.std

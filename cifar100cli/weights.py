@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torchvision import models as torchvision_models
 
-from cifar100cli import interrupts
+from cifar100cli import backbones, interrupts
 from cifar100cli.bounded import kind_of, one_line
 from cifar100cli.card import our_network, parse_metadata
 from cifar100cli.errors import ChangedWeights, DataError
@@ -256,7 +256,7 @@ def _from_torchvision(weights: Mapping[str, Tensor], name: str, path: Path) -> d
     if theirs is None:
         return None
     problem = f"does not fit {name}: it is of a {type(theirs).__name__} of torchvision's, which"
-    ours = timm.create_model(name)
+    ours = timm.create_model(backbones.present_name(name))
     own, by_size = _weights(ours.state_dict()), defaultdict[tuple[int, ...], list[Tensor]](list)
     for tensor in weights.values():
         by_size[_size(tensor)].append(tensor)

@@ -31,6 +31,18 @@ def test_every_name_that_timm_knows_passes() -> None:
         backbones.check(name, "--backbone")
 
 
+def test_earlier_names_have_present_ones() -> None:
+    from timm.models import _registry
+
+    present = {*timm.list_models(), *timm.list_models(include_tags=True)}
+    earlier = _registry._model_entrypoints.keys() - present
+    assert len(earlier) > 100
+    unheard_of = {backbones.present_name(name) for name in earlier} - present
+    assert unheard_of <= {"vit_base_patch16_224.sam", "vit_base_patch32_224.sam"}, "two slips of timm 1.0.31's"
+    assert backbones.present_name("mnasnet_b1") == "mnasnet_100"
+    assert [backbones.present_name(name) for name in ALL] == ALL
+
+
 @pytest.mark.usefixtures("unloaded")
 @pytest.mark.parametrize(
     ("name", "near"),

@@ -465,6 +465,14 @@ def test_a_warm_up_longer_than_the_run_is_told(run_cli: Cli) -> None:
     assert "1 epoch, fp32" in outcome.out
 
 
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_name_that_timm_had_earlier_is_told(run_cli: Cli) -> None:
+    outcome = run_cli("train", *TINY, "--dry-run", "--backbone", "mnasnet_b1", "--optimizer", "muon")
+    told = [line for line in outcome.err.splitlines() if "mnasnet" in line]
+    assert told == ["model.backbone = mnasnet_b1: timm calls it mnasnet_100 now, and that is what is built"]
+    assert outcome.code == 0
+
+
 def test_figures_of_other_settings_say_so(run_cli: Cli, pretend_cifar: Path) -> None:
     plan = ("--epochs", "1", "--batch-size", "2500", "--backbone", "test_resnet", "--set", "data.fraction=0.1")
     outcome = run_cli("train", "--preset", "resnet18-baseline", *plan, "--data-dir", pretend_cifar, "--device", "cpu")

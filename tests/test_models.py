@@ -1,5 +1,6 @@
 """Networks: the stem, the head, the refusals."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,11 +9,37 @@ import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import DropPath  # type: ignore[attr-defined]
-from torch import nn
+from timm.models import _registry
+from torch import Tensor, nn
 
-from cifar100cli.errors import UsageError
-from cifar100cli.models import CosineHead, count_parameters, create_model, outline
+from cifar100cli import backbones, models
+from cifar100cli.errors import DataError, UsageError
+from cifar100cli.learning import grouped
+from cifar100cli.models import CosineHead, check_backbone, classifiers, count_parameters, create_model, outline
 from cifar100cli.schema import Config
+from cifar100cli.watcher import Watcher
+
+
+class OwnNetwork(nn.Module):
+    """A network of a user's own, of which timm knows its name alone."""
+
+    def __init__(self, num_classes: int) -> None:
+        super().__init__()
+        self.stem, self.body, self.answer = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, num_classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        answer: Tensor = self.answer(self.body(self.stem(images).mean((2, 3))))
+        return answer
+
+
+class OwnNetworkThatSays(OwnNetwork):
+    def get_classifier(self) -> nn.Module:
+        return self.answer
+
+
+def register(patch: pytest.MonkeyPatch, network: Callable[[int], nn.Module]) -> None:
+    """As `timm.register_model` does, until the end of the test."""
+    patch.setitem(_registry._model_entrypoints, "own_network", lambda num_classes=1000, **_: network(num_classes))
 
 
 def make_config(**keys: object) -> Config:
@@ -168,6 +195,55 @@ def test_growing_images_are_tried_before_training() -> None:
     config = Config.model_validate({"model": {"backbone": "vit_tiny_patch16_224"}, "data": sizes})
     with pytest.raises(UsageError, match=r"data\.first_image_size = 208: vit_tiny_patch16_224 cannot take it"):
         create_model(config, classes=10)
+
+
+@pytest.mark.parametrize(
+    ("name", "classifier"),
+    [
+        *(("resnet18", "fc"), ("vgg11", "head.fc"), ("airbench94", "fc")),
+        *(("mnasnet_b1", "classifier"), ("swsl_resnet18", "fc")),  # timm's earlier names
+    ],
+)
+def test_the_classifier_is_known(name: str, classifier: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(backbones.present_name(name))
+    assert classifiers(model) == (classifier,)
+
+
+def test_the_classifier_of_a_network_of_the_users_own(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """It is not moved by Muon, and a file for other classes fits all the rest."""
+    register(monkeypatch, OwnNetworkThatSays)
+    own = OwnNetworkThatSays(1000)
+    save_file(own.state_dict(), tmp_path / "weights.safetensors")
+    about = {"backbone": "own_network", "pretrained": True, "weights": str(tmp_path / "weights.safetensors")}
+    config = Config.model_validate({"model": about, "optimizer": {"name": "muon"}})
+    model = create_model(config, classes=10)
+    assert torch.equal(model.get_parameter("body.weight"), own.body.weight)
+    moved = [group for group in grouped(None, model, config, Watcher(), new_stem=False) if group.hidden]
+    assert [group.parameters for group in moved] == [[model.get_parameter("body.weight")]]
+
+
+def test_a_network_that_does_not_say_which_layer_classifies(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, OwnNetwork)
+    config = Config.model_validate({"model": {"backbone": "own_network"}, "optimizer": {"name": "muon"}})
+    model = create_model(config, classes=10)
+    with pytest.raises(UsageError, match=r"OwnNetwork does not say which of its layers .* needs a get_classifier\(\)"):
+        grouped(None, model, config, Watcher(), new_stem=False)
+
+
+def test_an_earlier_name_whose_present_one_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As that of two ViTs in timm 1.0.31."""
+    monkeypatch.setitem(_registry._deprecated_models, "swsl_resnet18", "resnet18.a1_in2k")
+    with pytest.raises(UsageError, match=r"swsl_resnet18: timm has no weights 'a1_in2k' of resnet18; did you mean a1_"):
+        check_backbone("swsl_resnet18")
+
+
+def test_weights_that_nobody_published_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[None] = []
+    monkeypatch.setattr(models, "_hub_answers", lambda: asked.append(None))
+    with pytest.raises(DataError, match=r"no weights of resnet9 are published; .*pretrained=false, .* --weights FILE$"):
+        create_model(make_config(backbone="resnet9", pretrained=True), classes=10)
+    assert not asked
 
 
 def test_what_is_frozen_does_not_count_as_trainable() -> None:

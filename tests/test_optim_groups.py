@@ -48,7 +48,7 @@ def test_the_rates_of_layers_are_timms(name: str) -> None:
     assert len(set(expected.values())) > 3
     for weight, parameter in model.named_parameters():
         assert found[weight].scale == pytest.approx(expected[parameter]), weight
-    for weight, parameter in model.get_submodule(classifiers(name)[0]).named_parameters():
+    for weight, parameter in model.get_submodule(classifiers(model)[0]).named_parameters():
         assert expected[parameter] == 1, weight
 
 
@@ -142,7 +142,7 @@ def test_the_first_layer_is_timms_stem(name: str) -> None:
     model = network(name)
     configuration: Any = model.pretrained_cfg
     stem = model.get_submodule(configuration["first_conv"]).weight
-    hidden = hidden_weights(model, classifiers(name))
+    hidden = hidden_weights(model, classifiers(model))
     assert hidden
     assert all(weight is not stem for weight in hidden)
 

@@ -23,7 +23,7 @@ def build(name: str, head: str = "linear", size: int = 64, **more: Any) -> tuple
         {"model": {"backbone": name, "head": head, "embedding_dim": 16, **more}, "data": {"image_size": size}}
     )
     model = create_model(config, classes=10)
-    return model, stages_of(model, name, classifiers(name))
+    return model, stages_of(model, name, classifiers(model))
 
 
 NAMES = {
@@ -211,7 +211,7 @@ def test_drop_out_in_a_frozen_stage_is_off(name: str, adapt: bool) -> None:
         assert norms <= {mode and adapt}
         depth = {module.training for module in model.modules() if isinstance(module, DropPath)}
         assert depth == {False}
-        assert model.get_submodule(classifiers(name)[0]).training is mode
+        assert model.get_submodule(classifiers(model)[0]).training is mode
     copied.eval()
     assert model.training, "a copy has modes of its own"
     assert {m.training for m in model.modules() if isinstance(m, _BatchNorm)} <= {adapt}

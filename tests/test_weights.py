@@ -168,13 +168,14 @@ def test_position_embeddings_are_resampled_as_timm_does(tmp_path: Path) -> None:
     [
         *(("resnet18", "resnet18"), ("efficientnet_b0", "efficientnet_b0"), ("mobilenet_v2", "mobilenetv2_100")),
         *(("densenet121", "densenet121"), ("mobilenet_v3_small", "mobilenetv3_small_100")),
-        ("mnasnet0_5", "mnasnet_050"),
+        *(("mnasnet0_5", "mnasnet_050"), ("mnasnet1_0", "mnasnet_b1")),
     ],
 )
 def test_torchvisions_names(tmp_path: Path, builder: str, name: str) -> None:
     """The network with torchvision's weights computes what torchvision's network computes.
 
     Of MobileNetV3 a linear layer is a convolution in timm's; and DenseNet's names are older in the published files.
+    `mnasnet_b1` is what timm once called a network.
     """
     torch.manual_seed(0)
     theirs = torchvision.models.get_model(builder, weights=None)
