@@ -99,11 +99,16 @@ def create_model(config: Config, classes: int, *, pretrained: bool | None = None
     if config.model.stem == "cifar" and not stem_is_in_the_file:
         _use_cifar_stem(model, name)
     _use_image_size(model, name, config.data.image_size)
-    features = _check_image_size(model, name, config.data.image_size).shape[1]
+    output = _check_image_size(model, name, config.data.image_size)
+    if output.ndim != 2 or (config.model.head == "linear" and output.shape[1] != classes):
+        raise UsageError(
+            f"model.backbone = {name}: makes {'x'.join(map(str, output.shape[1:]))} numbers of an image, and "
+            "classifies nothing; use another backbone, such as resnet18"
+        )
     if config.data.first_image_size is not None:
         for size in sorted({config.image_size_in(epoch) for epoch in range(1, config.train.epochs)}):
             _check_image_size(model, name, size, key="first_image_size")
-    model = _with_head(model, features, config, classes)
+    model = _with_head(model, output.shape[1], config, classes)
     unroll(model)
     return model
 
@@ -128,7 +133,7 @@ def _backbone(config: Config, classes: int, *, from_timm: bool) -> nn.Module:
     return model
 
 
-def _with_rates(name: str, rates: Mapping[str, float], **keys: Any) -> nn.Module:
+def _with_rates(name: str, rates: Mapping[str, Any], **keys: Any) -> nn.Module:
     """timm's network with these drop-out rates. Zeros are passed, too: many networks drop something by default."""
     try:
         return timm.create_model(backbones.present_name(name), **keys, **rates)
@@ -231,7 +236,7 @@ def classifiers(model: nn.Module) -> tuple[str, ...]:
 
     `model` is one that `create_model` built. Raises `UsageError` for a network of a user's own that does not say.
     """
-    backbone = getattr(model, "backbone", model)
+    backbone: Any = getattr(model, "backbone", model)
     named = (getattr(backbone, "pretrained_cfg", None) or {}).get("classifier")
     if named:
         return (named,) if isinstance(named, str) else tuple(named)

@@ -238,6 +238,43 @@ def test_an_earlier_name_whose_present_one_is_none(monkeypatch: pytest.MonkeyPat
         check_backbone("swsl_resnet18")
 
 
+class Encoder(nn.Conv2d):
+    """It gives a map, whatever the number of classes, as the encoders among timm's networks do."""
+
+    def __init__(self, _: int) -> None:
+        super().__init__(3, 8, 4, 4)
+
+
+class Embedder(OwnNetwork):
+    """It gives 8 numbers, whatever the number of classes."""
+
+    def __init__(self, _: int) -> None:
+        super().__init__(8)
+
+
+@pytest.mark.parametrize(
+    ("network", "head", "shape"),
+    [
+        *((Encoder, "linear", "8x8x8"), (Encoder, "cosine", "8x8x8")),
+        (Embedder, "linear", "8"),
+    ],
+)
+def test_a_network_that_classifies_nothing(
+    monkeypatch: pytest.MonkeyPatch, network: Callable[[int], nn.Module], head: str, shape: str
+) -> None:
+    register(monkeypatch, network)
+    words = rf"^model\.backbone = own_network: makes {shape} numbers of an image, and classifies nothing; .* resnet18$"
+    with pytest.raises(UsageError, match=words):
+        create_model(make_config(backbone="own_network", head=head), classes=10)
+
+
+def test_features_are_enough_for_a_head_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    register(monkeypatch, Embedder)
+    model = create_model(make_config(backbone="own_network", head="cosine"), classes=10)
+    with torch.inference_mode():
+        assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
 def test_weights_that_nobody_published_are_not_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[None] = []
     monkeypatch.setattr(models, "_hub_answers", lambda: asked.append(None))
