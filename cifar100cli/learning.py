@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from cifar100cli.errors import UsageError
-from cifar100cli.models import classifiers
+from cifar100cli.models import DROP_RATES, classifiers, drops
 from cifar100cli.optim import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.schema import Config, Finetune
 from cifar100cli.stages import Stage, freeze, learning, stage_rows, stages_of
@@ -55,11 +55,13 @@ def freeze_stages(
             "model.stem = cifar: the weights to start from have another stem, and frozen, the new one stays random: "
             "leave it at imagenet, --init a run that has this stem, or let it learn with --set finetune.unfreeze=all"
         )
-    if len(kept) == 1 and config.model.head == "cosine" and config.model.drop_rate:
-        raise UsageError(
-            f"model.drop_rate = {config.model.drop_rate:g} does nothing where a cosine head learns alone: it drops in "
-            "the frozen network behind it; leave it at 0"
-        )
+    for key in DROP_RATES:
+        rate = getattr(config.model, key)
+        if rate and not drops(model, key):
+            raise UsageError(
+                f"model.{key} = {rate:g} does nothing with finetune.unfreeze = {finetune.unfreeze}: what would drop is "
+                "frozen; leave it at 0, or let more of the network learn"
+            )
     first = frozen.first.name
     if frozen.stages and not config.model.pretrained:
         watcher.say(

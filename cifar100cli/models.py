@@ -128,7 +128,7 @@ def _backbone(config: Config, classes: int, *, from_timm: bool) -> nn.Module:
             raise DataError(_no_weights(name, reason)) from None
         raise UsageError(f"model.backbone = {name}: timm cannot build it here: {reason}") from None
     for key, rate in rates.items():
-        if rate and not _takes(model, key):
+        if rate and not drops(model, key):
             raise UsageError(_takes_no(key, rate, name))
     return model
 
@@ -199,11 +199,15 @@ def initialize(model: nn.Module, images: Tensor) -> None:
 DROP_RATES = ("drop_rate", "drop_path_rate")
 
 
-def _takes(model: nn.Module, key: str) -> bool:
-    """Whether a drop-out rate has reached any part of the network: some of timm's swallow what they do not know."""
+def drops(model: nn.Module, key: str) -> bool:
+    """Whether a drop-out rate has reached any part of the network that is in training mode.
+
+    Some of timm's networks swallow what they do not know, and what is frozen drops nothing.
+    """
+    training = [module for module in model.modules() if module.training]
     if key == "drop_path_rate":
-        return any(getattr(module, "drop_prob", 0) for module in model.modules())
-    return any(getattr(m, "drop_rate", 0) or (isinstance(m, _DropoutNd) and m.p) for m in model.modules())
+        return any(getattr(module, "drop_prob", 0) for module in training)
+    return any(getattr(m, "drop_rate", 0) or (isinstance(m, _DropoutNd) and m.p) for m in training)
 
 
 def _takes_no(key: str, rate: float, name: str) -> str:

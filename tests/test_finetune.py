@@ -1,5 +1,6 @@
 """Fine-tuning: kept features beside a frozen network that runs in every epoch, and the command line."""
 
+import contextlib
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cifar100cli import checkpoint, computed, datasets, evaluation, jobs, runs, workflows
+from cifar100cli import checkpoint, computed, datasets, evaluation, jobs, learning, runs, workflows
 from cifar100cli.card import Card
 from cifar100cli.config import Preset, load_preset
 from cifar100cli.errors import CifarError, DataError, RunInterrupted, UsageError
@@ -656,8 +657,26 @@ def test_a_new_stem_is_not_frozen(tmp_path: Path) -> None:
     tried("layer4")
 
 
-def test_drop_out_that_nothing_would_drop_is_refused(tmp_path: Path, weights: Path) -> None:
-    model: dict[str, Any] = {"backbone": "resnet18", "pretrained": False, "drop_rate": 0.3, "head": "cosine"}
-    with pytest.raises(UsageError, match=r"model.drop_rate = 0.3 does nothing where a cosine head learns alone"):
-        workflows.dry_run(make_preset(finetune={"unfreeze": "fc"}, model=model), where(tmp_path), Listening())
-    workflows.dry_run(make_preset(finetune={"unfreeze": "layer4"}, model=model), where(tmp_path), Listening())
+@pytest.mark.parametrize(
+    ("backbone", "rate", "head", "drops"),
+    [
+        ("resnet18", "drop_rate", "cosine", False),
+        ("resnet18", "drop_path_rate", "linear", False),
+        ("wrn16_4", "drop_rate", "linear", False),  # which has its drop-out in the blocks
+        *(("resnet18", "drop_rate", "linear", True), ("convnext_atto", "drop_rate", "linear", True)),
+    ],
+)
+def test_a_rate_at_which_nothing_drops_is_refused(backbone: str, rate: str, head: str, *, drops: bool) -> None:
+    """Where the head learns alone; with the last stage, something does."""
+    model = {"backbone": backbone, rate: 0.3, "head": head}
+
+    def tried(unfreeze: str) -> None:
+        config = Config.model_validate({"model": model, "finetune": {"unfreeze": unfreeze}})
+        assert config.finetune is not None
+        network = create_model(config, classes=10)
+        learning.freeze_stages(config, config.finetune, network, Listening(), new_stem=False)
+
+    tried("layer4")
+    words = rf"model\.{rate} = 0\.3 does nothing with finetune\.unfreeze = fc: "
+    with contextlib.nullcontext() if drops else pytest.raises(UsageError, match=words):
+        tried("fc")
