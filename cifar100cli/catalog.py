@@ -26,3 +26,8 @@ DATASETS: Mapping[DatasetName, About] = {
 }
 TITLES: Mapping[str, str] = {name: about.title for name, about in DATASETS.items()}
 FOLDERS: Mapping[str, str] = {name: about.folder for name, about in DATASETS.items() if about.folder is not None}
+
+
+def share_of(images: int, share: float) -> int:
+    """How many of a class's images a share of a data set takes: of any but 0, at least one."""
+    return min(images, max(1, round(images * share))) if share else 0

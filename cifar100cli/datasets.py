@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from cifar100cli import synthetic
 from cifar100cli.bounded import kind_of, read_file
-from cifar100cli.catalog import DATASETS, FOLDERS, TITLES
+from cifar100cli.catalog import DATASETS, FOLDERS, TITLES, share_of
 from cifar100cli.errors import DataError, FolderError, UsageError
 from cifar100cli.folders import user_cache
 from cifar100cli.unpickle import PickleError, as_text, read_pickle
@@ -226,7 +226,7 @@ def hold_out(split: Split, share: float) -> tuple[Split, Split | None]:
         return split, None
     generator = np.random.default_rng(SPLIT_SEED)
     held_out = np.sort(
-        np.concatenate([indices[: _share_of(len(indices), share)] for indices in _by_class(split.labels, generator)])
+        np.concatenate([indices[: share_of(len(indices), share)] for indices in _by_class(split.labels, generator)])
     )
     kept = np.setdiff1d(np.arange(len(split)), held_out)
     if not len(kept):
@@ -242,9 +242,5 @@ def subset(split: Split, fraction: float, seed: int) -> Split:
     if fraction == 1:
         return split
     generator = np.random.default_rng([SPLIT_SEED, seed])
-    chosen = [indices[: _share_of(len(indices), fraction)] for indices in _by_class(split.labels, generator)]
+    chosen = [indices[: share_of(len(indices), fraction)] for indices in _by_class(split.labels, generator)]
     return split.take(np.sort(np.concatenate(chosen)))
-
-
-def _share_of(count: int, share: float) -> int:
-    return min(count, max(1, round(count * share)))

@@ -3,7 +3,7 @@
 from statistics import fmean
 from typing import NamedTuple
 
-from cifar100cli.catalog import DATASETS
+from cifar100cli.catalog import DATASETS, share_of
 from cifar100cli.schema import Config
 
 
@@ -24,10 +24,11 @@ class Rates(NamedTuple):
 
 
 def images_of(config: Config) -> tuple[int, int]:
-    """How many images are trained on, and how many are held out."""
-    training = DATASETS[config.data.dataset].training_images
-    held_out = round(training * config.data.val_fraction)
-    return round((training - held_out) * config.data.fraction), held_out
+    """How many images are trained on, and how many are held out: of each class as many."""
+    about = DATASETS[config.data.dataset]
+    of_a_class = about.training_images // about.classes
+    held_out = share_of(of_a_class, config.data.val_fraction)
+    return about.classes * share_of(of_a_class - held_out, config.data.fraction), about.classes * held_out
 
 
 def full_run(config: Config, rates: Rates) -> dict[str, float]:

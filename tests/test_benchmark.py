@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from cifar100cli import benchmark, erasing, flops, jobs, plain, sides, time_limit
+from cifar100cli.catalog import DATASETS, DatasetName
 from cifar100cli.config import Override, Preset, differences, load_preset
+from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import UsageError
 from cifar100cli.schema import Augment, Config
 from cifar100cli.sides import Sides, StepCost, without_files
 from cifar100cli.steps import StepMode
-from cifar100cli.whole_run import FrozenPart, Rates, full_run
+from cifar100cli.whole_run import FrozenPart, Rates, full_run, images_of
 from tests.conftest import EVERYTHING, Cli, Listening, epoch_of, make_preset, where
 
 
@@ -231,6 +233,17 @@ def test_a_full_run_of_few_or_growing_images() -> None:
     assert sizes[0] < sizes[-1] == growing.data.image_size
     seconds = sum(50_000 / (58 * (sizes[-1] / size) ** 2) for size in sizes)
     assert full_run(growing, Rates(58.0, 1e9))["seconds"] == pytest.approx(seconds)
+
+
+@pytest.mark.parametrize("dataset", ["cifar100", "synthetic"])
+@pytest.mark.parametrize(("fraction", "held_out"), [(1, 0), (1e-5, 0), (0.001, 1e-5), (0.357, 0.1234), (0.5, 0.9)])
+def test_a_full_run_is_of_the_images_that_the_run_takes(dataset: DatasetName, fraction: float, held_out: float) -> None:
+    config = Config.model_validate({"data": {"dataset": dataset, "fraction": fraction, "val_fraction": held_out}})
+    count = DATASETS[dataset].training_images
+    labels = np.random.default_rng(0).permutation(np.arange(count) % 100)
+    split = Split(np.zeros((count, 0), np.uint8), labels)
+    training, kept = jobs.training_splits(Dataset(dataset, ("",) * 100, split, split), config)
+    assert images_of(config) == (len(training), len(kept or ()))
 
 
 def test_a_full_run_whose_frozen_part_is_run_once() -> None:
