@@ -214,12 +214,13 @@ def flat(config: Config) -> dict[str, object]:
 
 def idle(key: str, settings: Mapping[str, object]) -> str | None:
     """Why a key does nothing among these settings (`flat`), in words, or None where it does something."""
-    if key not in TUNING:
-        return None
-    other, values = TUNING[key]
-    value = settings[other]
-    works = value is not None if values is None else value in values
-    return None if works else f"{other} is {'null' if value is None else value}"
+    for other, values in TUNING.get(key, ()):
+        value = settings[other]
+        works = value is not None if values is None else value in values
+        # What does nothing itself rules nothing out: adamw has betas, whatever muon's auxiliary optimizer would be.
+        if not works and idle(other, settings) is None:
+            return f"{other} is {'null' if value is None else value}"
+    return None
 
 
 def _set_in(keys: Mapping[str, object]) -> dict[str, object]:

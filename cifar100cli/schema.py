@@ -193,7 +193,7 @@ class Optimizer(Section):
         "adamw", description="muon: for hidden layers' matrices and filters, and an auxiliary one for the rest"
     )
     lr: Number = Field(0.001, gt=0, le=100, description="learning rate, at its highest")
-    weight_decay: Number = Field(0.0001, ge=0, le=10, description="of adamw and muon: apart from the gradient")
+    weight_decay: Number = Field(0.0001, ge=0, le=10, description="adamw and muon's matrices: apart from the gradient")
     decay_norms: bool = Field(True, description="weight decay on biases, norms and all that has one dimension, too")
     layer_decay: Number = Field(1.0, gt=0, le=1, description="of the rate, from each layer to the one before it")
     betas: tuple[
@@ -275,6 +275,7 @@ _TUNED: tuple[tuple[str, frozenset[str] | None, tuple[str, ...]], ...] = (
     ("distillation.form", frozenset({"decoupled"}), ("distillation.target_weight", "distillation.nontarget_weight")),
     ("finetune.cache", frozenset({"auto", "on"}), ("finetune.cache_dtype",)),
     ("optimizer.name", frozenset({"adamw", "adam", "muon"}), ("optimizer.betas",)),
+    ("optimizer.auxiliary", frozenset({"adamw"}), ("optimizer.betas",)),
     ("optimizer.name", frozenset({"sgd", "muon"}), ("optimizer.momentum", "optimizer.nesterov")),
     ("optimizer.name", frozenset({"muon"}), ("optimizer.auxiliary", "optimizer.adjust_lr", "optimizer.ns_steps")),
     ("schedule.name", frozenset({"multi_step"}), ("schedule.gamma",)),
@@ -284,7 +285,9 @@ _TUNED: tuple[tuple[str, frozenset[str] | None, tuple[str, ...]], ...] = (
         ("schedule.pct_start", "schedule.div_factor", "schedule.final_div_factor"),
     ),
 )
-TUNING = {key: (other, values) for other, values, keys in _TUNED for key in keys}
+TUNING = {
+    key: [(other, values) for other, values, tuned in _TUNED if key in tuned] for _, _, keys in _TUNED for key in keys
+}
 
 
 class Config(Section):

@@ -8,7 +8,16 @@ import pytest
 import yaml
 
 from cifar100cli import schema
-from cifar100cli.config import Override, differences, flat, load_preset, preset_names, presets_folder, shipped_presets
+from cifar100cli.config import (
+    Override,
+    differences,
+    flat,
+    idle,
+    load_preset,
+    preset_names,
+    presets_folder,
+    shipped_presets,
+)
 from cifar100cli.errors import UsageError
 from cifar100cli.schema import TUNING, Config
 from tests.conftest import Cli
@@ -435,12 +444,25 @@ def test_what_does_nothing_is_told(run_cli: Cli) -> None:
     assert run_cli(*plan, "--augment", "flip", "--optimizer", "sgd").err == ""
 
 
+@pytest.mark.parametrize(
+    ("name", "auxiliary", "reason"),
+    [
+        *(("adamw", "adamw", None), ("adamw", "sgd", None), ("muon", "adamw", None)),
+        *(("sgd", "adamw", "optimizer.name is sgd"), ("muon", "sgd", "optimizer.auxiliary is sgd")),
+    ],
+)
+def test_betas_are_of_the_optimizer_that_has_them(name: str, auxiliary: str, reason: str | None) -> None:
+    settings = flat(Config.model_validate({"optimizer": {"name": name, "auxiliary": auxiliary}}))
+    assert idle("optimizer.betas", settings) == reason
+
+
 def test_keys_that_tune_are_keys() -> None:
     """As are the values at which they do."""
     settings = flat(Config())
-    for key, (other, values) in TUNING.items():
-        section, _, leaf = other.partition(".")
-        assert {key, other} <= settings.keys()
-        assert values is None or values < set(
-            get_args(getattr(schema, section.capitalize()).model_fields[leaf].annotation)
-        ), key
+    for key, conditions in TUNING.items():
+        for other, values in conditions:
+            section, _, leaf = other.partition(".")
+            assert {key, other} <= settings.keys()
+            assert values is None or values < set(
+                get_args(getattr(schema, section.capitalize()).model_fields[leaf].annotation)
+            ), key
