@@ -8,6 +8,7 @@ import contextlib
 import hashlib
 import json
 import math
+import mmap
 import os
 import shutil
 import tempfile
@@ -19,11 +20,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from cifar100cli import interrupts, ranks
+from cifar100cli import interrupts, memory, ranks
 from cifar100cli.augment import Views
 from cifar100cli.card import parse_metadata
 from cifar100cli.devices import Portions
-from cifar100cli.errors import CifarError, UsageError
+from cifar100cli.errors import CifarError, FolderError, UsageError
 from cifar100cli.loader import DeviceLoader
 from cifar100cli.tensors import are_as_written, load_tensors, save_tensors
 from cifar100cli.watcher import Watcher
@@ -33,6 +34,8 @@ PART = 5000  # images
 KEPT = 2**30  # bytes of the largest table that is kept on the disk
 STALE = 3600  # seconds that no part takes to be written
 SHARE = 0.5  # of the memory that is free, which a table may take
+CAREFUL = 4 * 2**30  # bytes that are taken to be free where the system does not say
+PIECE = 2**20  # bytes that are written at once
 
 
 def key(about: Mapping[str, object], weights: Iterable[tuple[str, Tensor]], loader: DeviceLoader) -> str:
@@ -65,7 +68,8 @@ def table(
     `function` takes uint8 images (N, 3, H, W) on the loader's device, at most `batch_size` at once, and fewer where a
     GPU has no memory for so many. `folder` is for this table alone (`key`). The table is on the device if there is
     room, else on the host. Of several ranks each computes some parts, and all have the whole. Raises `UsageError`
-    where there is room nowhere, and `CifarError` for a value that is beyond `dtype`.
+    where there is room nowhere, `FolderError` where a file cannot be made, and `CifarError` for a value that is beyond
+    `dtype`.
     """
     assert isinstance(loader.policy, Views)
     versions = loader.policy.versions
@@ -158,49 +162,45 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, disk
     It is at the same place on all ranks, which hand parts of it to each other, and those of a machine share that.
     """
     size = math.prod(shape) * dtype.itemsize
-    needed, memory = size * ranks.local_count(), free_memory()
+    needed, free = size * ranks.local_count(), memory.available()
     on_device = device.type == "cuda" and size <= SHARE * _free_on(device)
-    in_memory = needed <= SHARE * memory
+    in_memory = needed <= SHARE * (CAREFUL if free is None else free)
     place = ranks.greatest(0 if on_device else 1 if in_memory else 2)
     if place < 2:
         return torch.empty(shape, dtype=dtype, device=device if place == 0 else None)
-    disk.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(disk).free
-    if needed > 0.95 * free:
-        raise UsageError(
-            f"{title}: {needed / 1e9:.1f} GB are needed, and there are {memory / 1e9:.1f} GB of memory and "
-            f"{free / 1e9:.1f} GB in {disk}; lower --fraction or --image-size, name a larger disk with "
-            "CIFAR100_CACHE_DIR, or use --no-cache"
-        )
-    handle, name = tempfile.mkstemp(prefix="table-", dir=disk)
     try:
+        disk.mkdir(parents=True, exist_ok=True)
+        room = shutil.disk_usage(disk).free
+        if needed <= 0.95 * room:
+            return torch.frombuffer(_mapped(disk, size), dtype=dtype).view(shape)
+    except OSError as error:
+        raise FolderError(
+            f"{title}: a file of {needed / 1e9:.1f} GB is needed, and none can be had in {disk} "
+            f"({error.strerror or error}); name another disk with CIFAR100_CACHE_DIR, or use --no-cache"
+        ) from None
+    known = "" if free is None else f"{free / 1e9:.1f} GB of memory and "
+    raise UsageError(
+        f"{title}: {needed / 1e9:.1f} GB are needed, and there are {known}{room / 1e9:.1f} GB in {disk}; lower "
+        "--fraction or --image-size, name a larger disk with CIFAR100_CACHE_DIR, or use --no-cache"
+    )
+
+
+def _mapped(disk: Path, size: int) -> mmap.mmap:
+    """Memory in a file of that many bytes without a name, which goes with the last tensor in it, or the process.
+
+    The file is whole before it is mapped: a mapping that finds the disk full ends the process without a word.
+    """
+    with tempfile.TemporaryFile(dir=disk) as file:
         if hasattr(os, "posix_fallocate"):
-            os.posix_fallocate(handle, 0, size)  # a mapping that finds the disk full ends the process without a word
-    except OSError:
-        Path(name).unlink()
-        raise
-    finally:
-        os.close(handle)
-    mapped = torch.from_file(name, shared=True, size=math.prod(shape), dtype=dtype).view(shape)
-    Path(name).unlink()  # the mapping holds it, and a killed process leaves nothing behind
-    return mapped
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            for start in range(0, size, PIECE):
+                file.write(bytes(min(PIECE, size - start)))
+            file.flush()
+        return mmap.mmap(file.fileno(), size)
 
 
 def _free_on(device: torch.device) -> int:
     """Bytes of a CUDA device's memory that are free, or that PyTorch keeps of what earlier runs of the process took."""
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(device)[0]
-
-
-def free_memory() -> int:
-    """Bytes of memory that may still be taken: of the machine, and of the container if it has a limit."""
-    try:
-        text = Path("/proc/meminfo").read_text(encoding="ascii")
-        available = next(int(line.split()[1]) * 1024 for line in text.splitlines() if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return 4 * 2**30  # a careful guess where the system does not say
-    try:
-        limit, used = (int(Path(f"/sys/fs/cgroup/memory.{name}").read_text()) for name in ("max", "current"))
-    except (OSError, ValueError):  # no container, or no limit
-        return available
-    return max(0, min(available, limit - used))

@@ -1,11 +1,15 @@
 """Fine-tuning: kept features beside a frozen network that runs in every epoch, and the command line."""
 
 import contextlib
+import errno
+import gc
 import json
+import os
 import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,10 +17,10 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cifar100cli import checkpoint, computed, datasets, evaluation, jobs, learning, runs, workflows
+from cifar100cli import checkpoint, computed, datasets, evaluation, jobs, learning, memory, runs, workflows
 from cifar100cli.card import Card
 from cifar100cli.config import Preset, load_preset
-from cifar100cli.errors import CifarError, DataError, RunInterrupted, UsageError
+from cifar100cli.errors import CifarError, DataError, FolderError, RunInterrupted, UsageError
 from cifar100cli.models import create_model
 from cifar100cli.schema import Config
 from tests.conftest import TINY, Cli, Listening, StopAfter, make_preset, only_run, where
@@ -225,14 +229,65 @@ def test_features_are_kept_by_weights_stage_and_data(tmp_path: Path, weights: Pa
 
 def test_a_table_too_large_for_memory_is_mapped(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workflows.train(preset(weights), where(tmp_path / "memory"), Listening())
-    monkeypatch.setattr(computed, "free_memory", lambda: 1000)
+    monkeypatch.setattr(memory, "available", lambda: 1000)
     monkeypatch.setattr(computed, "KEPT", 0)
     workflows.train(preset(weights), where(tmp_path / "mapped"), Listening())
     assert curve(tmp_path / "mapped") == curve(tmp_path / "memory")
     assert list((tmp_path / "mapped" / "cache").iterdir()) == []  # the file has no name
     monkeypatch.setattr(computed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
-    with pytest.raises(UsageError, match=r"GB are needed.*--no-cache"):
+    with pytest.raises(UsageError, match=r"GB are needed, and there are 0\.0 GB of memory and 0\.0 GB in .*--no-cache"):
         jobs.prepare(preset(weights), where(tmp_path / "full"), Listening())
+
+
+def mapped(disk: Path, *numbers: float) -> torch.Tensor:
+    """A table that is too large for memory."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(memory, "available", lambda: 0)
+        table = computed._room((len(numbers),), torch.float32, torch.device("cpu"), disk, "the features")
+    return table.copy_(torch.tensor(numbers))
+
+
+def test_a_mapped_table_stays_as_long_as_a_tensor_of_it_and_its_file_has_no_name(tmp_path: Path) -> None:
+    last = mapped(tmp_path, 1.0, 2.0, 3.0)[2:]
+    gc.collect()
+    assert list(tmp_path.iterdir()) == []
+    assert last.item() == 3.0
+
+
+def test_where_no_room_can_be_asked_for_zeros_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on macOS: a file with holes finds the disk full when it is too late."""
+    monkeypatch.delattr(os, "posix_fallocate")
+    monkeypatch.setattr(computed, "PIECE", 1000)
+    with computed._mapped(tmp_path, 50_500) as table:
+        assert table[:] == bytes(50_500)
+    written: list[int] = []
+    file = SimpleNamespace(write=lambda piece: written.append(len(piece)), flush=lambda: None, fileno=lambda: -1)
+    monkeypatch.setattr(computed.tempfile, "TemporaryFile", lambda dir: contextlib.nullcontext(file))  # noqa: A006
+    computed._mapped(tmp_path, 2500).close()
+    assert written == [1000, 1000, 500]
+
+
+def test_a_file_that_cannot_be_had_is_told_with_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with pytest.raises(FolderError) as told:
+        mapped(tmp_path, 1.0)
+    assert str(told.value).startswith(f"the features: a file of 0.0 GB is needed, and none can be had in {tmp_path} (")
+    assert os.strerror(errno.EDQUOT) in str(told.value)
+    assert str(told.value).endswith("name another disk with CIFAR100_CACHE_DIR, or use --no-cache")
+    (tmp_path / "file").touch()
+    with pytest.raises(FolderError, match="file/cache"):
+        mapped(tmp_path / "file" / "cache", 1.0)
+
+
+def test_what_is_not_known_of_the_memory_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available", lambda: None)
+    monkeypatch.setattr(computed, "CAREFUL", 0)
+    monkeypatch.setattr(computed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    with pytest.raises(UsageError, match=r"are needed, and there are 0\.0 GB in "):
+        computed._room((9,), torch.float32, torch.device("cpu"), tmp_path, "the features")
 
 
 def test_growing_images_are_not_kept(tmp_path: Path, weights: Path) -> None:
@@ -241,10 +296,6 @@ def test_growing_images_are_not_kept(tmp_path: Path, weights: Path) -> None:
     workflows.train(growing, where(tmp_path), watcher)
     assert any("the images grow" in line for line in watcher.said)
     assert [row["image_size"] for row in only_run(tmp_path).metrics()] == [16, 16, 32]
-
-
-def test_free_memory_is_a_sensible_number() -> None:
-    assert 2**26 < computed.free_memory() < 2**44
 
 
 @pytest.mark.parametrize(
