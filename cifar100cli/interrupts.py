@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from cifar100cli.errors import Terminated
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
-GRACE = 3.0  # seconds in which torchrun passes on what a terminal has sent to its ranks already
+GRACE = 3.0  # seconds in which a launcher passes on what its group of processes has heard already
 
 _at_once = False
 _held_back = 0
@@ -23,6 +23,9 @@ _pending: KeyboardInterrupt | None = None
 @contextlib.contextmanager
 def orderly(say: Callable[[str], None], *, grace: float = 0.0) -> Iterator[None]:
     """Within, the first signal raises KeyboardInterrupt or `Terminated`; one that comes `grace` seconds later leaves.
+
+    A SIGTERM leaves after `GRACE` at the earliest: nobody types it twice, and `timeout`, `uv run` and srun send it to
+    the whole group and pass it on, too.
 
     Python runs a signal's handler between two instructions of the main thread, and so never while that is within a
     long call of a library. The bytes that Python writes to a pipe at once, signal by signal, are therefore read by a
@@ -119,7 +122,7 @@ class _Listener:
                     self._forgiven -= 1
                 elif first is None:
                     first = time.monotonic()
-                elif time.monotonic() - first >= self._grace:
+                elif time.monotonic() - first >= (GRACE if number == signal.SIGTERM else self._grace):
                     _leave(number, self._say, "interrupted again, and left at once; what was saved is kept")
         os.close(self._reading)
 

@@ -100,6 +100,31 @@ def test_the_second_ctrl_c_leaves_at_once(tmp_path: Path) -> None:
         assert not list(run.glob(".*.tmp"))
 
 
+def test_a_sigterm_that_is_passed_on_too_is_no_second_one(tmp_path: Path) -> None:
+    """`timeout` and `uv run` send one to a process whose whole group has heard it; later on, it is a second one."""
+    script = """
+import os, signal, time
+from cifar100cli import console, errors, interrupts
+
+interrupts.GRACE = 0.5
+with interrupts.orderly(console.last_word):
+    try:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+    except errors.Terminated:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        print("put in order", flush=True)
+        time.sleep(0.5)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+        print("did not leave")
+"""
+    finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (finished.returncode, finished.stdout) == (143, "put in order\n")
+    assert finished.stderr.splitlines() == ["error: interrupted again, and left at once; what was saved is kept"]
+
+
 def test_ctrl_c_while_an_object_is_finalised(tmp_path: Path) -> None:
     """Python drops an exception that is raised there."""
     script = """
