@@ -20,6 +20,7 @@ from cifar100cli.errors import (
     ChangedWeights,
     CifarError,
     DataError,
+    DivergedError,
     DownloadInterrupted,
     FolderError,
     RunInterrupted,
@@ -127,8 +128,10 @@ def _run(app: typer.Typer) -> int:
     except _Stopped as stopped:
         raise stopped.cause from None
     except CifarError as error:
-        # What is wrong with the command or the files is the same for all ranks of a machine.
-        if ranks.local_rank() == 0 or not isinstance(error, UsageError | DataError | FolderError):
+        # A loss that is no number is the same for all ranks; what is wrong with the command or the files, for all of a
+        # machine.
+        alike = ranks.rank() if isinstance(error, DivergedError) else ranks.local_rank()
+        if alike == 0 or not isinstance(error, DivergedError | UsageError | DataError | FolderError):
             console.error(f"rank {ranks.rank()}: {error}" if ranks.rank() else str(error))
         code = error.exit_code
     except ClickUsageError as error:

@@ -146,8 +146,10 @@ class _NoAnswer(DivergedError):  # noqa: N818
 
 @contextlib.contextmanager
 def _in_words(job: Job, run: RunDir) -> Iterator[None]:
-    """What ends a run, with what is left of it and what to do."""
-    go_on = f"resume with: {run.to_go_on()}"
+    """What ends a run, with what is left of it and what to do.
+
+    What is left only the first rank can see: the others may be on machines that the run's folder is not on.
+    """
     try:
         yield
     except DivergedError as error:
@@ -168,27 +170,39 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
                 f"out of memory with {data.batch_size} images of {data.image_size} pixels a step: lower --batch-size "
                 f"or --image-size{eager}; {_last_good(run)}"
             ) from None
-        saved = f"{checkpoint.finished_epochs(run.path / STATE)} of {job.config.train.epochs} epochs are done and saved"
+        first = ranks.rank() == 0
+        saved, by_hand = (f"{_finished(job, run)}; ", _go_on(run)) if first else ("", f"the run is {run.path}")
         if ranks.is_lost(error):
             raise CifarError(
                 f"another rank failed, or could not be reached, so this one stops too ({ranks.words_of(error)}); "
-                f"{saved}; torchrun --max-restarts goes on by itself; by hand, {go_on}"
+                f"{saved}torchrun --max-restarts goes on by itself; {'by hand, ' if first else ''}{by_hand}"
             ) from None
         if failure := devices.failure(error):
-            raise CifarError(f"{failure}; {saved}; {go_on}") from error
+            raise CifarError(f"{failure}; {saved}{by_hand}") from error
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        if not (run.path / CONFIG).is_file():
+        if ranks.rank() > 0:
+            saved = f"the run is {run.path}"
+        elif not (run.path / CONFIG).is_file():
             saved = f"the run's folder {run.path} is gone; where it was moved to, --resume goes on with it"
         else:
             mended = "there is room again" if error.errno in NO_ROOM else "that is mended"
-            finished = checkpoint.finished_epochs(run.path / STATE)
-            saved = f"{finished} of {job.config.train.epochs} epochs are done and saved; once {mended}, {go_on}"
+            saved = f"{_finished(job, run)}; once {mended}, {_go_on(run)}"
         raise FolderError(f"{where}{error.strerror or error}; {saved}") from None
 
 
+def _go_on(run: RunDir) -> str:
+    return f"resume with: {run.to_go_on()}"
+
+
+def _finished(job: Job, run: RunDir) -> str:
+    return f"{checkpoint.finished_epochs(run.path / STATE)} of {job.config.train.epochs} epochs are done and saved"
+
+
 def _last_good(run: RunDir) -> str:
+    if ranks.rank() > 0:
+        return f"the run is {run.path}"
     if not (run.path / MODEL).is_file():
         return f"no epoch was finished (the run is {run.path})"
     return f"the last good checkpoint is {run.path / MODEL}"
@@ -257,6 +271,8 @@ def dry_run(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     plan = replace(loader.plan(1), image_size=None)  # the images as large as they get
     with devices.deterministic(job.config.train.deterministic):  # as the run, which would refuse what has none
         loss, _ = training.step(plan, loader.shares[0], loader.loss_weights[0])
+    ranks.sum_up(loss)  # as that of an epoch's steps, so that all ranks refuse it, or none
+    loss /= ranks.count()
     if not abs(loss.item()) < LARGEST:
         raise DivergedError(f"the loss of the first step was {loss.item():g}: look at the weights to start from")
     return {

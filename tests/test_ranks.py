@@ -1,13 +1,16 @@
 """Several processes train as one: shares of batches, batch statistics, whole runs, and a rank that dies."""
 
+import errno
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -16,11 +19,12 @@ from safetensors.torch import load_file
 from torch import distributed
 from torch.nn import functional as F
 
-from cifar100cli import devices, ranks, runs
+from cifar100cli import devices, ranks, runs, workflows
 from cifar100cli.datasets import Split
-from cifar100cli.errors import UsageError
+from cifar100cli.errors import CifarError, DivergedError, UsageError
 from cifar100cli.loader import DeviceLoader, Preprocessing
-from tests.conftest import CROP_FLIP, Cli
+from cifar100cli.trainer import Job
+from tests.conftest import CROP_FLIP, Cli, make_preset
 
 CPU = torch.device("cpu")
 TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
@@ -170,6 +174,57 @@ def test_other_ranks_leave_the_talking_to_the_first(tmp_path: Path, arguments: t
     )
     assert (finished.stdout, finished.stderr) == ("", "")
     assert finished.returncode == (2 if arguments[0] == "train" else 0)
+
+
+LEAVE = """
+from cifar100cli import errors, exits
+
+def fail(**_):
+    raise errors.DivergedError("the loss was nan")
+
+exits.leave_with(fail)
+"""
+
+
+@pytest.mark.parametrize(("rank", "told"), [("0", "error: the loss was nan\n"), ("2", "")])
+def test_a_loss_that_is_no_number_is_told_once(tmp_path: Path, rank: str, told: str) -> None:
+    """By the first of all ranks; the third is the first of its machine."""
+    finished = subprocess.run(
+        [sys.executable, "-c", LEAVE],
+        env={**os.environ, **TORCHRUN, "RANK": rank, "LOCAL_RANK": "0", "WORLD_SIZE": "4"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (finished.returncode, finished.stderr) == (4, told)
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (DivergedError("the loss was nan"), r"the loss was nan; the run is \S+; try a lower --lr, .*"),
+        (MemoryError(), r"out of memory with 64 images .*; the run is \S+"),
+        (OSError(errno.ENOSPC, "No space left", "file"), r"file: No space left; the run is \S+"),
+        (
+            RuntimeError("Connection closed by peer"),
+            r"another rank failed, .*; torchrun --max-restarts goes on by itself; the run is \S+",
+        ),
+    ],
+)
+def test_other_ranks_say_nothing_of_what_is_in_the_runs_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    """Which is not there on their machine: nothing is gone, and no epoch is lost."""
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    job = cast(Job, SimpleNamespace(config=make_preset(data={"batch_size": 64}).config))
+    with (
+        pytest.raises(CifarError) as told,
+        workflows._in_words(job, runs.RunDir(tmp_path / "elsewhere")),
+    ):
+        raise error
+    assert re.fullmatch(words, str(told.value))
 
 
 # --------------------------------------------------------------------------------------------- two processes

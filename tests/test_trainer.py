@@ -10,7 +10,8 @@ import unittest.mock
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -37,8 +38,10 @@ from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError
 from cifar100cli.folders import Where
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.optim import MovingAverage, everything
+from cifar100cli.runs import RunDir
 from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
+from cifar100cli.trainer import Job
 from cifar100cli.watcher import EpochProgress, TrainState
 from tests.conftest import EVERYTHING, Cli, Listening, StopAfter, make_preset, only_run, where
 
@@ -195,6 +198,20 @@ def test_weights_that_were_selected_and_not_saved_are_those_of_the_training_stat
     assert (resumed["best"], resumed["test"]) == (unbroken["best"], unbroken["test"])
     same = [(only_run(folder).path / runs.MODEL).read_bytes() for folder in (tmp_path, tmp_path / "unbroken")]
     assert same[0] == same[1]
+
+
+def test_the_line_that_tells_how_to_go_on_has_the_trackers_that_began_with_the_run(tmp_path: Path) -> None:
+    preset = make_preset()
+    run = RunDir.create(tmp_path, preset.name, preset.config, {})
+    job = cast(Job, SimpleNamespace(config=preset.config))
+
+    def fill_the_disk() -> None:
+        with workflows._in_words(job, run):
+            (run.path / runs.TENSORBOARD).mkdir()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "state.safetensors")
+
+    with pytest.raises(FolderError, match=r"resume with: cifar100 train --resume \S+ --log tensorboard$"):
+        fill_the_disk()
 
 
 def test_drop_out_and_augmentation_do_not_draw_the_same_numbers(
