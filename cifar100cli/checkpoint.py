@@ -253,4 +253,5 @@ def read(path: Path) -> Saved:
         warn_of_change(path, about, found)
     elif not are_as_written(found, about):
         raise DataError(f"{path}: corrupt: its numbers are not those that were written; train anew")
-    return Saved(path, found, about)
+    # Until here they are views of the file, and Windows refuses to replace one that is mapped, as the next epoch does.
+    return Saved(path, {name: tensor.clone() for name, tensor in found.items()}, about)

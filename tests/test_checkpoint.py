@@ -297,6 +297,16 @@ def test_a_state_of_numbers_without_end(tmp_path: Path, about: dict[str, object]
     assert checkpoint.finished_epochs(tmp_path / "s") == int("epoch" not in about)
 
 
+def test_what_was_read_is_no_view_of_the_file(tmp_path: Path) -> None:
+    """Windows replaces no file that is mapped, and a run that goes on replaces the one that it has read."""
+    path, model = tmp_path / "model.safetensors", make_model().state_dict()
+    checkpoint.save_model(path, model, make_card())
+    saved = checkpoint.read(path)
+    with path.open("rb+") as file:
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(saved.tensors[name], tensor) for name, tensor in model.items())
+
+
 def test_a_file_larger_than_there_is_room_to_map(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise RuntimeError("unable to mmap 200000004616 bytes from file: Cannot allocate memory (12)")
