@@ -9,8 +9,11 @@ import re
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
+
+PATIENCE = 3.0  # seconds for whoever has a file open that is to be replaced
 
 
 @contextlib.contextmanager
@@ -51,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         with contextlib.suppress(PermissionError):  # shares of other systems keep modes of their own
             temporary.chmod(0o666 & ~_umask())  # mkstemp made it private
-        temporary.replace(path)
+        _put(temporary, path)
     except OSError as error:
         remove_quietly(temporary)
         if error.errno and (error.filename is None or str(error.filename) == name):
@@ -60,6 +63,19 @@ def replacing(path: Path) -> Iterator[Path]:
     except BaseException:
         remove_quietly(temporary)
         raise
+
+
+def _put(temporary: Path, path: Path) -> None:
+    """Let `temporary` become `path`; Windows refuses while `path` is open, as it is for a virus scanner's moment."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            temporary.replace(path)
+            return
+        except PermissionError:
+            if sys.platform != "win32" or time.monotonic() >= until:
+                raise
+            time.sleep(0.05)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -267,7 +267,8 @@ class RunDir:
         writer = csv.DictWriter(buffer, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
-        write_text(self.path / TABLE, buffer.getvalue())
+        with contextlib.suppress(PermissionError):  # open in a spreadsheet on Windows; the next epoch writes it whole
+            write_text(self.path / TABLE, buffer.getvalue())
 
     @contextlib.contextmanager
     def exclusively(self, patience: float = 1.0) -> Iterator[None]:

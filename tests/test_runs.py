@@ -2,6 +2,7 @@
 
 import contextlib
 import csv
+import errno
 import json
 import os
 import shutil
@@ -178,6 +179,49 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
     assert path.stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
+
+
+def in_use(monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> list[Path]:
+    """Files of this name cannot be replaced at first; returns those that somebody tried to replace."""
+    tried: list[Path] = []
+    replace = Path.replace
+
+    def refuse(self: Path, target: Path) -> Path:
+        if target.name == name:
+            tried.append(target)
+            if len(tried) <= times:
+                raise PermissionError(errno.EACCES, "Access is denied", str(self))
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", refuse)
+    return tried
+
+
+def test_windows_is_asked_again_to_replace_a_file_that_is_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file.txt"
+    atomic.write_text(path, "old")
+    tried = in_use(monkeypatch, path.name, 2)
+    with pytest.raises(PermissionError, match="Access is denied"):  # elsewhere it says that the folder is shut
+        atomic.write_text(path, "new")
+    assert (path.read_text(), len(tried)) == ("old", 1)
+    monkeypatch.setattr(sys, "platform", "win32")
+    atomic.write_text(path, "new")
+    assert (path.read_text(), len(tried)) == ("new", 3)
+    monkeypatch.setattr(atomic, "PATIENCE", 0.1)
+    in_use(monkeypatch, path.name, 1000)
+    with pytest.raises(PermissionError) as refusal:
+        atomic.write_text(path, "newer")
+    assert refusal.value.filename == str(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["file.txt"]
+
+
+def test_a_spreadsheet_with_the_table_open_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_use(monkeypatch, runs.TABLE, 1)
+    run = make_run(tmp_path, epochs=1)
+    assert not (run.path / runs.TABLE).exists()
+    run.append_metrics({**run.metrics()[0], "epoch": 2})
+    assert len(run.metrics()) == 2
+    assert (run.path / runs.TABLE).read_text().count("\n") == 3
 
 
 def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
