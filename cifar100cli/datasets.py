@@ -5,7 +5,6 @@ Source of format and figures: https://www.cs.toronto.edu/~kriz/cifar.html
 
 import contextlib
 import hashlib
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,7 @@ from cifar100cli.catalog import DATASETS, FOLDERS, TITLES, share_of
 from cifar100cli.errors import DataError, FolderError, UsageError
 from cifar100cli.folders import user_cache
 from cifar100cli.unpickle import PickleError, as_text, read_pickle
+from cifar100cli.wording import argument
 
 LARGEST_FILE = 256 * 1024 * 1024  # bytes; CIFAR-100's training file has 155,249,918
 SPLIT_SEED = 20090408  # the day of the CIFAR report; held-out images are the same for every seed of a run
@@ -88,7 +88,7 @@ def find(name: str, data_dir: Path) -> Path:
     folder = data_dir / FOLDERS[name]
     if kind_of(folder) != "folder":
         if data_dir.resolve().name == FOLDERS[name]:
-            parent = shlex.quote(str(data_dir.parent))
+            parent = argument(data_dir.parent)
             raise DataError(f"{data_dir}: is the data set's own folder; name the one above it: --data-dir {parent}")
         raise DataError(
             f"{TITLES[name]} is not in {data_dir}: run `{_download(name, data_dir)}`, or point --data-dir at the "
@@ -103,7 +103,7 @@ def _download(name: str, data_dir: Path) -> str:
     with contextlib.suppress(FolderError):
         if data_dir == user_cache():  # which download takes without a word
             return command
-    return f"{command} --data-dir {shlex.quote(str(data_dir))}"
+    return f"{command} --data-dir {argument(data_dir)}"
 
 
 # --------------------------------------------------------------------------------------- the two formats

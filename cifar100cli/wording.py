@@ -1,6 +1,7 @@
 """Figures, counts, times and paths as people read them."""
 
 import shlex
+import sys
 from pathlib import Path
 
 PROTOCOLS = {"best_test": "best on test", "best_val": "held-out", "last": "last"}  # how a figure was selected
@@ -30,7 +31,12 @@ def expected(top1: float, runs: int | None, deviation: float | None = None) -> s
 def argument(path: str | Path) -> str:
     """A path as it can be given to a command, whatever is in it, and were it taken for an option."""
     text = str(path)
-    return shlex.quote(f"./{text}" if text.startswith("-") else text)
+    text = f"./{text}" if text.startswith("-") else text
+    if sys.platform != "win32":
+        return shlex.quote(text)
+    import subprocess
+
+    return subprocess.list2cmdline([text])  # cmd.exe hands on single quotes as they are
 
 
 def several(number: int, noun: str) -> str:

@@ -168,6 +168,24 @@ def test_durations() -> None:
     assert [wording.duration(seconds) for seconds in (0.4, 59.4, 60, 3725)] == ["0 s", "59 s", "1:00", "1:02:05"]
 
 
+@pytest.mark.parametrize(
+    ("platform", "path", "typed"),
+    [
+        ("linux", "runs/mine", "runs/mine"),
+        ("linux", "it's here", "'it'\"'\"'s here'"),
+        ("linux", "-x", "./-x"),
+        ("win32", r"C:\runs\mine", r"C:\runs\mine"),
+        ("win32", r"C:\Users\My Name", r'"C:\Users\My Name"'),  # cmd.exe would hand on single quotes as they are
+        ("win32", "-x y", '"./-x y"'),
+    ],
+)
+def test_a_path_is_quoted_as_the_systems_shell_reads_it(
+    monkeypatch: pytest.MonkeyPatch, platform: str, path: str, typed: str
+) -> None:
+    monkeypatch.setattr(sys, "platform", platform)
+    assert wording.argument(path) == typed
+
+
 def test_figures_stay_whole_in_a_narrow_terminal(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

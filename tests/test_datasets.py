@@ -90,6 +90,8 @@ def test_unpickles_arrays(protocol: int, dtype: str, order: Any) -> None:
 def test_the_data_sets_own_folder_is_one_too_deep(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=rf"own folder; name the one above it: --data-dir {tmp_path}$"):
         datasets.find("cifar100", tmp_path / FOLDERS["cifar100"])
+    with pytest.raises(DataError, match=r"run `cifar100 download --data-dir \./-x`"):  # and no option
+        datasets.find("cifar100", Path("-x"))
 
 
 class _Calls:
