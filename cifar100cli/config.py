@@ -4,6 +4,7 @@ Whatever is wrong raises `UsageError` with the key, the value, what is allowed a
 runs before anything else.
 """
 
+import codecs
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
     try:
         with path.open("rb") as file:
             content = file.read(LARGEST_PRESET + 1)
-        text = content.decode("utf-8")
+        in_16_bits = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # as PowerShell's `>` writes it
+        text = content.decode("utf-16" if in_16_bits else "utf-8")
     except OSError as error:
         raise UsageError(f"--preset {name}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:

@@ -256,6 +256,16 @@ def test_a_figure_of_ours_is_no_setting(tmp_path: Path) -> None:
     assert own.published.top1 == 0.6
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16-le", "utf-16-be"])
+def test_a_preset_as_windows_writes_it(tmp_path: Path, encoding: str) -> None:
+    """Notepad begins a file with a mark, and `cifar100 presets NAME > mine.yaml` is UTF-16 in PowerShell 5."""
+    path = tmp_path / "mine.yaml"
+    mark = "" if encoding == "utf-8-sig" else "\ufeff"
+    path.write_bytes(f"{mark}seed: 3\r\ndescription: 学習\r\n".encode(encoding))
+    config = load_preset(str(path)).config
+    assert (config.seed, config.description) == (3, "学習")
+
+
 def test_bytes_that_are_no_text(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_bytes(b"\xff\xfe\x00seed")
