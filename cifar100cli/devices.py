@@ -190,6 +190,14 @@ def _device_of_rank(name: str) -> torch.device:
     return torch.device("cuda", ranks.local_rank())
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How images and weights (N, C, H, W) lie in memory: channels last, for which the kernels are the quickest.
+
+    But on MPS, where the backward pass of batch norms fails on these, or is wrong without a word (pytorch#175189).
+    """
+    return torch.contiguous_format if device.type == "mps" else torch.channels_last
+
+
 def resolve_precision(name: str, device: torch.device, *, fp16: bool = True) -> str:
     """`auto` is bf16 where the hardware multiplies it (CUDA, or a CPU with AVX512-BF16 or AMX), else fp32.
 
@@ -316,19 +324,22 @@ def forget_peak_memory(device: torch.device) -> None:
             Path("/proc/self/clear_refs").write_text("5")  # proc(5): from here on, the peak is what is in use now
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes held at most: by PyTorch on a CUDA device, else by the whole process in the machine's memory.
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes held at most: by PyTorch on a CUDA device, with the CPU by the whole process in the machine's memory.
 
-    Since `forget_peak_memory`, where that works. What a captured step computes in is held, though free, between two.
+    Since `forget_peak_memory`, where that works; None where the system keeps no such figure. What a captured step
+    computes in is held, though free, between two.
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
+    if device.type != "cpu":
+        return None
     with contextlib.suppress(OSError):  # Linux's own; what it tells of rusage may be the peak of who began the process
         if found := re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return int(found[1]) * 1024
     try:
         import resource
     except ImportError:  # Windows
-        return 0
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

@@ -182,7 +182,7 @@ def _value(member: Checkpoint, key: str) -> object:
 def ready(saved: Checkpoint, where: Where) -> tuple[nn.Module, torch.device, devices.Cast]:
     """The model on the device that is asked for, in its preset's precision: where that is `auto`, the device's."""
     device = devices.select_device(where.device)
-    model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = saved.model.to(device=device, memory_format=devices.memory_format(device))  # type: ignore[call-overload]
     return model.eval(), device, devices.autocast(device, devices.precision_of(saved.config, device))
 
 

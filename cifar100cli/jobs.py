@@ -125,7 +125,7 @@ def prepare(
     digests = digests_of(config, images_digest, saved_teacher) if begun is None else {}
     if ranks.count() > 1 and config.train.sync_batch_norm:
         model = batch_norm.synchronised(model, device)
-    model = model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = model.to(device=device, memory_format=devices.memory_format(device))  # type: ignore[call-overload]
     train_loader = _train_loader(config, training, preprocessing, device, model)
     test_loader = evaluation_loader(dataset.test, device, preprocessing)
     # All that is refused is refused before the long work of a teacher and a frozen part.

@@ -9,6 +9,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torch import Tensor
 from torch.nn import functional as F
 
+from cifar100cli import devices
 from cifar100cli.augment import Drawn, Epoch, Policy, Views, constant, none, on_device
 from cifar100cli.datasets import Split
 from cifar100cli.devices import Portions
@@ -26,7 +27,7 @@ class Preprocessing:
     std: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
     def __call__(self, images: Tensor) -> Tensor:
-        """(N, 3, H, W) uint8 to (N, 3, image_size, image_size) float32, channels last.
+        """(N, 3, H, W) uint8 to (N, 3, image_size, image_size) float32, channels last but on MPS.
 
         Resizing is bilinear with half-pixel centres, which is OpenCV's INTER_LINEAR.
         """
@@ -35,14 +36,15 @@ class Preprocessing:
         if any(self.mean) or self.std != (1.0, 1.0, 1.0):
             mean, std = (constant(values, pixels.device)[:, None, None] for values in (self.mean, self.std))
             pixels = pixels.sub_(mean).div_(std)
+        layout = devices.memory_format(pixels.device)
         if pixels.shape[-2:] != (self.image_size, self.image_size):
             # A CPU enlarges planes three times as fast as pixels of three channels.
             on_cpu = pixels.device.type == "cpu"
-            pixels = pixels.contiguous(memory_format=torch.contiguous_format if on_cpu else torch.channels_last)
+            pixels = pixels.contiguous(memory_format=torch.contiguous_format if on_cpu else layout)
             pixels = F.interpolate(
                 pixels, size=(self.image_size, self.image_size), mode="bilinear", align_corners=False
             )
-        return pixels.contiguous(memory_format=torch.channels_last)
+        return pixels.contiguous(memory_format=layout)
 
 
 def preprocessing_for(data: Data, train: Split, backbone: str) -> Preprocessing:

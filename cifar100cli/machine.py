@@ -1,5 +1,6 @@
 """The machine that a run is made on: device, versions, and the commit of this code."""
 
+import contextlib
 import platform
 import subprocess
 import sys
@@ -49,6 +50,9 @@ def device_name(device: torch.device) -> str:
 
 
 def _processor() -> str:
+    if sys.platform == "darwin":  # where `platform` calls them all arm
+        with contextlib.suppress(OSError, subprocess.SubprocessError):
+            return _said_by("sysctl", "-n", "machdep.cpu.brand_string")
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
@@ -58,6 +62,11 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
+def _said_by(*command: str) -> str:
+    """What another program prints. Raises `OSError` or `SubprocessError` where it is not there, or fails."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+
 def _commit() -> str | None:
     """The commit that this code is at, when it runs from a checkout."""
     root = Path(__file__).resolve().parent.parent
@@ -65,8 +74,7 @@ def _commit() -> str | None:
         return None
 
     def git(*arguments: str) -> str:
-        command = ["git", "-C", str(root), *arguments]
-        return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+        return _said_by("git", "-C", str(root), *arguments)
 
     try:
         return git("rev-parse", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")

@@ -306,7 +306,8 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
         f"{result['flops_per_image'] / 1e9:.3g} GFLOP an image; {100 * result['utilization']:.1f}% of the "
         f"{result['peak_flops_per_second'] / 1e12:.3g} TFLOP/s of a large matrix product"
     )
-    memory = f"{result['peak_memory_bytes'] / 2**30:.2f} GiB"
+    peak = result["peak_memory_bytes"]
+    memory = "not known here" if peak is None else f"{peak / 2**30:.2f} GiB"
     console.result(
         f"peak memory of the steps, without data set and kept features: {memory}; steps: {result['compile']}"
     )

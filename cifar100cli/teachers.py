@@ -102,7 +102,7 @@ def make_ready(
 ) -> Teacher:
     """The teacher of a run: looked up where an image has few versions, else, or if `dry`, run in every step."""
     device = loader.device
-    model = saved.model.to(device=device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    model = saved.model.to(device=device, memory_format=devices.memory_format(device))  # type: ignore[call-overload]
     if precision == "fp32":
         model = fold(model, saved.preprocessing(loader.images[:2]))
     online = OnlineTeacher(model, saved.preprocessing, devices.autocast(device, precision))

@@ -114,7 +114,8 @@ def fit(job: Job, run: RunDir, watcher: Watcher) -> TrainState:
             row["seconds"] = round(time.perf_counter() - started, 3)
             speed = loaders.train.count / train_seconds
             row["images_per_second"] = round(speed, 1 if speed >= 10 else 4)
-            row["peak_memory_bytes"] = peak_memory(job.device)
+            if (peak := peak_memory(job.device)) is not None:
+                row["peak_memory_bytes"] = peak
             ranks.on_first(lambda: saver.save(row, state, training))  # noqa: B023 - called at once
             watcher.epoch(row, replace(state))
         ranks.on_first(saver.wait)

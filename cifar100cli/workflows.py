@@ -244,12 +244,13 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         "trainable_parameters": count_parameters(job.model, trainable=True),
         "seconds": round(sum(row["seconds"] for row in rows), 3),
         "images_per_second": round(len(rows) / sum(1 / row["images_per_second"] for row in rows), 1),
-        "peak_memory_bytes": max(row.get("peak_memory_bytes", 0) for row in rows),
         "device": str(job.device),
         "precision": job.precision,
         "compile": job.step_mode.name,
         "ranks": ranks.count(),
     }
+    if peaks := [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]:
+        result["peak_memory_bytes"] = max(peaks)
     if held_out is not None:
         val = metrics.score(*metrics.predict(job.model, held_out, job.cast))
         _refuse_no_answer("held-out", val.loss, state)

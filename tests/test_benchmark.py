@@ -14,7 +14,7 @@ import timm
 import torch
 from torch import nn
 
-from cifar100cli import benchmark, erasing, flops, jobs, plain, sides, time_limit
+from cifar100cli import benchmark, erasing, flops, jobs, plain, show, sides, time_limit
 from cifar100cli.catalog import DATASETS, DatasetName
 from cifar100cli.config import Override, Preset, differences, load_preset
 from cifar100cli.datasets import Dataset, Split
@@ -193,7 +193,9 @@ def test_operations_behind_kept_features_are_counted_whatever_type_these_have(tm
     assert flops.forward_flops(job.model, job.loaders.train) == 2 * head.in_features * head.out_features
 
 
-def test_bench_needs_no_data_and_leaves_nothing(run_cli: Cli, tmp_path: Path) -> None:
+def test_bench_needs_no_data_and_leaves_nothing(
+    run_cli: Cli, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     outcome = run_cli(
         *("bench", "--backbone", "test_resnet", "--batch-size", "32", "--steps", "2", "--repeats", "3"),
         *("--device", "cpu", "--json"),
@@ -216,6 +218,8 @@ def test_bench_needs_no_data_and_leaves_nothing(run_cli: Cli, tmp_path: Path) ->
     assert run["seconds"] == pytest.approx(200 * epoch, rel=0.01)
     assert result["peak_memory_bytes"] > 2**20
     assert list(tmp_path.iterdir()) == []
+    show.bench({**result, "peak_memory_bytes": None}, json=False)
+    assert "without data set and kept features: not known here;" in capfd.readouterr().out
 
 
 def test_a_full_run_of_few_or_growing_images() -> None:

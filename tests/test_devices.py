@@ -7,13 +7,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from cifar100cli import devices
+from cifar100cli import devices, evaluation, jobs, machine
+from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.errors import CifarError, UsageError
+from cifar100cli.loader import Preprocessing
+from cifar100cli.models import create_model
+from tests.conftest import Listening, make_preset, where
 
 KEPT = """
 import sys, torch
@@ -73,6 +78,50 @@ def test_the_peak_on_a_gpu_is_what_is_held(monkeypatch: pytest.MonkeyPatch) -> N
     assert devices.peak_memory(gpu) == 8
     devices.forget_peak_memory(gpu)
     assert devices.peak_memory(gpu) == 3
+
+
+def test_a_peak_that_the_system_does_not_tell_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On an Apple GPU, whose memory is not the process's; and on Windows, which has neither /proc nor getrusage."""
+    assert devices.peak_memory(torch.device("mps")) is None
+    monkeypatch.setattr(Path, "read_text", lambda *_, **__: "")
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert devices.peak_memory(torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "expected"),
+    [("cpu", torch.channels_last), ("cuda", torch.channels_last), ("mps", torch.contiguous_format)],
+)
+def test_apples_gpu_alone_takes_images_plane_by_plane(kind: str, expected: torch.memory_format) -> None:
+    """PyTorch's gradients of batch norms are wrong there in the other layout (pytorch#175189)."""
+    assert devices.memory_format(torch.device(kind)) is expected
+
+
+@pytest.mark.usefixtures("small_synthetic")
+@pytest.mark.parametrize("layout", [torch.channels_last, torch.contiguous_format])
+def test_weights_and_images_lie_as_the_device_takes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: torch.memory_format
+) -> None:
+    monkeypatch.setattr(devices, "memory_format", lambda _: layout)
+    preset = make_preset(data={"image_size": 48})
+    job = jobs.prepare(preset, where(tmp_path), Listening())
+    saved = Checkpoint(tmp_path, create_model(preset.config, classes=3), job.card, preset.config)
+    model, *_ = evaluation.ready(saved, where(tmp_path))
+    enlarged, as_they_are = next(iter(job.loaders.train.epoch(1))).inputs, Preprocessing(32)(torch.zeros(2, 3, 32, 32))
+    weights = [weight for network in (job.model, model) for weight in network.parameters() if weight.ndim == 4]
+    assert all(tensor.is_contiguous(memory_format=layout) for tensor in (enlarged, as_they_are, *weights))
+
+
+@pytest.mark.parametrize(("status", "expected"), [(0, "Apple M5 of -n machdep.cpu.brand_string"), (1, None)])
+def test_apples_processors_have_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: int, expected: str | None
+) -> None:
+    (tmp_path / "sysctl").write_text(f'#!/bin/sh\necho "Apple M5 of $*"\nexit {status}\n')
+    (tmp_path / "sysctl").chmod(0o755)
+    otherwise = machine.device_name(torch.device("cpu"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert machine.device_name(torch.device("cpu")) == (expected or otherwise)
 
 
 @pytest.mark.usefixtures("auto_is_auto")

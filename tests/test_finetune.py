@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,7 +263,7 @@ def test_where_no_room_can_be_asked_for_zeros_are_written(tmp_path: Path, monkey
         assert table[:] == bytes(50_500)
     written: list[int] = []
     file = SimpleNamespace(write=lambda piece: written.append(len(piece)), flush=lambda: None, fileno=lambda: -1)
-    monkeypatch.setattr(computed.tempfile, "TemporaryFile", lambda dir: contextlib.nullcontext(file))  # noqa: A006
+    monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: contextlib.nullcontext(file))  # noqa: A006
     computed._mapped(tmp_path, 2500).close()
     assert written == [1000, 1000, 500]
 

@@ -200,6 +200,14 @@ def test_weights_that_were_selected_and_not_saved_are_those_of_the_training_stat
     assert same[0] == same[1]
 
 
+def test_a_peak_of_memory_that_is_not_known_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer, "peak_memory", lambda _: None)
+    result = workflows.train(make_preset(train={"epochs": 1}), where(tmp_path), Listening())
+    run = only_run(tmp_path)
+    assert run.result() == json.loads(json.dumps(result))
+    assert not any("peak_memory_bytes" in told for told in (result, *run.metrics()))
+
+
 def test_the_line_that_tells_how_to_go_on_has_the_trackers_that_began_with_the_run(tmp_path: Path) -> None:
     preset = make_preset()
     run = RunDir.create(tmp_path, preset.name, preset.config, {})
