@@ -41,6 +41,19 @@ def test_this_machine_tells_a_sensible_number() -> None:
         ("0::/\n", {"memory.max": "1000\n", "memory.current": "400\n"}, 600),  # a container with its own namespace
         ("0::/\n", {"memory.max": "max\n", "memory.current": "400\n"}, FREE),
         ("0::/\n", {"memory.max": "1000\n", "memory.current": "1400\n"}, 0),
+        (  # files that were read are given up
+            "0::/\n",
+            {"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 500\ninactive_file 300\n"},
+            400,
+        ),
+        (
+            "4:memory:/\n",
+            {
+                **{"memory/memory.limit_in_bytes": "1000", "memory/memory.usage_in_bytes": "900"},
+                "memory/memory.stat": "inactive_file 100\ntotal_inactive_file 300\n",
+            },
+            400,
+        ),
         ("0::/job_7/step_0\n", {"job_7/memory.max": "1000", "job_7/memory.current": "400"}, 600),
         ("0::/job_7/step_0\n", {"job_8/memory.max": "1000", "job_8/memory.current": "400"}, FREE),
         (
