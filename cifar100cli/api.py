@@ -5,7 +5,9 @@ Paths are strings or `Path`s. The folders are those of the commands: an argument
 stderr. What goes wrong is raised: a `CifarError`, whose message names options as the command line does.
 """
 
+import sys
 import threading
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -207,18 +209,34 @@ def _where(
 @contextmanager
 def _watcher(name: str, progress: bool) -> Iterator[Watcher]:
     """What the commands show, or nothing; what PyTorch refuses is told as they tell it."""
+    callers = sys.exception()
     try:
         with (
             _alone(),
             TrainingDisplay(name) if progress else nullcontext(Watcher()) as watcher,
         ):
             yield watcher
-    except (RuntimeError, MemoryError) as error:
-        if words := devices.in_words(error):
+    except BaseException as error:
+        _let_go(error, callers)
+        if isinstance(error, RuntimeError | MemoryError) and (words := devices.in_words(error)):
             raise CifarError(words) from None
         if words := devices.failure(error):
             raise CifarError(words) from error
         raise
+
+
+def _let_go(error: BaseException, callers: BaseException | None) -> None:
+    """Empty the frames that have ended with an error, and with those that led to it, but for what the caller handles.
+
+    A notebook keeps its last exception, and this one network, images and the step's graph: the next run would find no
+    memory.
+    """
+    chain = [error]
+    for one in chain:  # which grows
+        traceback.clear_frames(one.__traceback__)
+        for led in (one.__context__, one.__cause__):
+            if led is not None and led not in (callers, *chain):
+                chain.append(led)
 
 
 _TURN = threading.RLock()

@@ -1,6 +1,7 @@
 """The library: what the commands do, to the same bits, in silence, with exceptions in place of exit codes."""
 
 import copy
+import gc
 import inspect
 import io
 import json
@@ -9,8 +10,11 @@ import pickle
 import shutil
 import subprocess
 import sys
+import traceback
 import unittest.mock
 import warnings
+import weakref
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +39,7 @@ from cifar100cli import (
     augment,
     errors,
     evaluate,
+    jobs,
     load_model,
     load_preset,
     loader,
@@ -43,9 +48,12 @@ from cifar100cli import (
     starting_weights,
     synthetic,
     train,
+    workflows,
 )
 from cifar100cli.config import read_config
 from cifar100cli.models import create_model
+from cifar100cli.trainer import Job
+from cifar100cli.watcher import EpochProgress, Watcher
 from tests.conftest import TINY, Cli, StopAfter
 
 OVERRIDES: dict[str, object] = {
@@ -222,6 +230,46 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
     assert (begun / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     assert resume(str(begun)) == result
     assert lasting(result) == lasting(json.loads((run / "result.json").read_text()))
+
+
+@pytest.mark.usefixtures("small_synthetic")
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, torch.OutOfMemoryError, RuntimeError])
+def test_what_ends_a_run_holds_nothing_of_it(
+    stop: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A notebook keeps the last exception, and the next cell needs the memory."""
+    models: list[weakref.ref[torch.nn.Module]] = []
+
+    def prepare(*arguments: Any, **more: Any) -> Job:
+        job = jobs.prepare(*arguments, **more)
+        models.append(weakref.ref(job.model))
+        return job
+
+    class Ends(Watcher):
+        def step(self, taken: int, glance: Callable[[], EpochProgress | None]) -> None:
+            raise stop
+
+    monkeypatch.setattr(workflows, "prepare", prepare)
+    monkeypatch.setattr(api, "Watcher", Ends)
+    with pytest.raises((RunInterrupted, CifarError, RuntimeError)) as held:
+        train(load_preset("quickstart", OVERRIDES), runs_dir=tmp_path, device="cpu")
+    gc.collect()
+    assert [model() for model in models] == [None]
+    assert held.value.__traceback__ is not None, "all the while"
+
+
+def test_what_the_caller_handles_keeps_its_frames() -> None:
+    def fails() -> None:
+        kept = "for a look at what went wrong"
+        raise LookupError(kept)
+
+    try:
+        fails()
+    except LookupError as error:
+        with pytest.raises(DataError, match="nowhere"):
+            load_model("nowhere")
+        frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    assert frames[-1].f_locals == {"kept": "for a look at what went wrong"}
 
 
 def test_evaluate_agrees_with_the_result_and_the_command(
