@@ -79,7 +79,10 @@ class RunInterrupted(KeyboardInterrupt):
     """Training was stopped by a signal; what was finished is saved. Without a folder the run had not begun."""
 
     def __init__(self, run_dir: Path | None, finished: int, epochs: int, cause: KeyboardInterrupt) -> None:
-        super().__init__(f"stopped after {finished} of {epochs} epochs")
+        text = "stopped before the run began: nothing was saved"
+        if run_dir is not None:
+            text = f"stopped after {finished} of {epochs} epochs; resume({str(run_dir)!r}) goes on"
+        super().__init__(text)
         self.run_dir, self.finished, self.epochs, self._cause = run_dir, finished, epochs, cause
         self.exit_code = exit_code_of(cause)
 

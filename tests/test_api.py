@@ -224,12 +224,20 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_bits(
     begun = stopped.value.run_dir
     assert begun is not None
     assert stopped.value.finished == 1
+    assert str(stopped.value) == f"stopped after 1 of 2 epochs; resume({str(begun)!r}) goes on"
     capfd.readouterr()
     result = resume(begun)
     assert capfd.readouterr() == ("", "")
     assert (begun / "model.safetensors").read_bytes() == (run / "model.safetensors").read_bytes()
     assert resume(str(begun)) == result
     assert lasting(result) == lasting(json.loads((run / "result.json").read_text()))
+
+
+def test_a_run_that_is_stopped_before_it_began_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(workflows, "prepare", unittest.mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(RunInterrupted, match="stopped before the run began: nothing was saved") as stopped:
+        train("quickstart", runs_dir=tmp_path, device="cpu")
+    assert stopped.value.run_dir is None
 
 
 @pytest.mark.usefixtures("small_synthetic")
