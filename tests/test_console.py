@@ -110,6 +110,21 @@ def test_training_in_a_pipe(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
     assert [line[:11] for line in captured.err.splitlines()[-3:]] == [f"epoch {number}/3  " for number in (1, 2, 3)]
 
 
+def test_nothing_moves_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What ipykernel's shell tells commands of its pseudo-terminal, which knows colours and no cursor."""
+    row = {"epoch": 1, "train_loss": 1, "train_top1": 0.5, "images_per_second": 1}
+    with terminal(monkeypatch) as written:
+        for name, value in (("TERM", "xterm-color"), ("CLICOLOR_FORCE", "1"), ("FORCE_COLOR", "1")):
+            monkeypatch.setenv(name, value)
+        with TrainingDisplay("mine") as display, counting("images", 2) as advance:
+            display.begin(make_preset().config, Path(), 1, 5, "cpu in fp32")
+            display.step(1, lambda: EpochProgress(1, 50, 3.5, 0.25, 5))
+            display.epoch(row, None)
+            advance(1)
+    assert [line[:9] for line in written().splitlines()] == ["mine: tes", "the data ", "epoch 1/3"]
+    assert not ESCAPES.search(written())
+
+
 @pytest.mark.parametrize(("first", "expected"), [(1, ["1:30 left", "1:20 left", "40 s left"]), (3, ["40 s left"])])
 def test_time_left_while_images_grow(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, first: int, expected: list[str]
