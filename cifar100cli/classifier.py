@@ -16,6 +16,7 @@ from cifar100cli.catalog import SIDE
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.folders import Where, expand
+from cifar100cli.inference import evaluating
 from cifar100cli.loader import Preprocessing
 
 PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
@@ -85,7 +86,8 @@ class Classifier(ImagesToLogits):
 
         Each class is `{"class": its name, "probability": 0 to 1, "superclass": its name or None}`, the likeliest first.
         Raises `DataError` for a file that is missing, broken or no image, and for a model whose answers are not finite;
-        `UsageError` for one name in place of a list, what is no picture, and a `top` that is no number from 1.
+        `UsageError` for one name in place of a list, what is no picture, and a `top` that is no number from 1. The
+        model answers in evaluation mode, whatever mode it is in.
         """
         if isinstance(pictures, str | Path | Picture) or not isinstance(pictures, Iterable):
             raise UsageError("pictures are a list: predict([picture])")
@@ -94,11 +96,11 @@ class Classifier(ImagesToLogits):
         pixels = [_pixels(picture) for picture in pictures]
         return self.guesses(torch.from_numpy(np.stack(pixels)), top) if pixels else []
 
-    @torch.inference_mode()
     def guesses(self, images: Tensor, top: int) -> list[list[dict[str, Any]]]:
         """The `top` most likely classes of images as `forward` takes them, in `predict`'s form."""
         portions = devices.Portions(self.device, PICTURES)
-        found = portions.of(slice(0, len(images)), lambda rows: self(images[rows]).cpu())
+        with evaluating(self), torch.inference_mode():
+            found = list(portions.of(slice(0, len(images)), lambda rows: self(images[rows]).cpu()))
         logits = torch.cat([answers for _, answers in found])
         metrics.refuse_no_answer(logits, self.path, devices.precision_of(self._config, self.device))
         probabilities, order = logits.double().softmax(1).topk(min(top, len(self.classes)), dim=1)

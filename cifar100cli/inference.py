@@ -18,12 +18,13 @@ ROUNDING = 1e-4  # of the largest output; what is computed wrongly is further of
 
 @contextlib.contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """The network in evaluation mode; afterwards it is as it was."""
-    training = model.training
+    """The network in evaluation mode; afterwards each of its modules is as it was."""
+    before = [(module, module.training) for module in model.modules()]
     try:
         yield model.eval()
     finally:
-        model.train(training)
+        for module, training in before:  # one after that which it is in, whose mode it was given
+            module.train(training)
 
 
 def fold(model: nn.Module, sample: Tensor, parts: Iterable[nn.Module] | None = None) -> nn.Module:

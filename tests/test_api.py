@@ -342,6 +342,18 @@ def test_predictions_are_those_of_the_command(run: Path, run_cli: Cli, capfd: py
     assert len(model.predict(pictures, top=1000)[0]) == 100
 
 
+def test_a_model_that_is_trained_on_answers_as_it_does_in_evaluation_mode(kept: Classifier) -> None:
+    """Its running means stay as they are, and so does the mode of each of its modules."""
+    pictures = [picture(32, 32)]
+    expected = kept.predict(pictures)
+    before = copy.deepcopy(kept.state_dict())
+    kept.train()
+    norm = next(module for module in kept.modules() if isinstance(module, torch.nn.BatchNorm2d)).eval()
+    assert kept.predict(pictures) == expected
+    assert [module for module in kept.modules() if not module.training] == [*norm.modules()]
+    assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())
+
+
 def test_a_model_is_a_module(run: Path) -> None:
     """Gradients flow, and it can be copied and pickled."""
     model = load_model(run, device="cpu")
