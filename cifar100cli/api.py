@@ -252,6 +252,7 @@ def _alone() -> Iterator[None]:
         settings.enter_context(torch.random.fork_rng(devices=[]))
         settings.enter_context(devices.current_gpu_kept())
         settings.enter_context(devices.exact_float32)
+        settings.enter_context(devices.deterministic(False))
         settings.callback(torch.set_default_dtype, torch.get_default_dtype())
         torch.set_default_dtype(torch.float32)
         if torch.get_default_device().type != "cpu":

@@ -239,16 +239,20 @@ def autocast(device: torch.device, precision: str) -> Cast:
 
 @contextlib.contextmanager
 def deterministic(wanted: bool) -> Iterator[None]:
-    """Where it is wanted, let PyTorch use only kernels that give the same bits every time, and refuse the others."""
-    if not wanted:
-        yield
-        return
+    """Where it is wanted, let PyTorch use only kernels that give the same bits every time, and refuse the others.
+
+    Else it takes those that it takes by itself, whatever the caller has set, which is as it was afterwards.
+    """
     before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
+    cudnn = _BACKENDS.cudnn
+    tried, same = cudnn.benchmark, cudnn.deterministic
+    torch.use_deterministic_algorithms(wanted)
+    cudnn.benchmark = cudnn.deterministic = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warns)
+        cudnn.benchmark, cudnn.deterministic = tried, same
 
 
 _NO_MEMORY = re.compile(

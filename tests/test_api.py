@@ -37,6 +37,7 @@ from cifar100cli import (
     UsageError,
     api,
     augment,
+    devices,
     errors,
     evaluate,
     jobs,
@@ -416,6 +417,41 @@ def test_the_callers_settings_of_torch_are_not_the_runs_and_are_kept(tmp_path: P
             assert torch.get_default_dtype() == dtype
         finally:
             torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("warn_only", [False, True])
+def test_the_callers_choice_of_kernels_is_not_the_runs_and_is_kept(
+    kept: Classifier, warn_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nor would it say by itself which ones a deterministic run may take."""
+
+    def chosen() -> tuple[bool, ...]:
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.backends.cudnn.benchmark,
+            torch.backends.cudnn.deterministic,
+        )
+
+    def watcher() -> Watcher:
+        seen.append(chosen())
+        with devices.deterministic(True):
+            seen.append(chosen())
+        return Watcher()
+
+    seen: list[tuple[bool, ...]] = []
+    as_it_begins = chosen()
+    monkeypatch.setattr(api, "Watcher", watcher)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    torch.use_deterministic_algorithms(True, warn_only=warn_only)
+    try:
+        load_model(kept.path, device="cpu")
+        assert chosen() == (True, warn_only, True, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == [as_it_begins, (True, False, False, False)]
+    assert as_it_begins == (False, False, False, False)
 
 
 def test_a_model_answers_as_it_was_measured(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
