@@ -69,7 +69,8 @@ def train(
     the content of the run's `result.json`: `["run_dir"]` is the folder, `["test"]["top1"]` the accuracy as a
     fraction. With `minutes` it has as many epochs as fit in this time here, which is measured first, in place of its
     own; not where it distils. `device` is auto, cpu, cuda, cuda:N or mps. Presets that distil or fine-tune train here
-    too. Of several threads, one trains at a time.
+    too. Of several threads, one trains at a time; what another draws from PyTorch's generator on the host meanwhile
+    changes the run, and is drawn again afterwards.
 
     Raises `UsageError` for a device or settings that cannot be, `DataError` for images or weights that are missing or
     broken, `DivergedError` where the loss stops being finite, `CifarError` where there is no memory or room, and on
