@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ class Classifier(ImagesToLogits):
     """
 
     def __init__(self, saved: Checkpoint, where: Where) -> None:
-        network, _, _ = evaluation.ready(saved, where)
+        network, device, _ = evaluation.ready(saved, where)
         super().__init__(network, saved.preprocessing)
         self.path, self.card = saved.path, saved.card
         self._config = saved.config
+        # It holds nothing, and says where it is: copies that `DataParallel` makes have buffers, and no parameters.
+        self.register_buffer("_place", torch.empty(0, device=device), persistent=False)
         self.eval()
         # What it keeps for its device is made now: `torch.jit.trace` would find two graphs, with it and without.
         self.preprocessing(torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8, device=self.device))
@@ -60,7 +63,7 @@ class Classifier(ImagesToLogits):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.parameters()).device
+        return next(chain(self.parameters(), self.buffers())).device
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 in RGB, on any device, to logits (N, classes) float32 on the model's device.

@@ -367,6 +367,26 @@ def test_a_model_is_a_module(run: Path) -> None:
         assert other.classes == model.classes
 
 
+def test_the_copies_that_data_parallel_makes_answer(kept: Classifier) -> None:
+    """As `replicate` makes them, but for the broadcast, which needs several GPUs: parameters are plain tensors."""
+    network = copy.deepcopy(kept)
+    for module in network.model.modules():
+        tensors = {**module._parameters, **module._buffers}  # of the latter, other networks have none
+        module._parameters.clear()
+        module._buffers.clear()
+        for name, tensor in tensors.items():
+            setattr(module, name, tensor if tensor is None else tensor.detach())
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    assert not list(network.parameters())
+    assert torch.equal(network(images), kept(images))
+    assert network.device == kept.device
+
+
+def test_where_a_model_is_stands_in_no_state_dict(kept: Classifier) -> None:
+    assert kept.state_dict().keys() == {f"model.{name}" for name in kept.model.state_dict()}
+    assert kept.to("meta").device.type == "meta"
+
+
 def test_a_model_that_is_traced_leaves_others_alone(run: Path) -> None:
     """What stands for the mean of pixels while a graph is made is no number that another model could compute with."""
     images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
