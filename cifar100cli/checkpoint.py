@@ -23,7 +23,7 @@ from cifar100cli.runs import MODEL, find_model
 from cifar100cli.schema import Config
 from cifar100cli.tensors import are_as_written, load_tensors, save_tensors
 from cifar100cli.watcher import TrainState
-from cifar100cli.weights import warn_of_change
+from cifar100cli.weights import is_table, warn_of_change
 
 FORMAT = 1  # of a model's file; a newer one is refused
 # Of a training state. Going on from one of another format would draw other batches than the run began with.
@@ -75,7 +75,11 @@ def load_model(path: Path) -> Checkpoint:
 
 def load_weights(model: nn.Module, tensors: Mapping[str, Tensor], path: Path) -> None:
     """Copy the weights of a file into a model of the very same shape, or raise `DataError` naming what differs."""
-    _check_fit(model.state_dict(), tensors, path)
+    own = model.state_dict()
+    _check_fit(own, tensors, path)
+    for name, table in own.items():  # of places, say, which may not lead beyond what is there
+        if is_table(name, table) and not torch.equal(table.cpu(), tensors[name]):
+            raise DataError(f"{path}: corrupt: {name[:60]} is not the table that its network makes for itself")
     model.load_state_dict(dict(tensors))
 
 

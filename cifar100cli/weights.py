@@ -188,6 +188,11 @@ def _weights(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {n: t for n, t in tensors.items() if t.is_floating_point() and not n.endswith(_COUNTER)}
 
 
+def is_table(name: str, tensor: Tensor) -> bool:
+    """Whether a tensor is one of whole numbers that a network makes for itself, and training leaves as it is."""
+    return not tensor.is_floating_point() and not name.endswith(_COUNTER)
+
+
 def load_backbone(model: nn.Module, path: Path, name: str, head: Iterable[str]) -> None:
     """Copy a file's weights into timm's network `name`, all but its head.
 

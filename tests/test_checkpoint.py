@@ -169,6 +169,16 @@ def test_weights_that_are_not_finite(saved: Path) -> None:
         checkpoint.load_model(saved)
 
 
+def test_a_table_that_is_not_the_networks_own(saved: Path) -> None:
+    """As of relative positions, which would be looked up beyond what is there."""
+    model = make_model()
+    model.register_buffer("places", torch.tensor([[0, 1], [1, 0]]))
+    own = model.state_dict()
+    checkpoint.load_weights(model, {**own, "bn1.num_batches_tracked": torch.tensor(7)}, saved)
+    with pytest.raises(DataError, match="corrupt: places is not the table that its network makes for itself"):
+        checkpoint.load_weights(model, {**own, "places": own["places"] + 1}, saved)
+
+
 @pytest.mark.parametrize("content", [b"", b"x", b"\xff" * 100, b"\x08\0\0\0\0\0\0\0{}      ", b"<html></html>" * 50])
 def test_files_that_are_no_checkpoint(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "model.safetensors"
