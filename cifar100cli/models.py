@@ -3,10 +3,9 @@
 import socket
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -17,7 +16,6 @@ from timm.models import PretrainedCfg
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.dropout import _DropoutNd
-from torch.overrides import TorchFunctionMode
 
 from cifar100cli import backbones, networks
 from cifar100cli.bounded import one_line
@@ -26,7 +24,7 @@ from cifar100cli.errors import DataError, UsageError, did_you_mean
 from cifar100cli.inference import evaluating
 from cifar100cli.schema import Config
 from cifar100cli.unrolled import unroll
-from cifar100cli.weights import load_backbone
+from cifar100cli.weights import WithoutMemory, load_backbone
 
 
 def check_backbone(name: str) -> None:
@@ -160,7 +158,7 @@ def outline(config: Config, classes: int) -> dict[str, Tensor]:
     Raises `UsageError` for a backbone or stem that there is not.
     """
     check_backbone(config.model.backbone)
-    with _WithoutMemory():
+    with WithoutMemory():
         model = _backbone(config, classes, from_timm=False)
         if config.model.stem == "cifar":
             _use_cifar_stem(model, config.model.backbone)
@@ -168,22 +166,6 @@ def outline(config: Config, classes: int) -> dict[str, Tensor]:
         model = _with_head(model, getattr(model, "head_hidden_size", 0), config, classes)
     tensors: dict[str, Tensor] = model.state_dict()
     return tensors
-
-
-class _WithoutMemory(TorchFunctionMode):
-    """Within this context weights are made on PyTorch's meta device, where a tensor is a shape and no more.
-
-    Unlike `torch.device("meta")` it leaves alone what a network computes while it is built, as rates from
-    `torch.linspace`: no number can be had back from the meta device.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
-            kwargs["device"] = "meta"
-        return func(*args, **kwargs)
 
 
 def initialize(model: nn.Module, images: Tensor) -> None:

@@ -9,11 +9,12 @@ import zipfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import IO, NoReturn
+from typing import IO, Any, NoReturn
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torchvision import models as torchvision_models
 
 from cifar100cli import backbones, interrupts
@@ -290,6 +291,22 @@ def _computed(model: nn.Module, weights: Mapping[str, Tensor], images: Tensor) -
     return output
 
 
+class WithoutMemory(TorchFunctionMode):
+    """Within this context weights are made on PyTorch's meta device, where a tensor is a shape and no more.
+
+    Unlike `torch.device("meta")` it leaves alone what a network computes while it is built, as rates from
+    `torch.linspace`, or a RegNet its widths: no number can be had back from the meta device.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.empty, torch.zeros, torch.ones) and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 def _torchvision_network(weights: Mapping[str, Tensor], name: str) -> nn.Module | None:
     """torchvision's network of the same family as timm's `name` that has weights of exactly these names and shapes."""
     shapes = {name: tensor.shape for name, tensor in weights.items()}
@@ -297,10 +314,7 @@ def _torchvision_network(weights: Mapping[str, Tensor], name: str) -> nn.Module 
     for builder in torchvision_models.list_models(module=torchvision_models):
         if re.sub("[^a-z]", "", builder)[:4] not in family:
             continue
-        try:
-            with torch.device("meta"):  # the names and shapes alone
-                network = torchvision_models.get_model(builder, weights=None)
-        except (NotImplementedError, RuntimeError):  # RegNet computes its widths with tensors
+        with WithoutMemory():
             network = torchvision_models.get_model(builder, weights=None)
         if {n: t.shape for n, t in _weights(network.state_dict()).items()} == shapes:
             found: nn.Module = torchvision_models.get_model(builder, weights=None)

@@ -5,6 +5,7 @@ import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -241,6 +242,26 @@ def test_what_does_not_fit_is_named(tmp_path: Path) -> None:
     torch.save(torchvision.models.get_model("mobilenet_v3_small").state_dict(), path)
     assert "MobileNetV3 of torchvision's, which computes something else" in refusal(path, "tf_mobilenetv3_small_100")
     assert "MobileNetV3 of torchvision's, which cannot be translated" in refusal(path, "mobilenetv3_small_075")
+
+
+def test_a_network_of_torchvisions_is_looked_for_by_shapes_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of RegNets, which compute with tensors as they are built, the largest has 640 million weights to be drawn."""
+    path = tmp_path / "weights.pth"
+    torch.save(torchvision.models.get_model("regnet_y_400mf").state_dict(), path)
+    build, drawn = torchvision.models.get_model, []
+
+    def noted(name: str, **more: Any) -> nn.Module:
+        model: nn.Module = build(name, **more)
+        if next(model.parameters()).device.type == "cpu":
+            drawn.append(name)
+        return model
+
+    monkeypatch.setattr(torchvision.models, "get_model", noted)
+    monkeypatch.setattr(torchvision.models, "list_models", lambda module: ["regnet_y_800mf", "regnet_y_400mf"])
+    assert "RegNet of torchvision's, which computes something else" in refusal(path, "regnety_004")
+    assert drawn == ["regnet_y_400mf"]
 
 
 def test_what_is_no_file_of_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
