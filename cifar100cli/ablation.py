@@ -51,6 +51,18 @@ class Block:
     name: str
     values: Mapping[str, object]
 
+    @property
+    def leaves_nothing(self) -> bool:
+        """Whether at its values there is nothing of it; else a default stands in its place, such as random flips."""
+        value = next(iter(self.values.values()))
+        return value is None or value in OFF
+
+    @property
+    def left_out(self) -> str:
+        """What is said of a setting that does without it."""
+        value = next(iter(self.values.values()))
+        return f"no {self.name}" if self.leaves_nothing else f"{self.name} = {value}"
+
     def is_off(self, settings: Mapping[str, object]) -> bool:
         """Whether a setting (`config.flat`) does without it."""
         return all(settings[key] == value or idle(key, settings) for key, value in self.values.items())
@@ -110,6 +122,8 @@ def without(config: Config, names: Iterable[str]) -> dict[str, Config]:
         if block.is_off(settings):
             key, value = next(iter(block.values.items()))
             state = f"{key} is {value} already" if len(block.values) == 1 else "it is off already"
+            if not block.leaves_nothing:
+                state = f"{key} is {value}, the default that it would be put to"
             if len(block.values) == 1 and (reason := idle(key, settings)):
                 state = f"{key} does nothing, for {reason}"
             raise UsageError(f"--ablate {name}: {state}, and nothing would change (this preset has {_have(config)})")
@@ -163,9 +177,9 @@ def setting_of(preset: str, config: Config, results: Sequence[Mapping[str, Any]]
 class Effect:
     """A setting that differs from the base in one block, and what the block brings.
 
-    With `without` the setting lacks the block, and `gain` is the base's mean less its mean; else it has what the base
-    has not, and `gain` is its mean less the base's. Fractions; `gain_std`, `gain_error` and `interval` are those of
-    `noise.Difference`.
+    With `without` there is nothing of the block in the setting, and `gain` is the base's mean less its mean; else it
+    has what the base has not, and `gain` is its mean less the base's. Fractions; `gain_std`, `gain_error` and
+    `interval` are those of `noise.Difference`.
     """
 
     block: str
@@ -202,7 +216,7 @@ class Ablation:
 
 
 def compare(base: Setting, others: Sequence[tuple[str, bool, Setting]]) -> Ablation:
-    """The base beside other settings, each with its block's name and whether it does without it."""
+    """The base beside other settings, each with its block's name and whether there is nothing of it."""
     ours = shipped(base.preset)
     changes = departures(base.config, ours) if ours is not None else {}
     values = list(base.top1.values())
@@ -297,7 +311,7 @@ def _of_family(family: Sequence[Setting], known: Sequence[Block]) -> list[Ablati
         changed = departures(family[number].config, ours).keys() - HOW
         return not {key for key in changed if not idle(key, values[number])}
 
-    around: list[list[tuple[int, str, bool]]] = []
+    around: list[list[tuple[int, Block, bool]]] = []
     for number, base in enumerate(values):
         apart = [(other, _apart(base, values[other], known)) for other in range(len(family)) if other != number]
         near = [(other, *found) for other, found in apart if found is not None]
@@ -314,7 +328,12 @@ def _of_family(family: Sequence[Setting], known: Sequence[Block]) -> list[Ablati
         others = [one for one in around[number] if one[0] not in told]
         if others:
             told |= {number, *(other for other, *_ in others)}  # a pair is not told from both sides
-            found.append(compare(family[number], [(name, lacks, family[other]) for other, name, lacks in others]))
+            found.append(
+                compare(
+                    family[number],
+                    [(block.name, lacks and block.leaves_nothing, family[other]) for other, block, lacks in others],
+                )
+            )
     return found
 
 
@@ -324,15 +343,20 @@ def _parted(base: Mapping[str, object], other: Mapping[str, object]) -> set[str]
     return {key for key in differ if not (idle(key, base) and idle(key, other))}
 
 
-def _apart(base: Mapping[str, object], other: Mapping[str, object], known: Sequence[Block]) -> tuple[str, bool] | None:
-    """The one block or key that two settings differ in, and whether the other one does without it; else None."""
+def _apart(
+    base: Mapping[str, object], other: Mapping[str, object], known: Sequence[Block]
+) -> tuple[Block, bool] | None:
+    """The one block that two settings differ in, a key at least, and whether the other does without it; else None."""
     keys = _parted(base, other)
     if not keys:
         return None
     for block in known:
         if keys <= block.values.keys():
             if block.is_off(other):
-                return block.name, True
+                return block, True
             if block.is_off(base):
-                return block.name, False
-    return (next(iter(keys)), False) if len(keys) == 1 else None
+                return block, False
+    if len(keys) > 1:
+        return None
+    (key,) = keys
+    return Block(key, {key: base[key]}), False

@@ -68,13 +68,15 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
     if shipped(chosen.name) is None:  # a figure of the user's own preset is not that of other settings
         left_out = {name: without_figures(config) for name, config in left_out.items()}
     settings = {"": chosen.config, **left_out}
+    blocks = {block.name: block for block in ablation.blocks() if block.name in left_out}
+    words = {"": "as it is", **{name: blocks[name].left_out for name in left_out}}
     plan = [(name, turn.config.seed) for turn in in_turn for name in settings]
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in settings}
     lost = _NotCounted(len(plan))
-    console.log(f"{wording.several(len(plan), 'run')}: {chosen.name} as it is, and without {', '.join(left_out)}")
+    console.log(f"{wording.several(len(plan), 'run')}: {chosen.name} {', '.join(words.values())}")
     for number, (name, seed) in enumerate(plan, start=1):
         preset = replace(chosen, config=having(settings[name], "seed", seed))
-        setting = f"{f'no {name}' if name else 'as it is'}, seed {seed}"
+        setting = f"{words[name]}, seed {seed}"
         what = f"run {number} of {len(plan)}: {setting}"
         run = same_run(where.runs_dir, preset.name, preset.config, digests)
         if run is not None and run.complete:
@@ -100,7 +102,7 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
         name: ablation.setting_of(chosen.name, settings[name], found) for name, found in results.items() if found
     }
     if "" in measured:
-        others = [(name, True, measured[name]) for name in left_out if name in measured]
+        others = [(name, blocks[name].leaves_nothing, measured[name]) for name in left_out if name in measured]
         show.ablation(ablation.compare(measured[""], others), request.json)
     lost.tell()
 

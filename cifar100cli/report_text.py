@@ -129,7 +129,7 @@ def ablation_notes(ablations: Sequence[Ablation]) -> list[str]:
     if not effects:
         return []
     notes = [
-        "gain: what a block adds to top-1, in points, ± its standard error"
+        "gain: what a block, or the value that is named, adds to top-1, in points, ± its standard error"
         + (", from the differences within each seed." if all(e.paired for e in effects) else ".")
     ]
     if any(effect.paired and effect.seeds != found.seeds for found in ablations for effect in found.effects):

@@ -145,11 +145,21 @@ def test_whatever_the_schema_has_switched_off_is_a_block() -> None:
                 assert block.is_off(flat(block.taken_from(config))), (name, block.name)
 
 
+def test_what_a_block_leaves() -> None:
+    """Nothing of it; or, of a key that is never off by default, this default."""
+    known = {block.name: block.left_out for block in ablation.blocks()}
+    none = ("augment", "distillation", "normalize", "schedule", "weight_decay", "first_image_size", "cutout", "policy")
+    assert [known[name] for name in none] == [f"no {name}" for name in none]
+    named = {"flip": "random", "crop_padding": 4, "padding_mode": "black", "stem": "imagenet", "loss": "cross_entropy"}
+    assert {name: known[name] for name in named} == {name: f"{name} = {value}" for name, value in named.items()}
+
+
 @pytest.mark.parametrize(
     ("names", "words"),
     [
         (["augmet"], "there is no block 'augmet'; did you mean augment? (this preset has augment, normalize,"),
         (["label_smoothing"], "loss.label_smoothing is 0.0 already, and nothing would change"),
+        (["crop_padding"], "augment.crop_padding is 4, the default that it would be put to, and nothing would change"),
         (["distillation"], "it is off already"),
         (["train.epochs"], "there is no block 'train.epochs'"),
         (["augment", "augment.policy"], "is the same setting as without augment"),
@@ -277,6 +287,25 @@ def test_a_seed_that_diverges_is_not_compared(run_cli: Cli, monkeypatch: pytest.
     none = run_cli(*ABLATED, "--seed", "0", "--seeds", "1", "--out", "elsewhere")
     assert (none.code, none.out) == (4, "")
     assert "error: 3 of 3 runs not counted: as it is, seed 0" in none.err
+
+
+@pytest.mark.usefixtures("small_synthetic")
+def test_a_default_that_is_not_off_is_named(run_cli: Cli) -> None:
+    """Mirror images at random, in place of those in turn: its gain is what these bring, and nowhere is it `no flip`."""
+    options = ("--augment", "flip", "--set", "augment.flip=alternating", "--ablate", "flip", "--epochs", "1")
+    outcome = run_cli("train", *TINY, *options)
+    assert outcome.code == 0, outcome.err
+    assert "2 runs: quickstart as it is, flip = random\n" in outcome.err
+    assert "run 2 of 2: flip = random, seed 0" in outcome.err
+    (found,) = json.loads(run_cli("report", "--json").out)["ablations"]
+    (effect,) = found["effects"]
+    base, random = (top1_of(side["runs"])[0] for side in (found, effect))
+    assert (effect["block"], effect["without"], effect["gain"]) == ("flip", False, pytest.approx(random - base))
+    assert f"{100 * effect['gain']:+.2f}" in outcome.out
+    shown = [run_cli("report", "--format", form).out for form in ("table", "markdown", "html")]
+    for text in (outcome.out, outcome.err, *shown):
+        assert "flip = random" in text
+        assert "no flip" not in text
 
 
 @pytest.mark.usefixtures("small_synthetic")
