@@ -5,7 +5,7 @@ switched off is one, so that new keys are blocks without a word here.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
@@ -200,7 +200,10 @@ class Effect:
 
 @dataclass(frozen=True)
 class Ablation:
-    """A setting of a preset, and those around it that were run alike; `changes` are from the preset as shipped."""
+    """A setting of a preset, and those around it that were run alike.
+
+    `changes` are from the preset as shipped; in a report, those of the row of the same runs.
+    """
 
     preset: str
     dataset: str
@@ -270,18 +273,9 @@ def find(settings: Sequence[Setting]) -> list[Ablation]:
         families.setdefault((setting.preset, *how), []).append(setting)
     known, ablations = blocks(), []
     for family in families.values():
-        parts = by_images(family)
-        for images, part in parts.items():
-            found = _of_family(part, known)
-            if len(parts) > 1:
-                found = [replace(one, changes={**named_images(images), **one.changes}) for one in found]
-            ablations += found
+        for part in by_images(family).values():
+            ablations += _of_family(part, known)
     return ablations
-
-
-def named_images(digest: str | None) -> dict[str, object]:
-    """What tells the images of a setting from those of others, among its changes."""
-    return {"data": f"images {(digest or 'unknown')[:8]}"}
 
 
 class _OnImages(Protocol):

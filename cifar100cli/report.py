@@ -201,7 +201,9 @@ def collect(folders: Sequence[Path]) -> Report:
     ]
     apart = _apart([group for _, group in groups])
     rows = [_row(group, setting, apart, data) for (data, group), setting in zip(groups, measured, strict=True)]
-    return Report(sorted(rows, key=place), unusable, ablation.find(measured))
+    changes = {tuple(row.runs): row.changes for row in rows}  # by which the reader knows the row of an ablation's base
+    ablations = [replace(found, changes=changes[tuple(found.runs)]) for found in ablation.find(measured)]
+    return Report(sorted(rows, key=place), unusable, ablations)
 
 
 def _read(path: Path) -> _Complete | Unusable:
@@ -237,7 +239,10 @@ def _read(path: Path) -> _Complete | Unusable:
 def _by_images(group: Sequence[_Complete]) -> list[tuple[dict[str, object], list[_Complete]]]:
     """Runs of the same settings on the same images, and where there are several, what tells their images apart."""
     parts = ablation.by_images(group)
-    return [(ablation.named_images(images) if len(parts) > 1 else {}, runs) for images, runs in parts.items()]
+    return [
+        ({"data": f"images {(images or 'unknown')[:8]}"} if len(parts) > 1 else {}, runs)
+        for images, runs in parts.items()
+    ]
 
 
 def _with_named_files(runs: Sequence[_Complete]) -> list[_Complete]:

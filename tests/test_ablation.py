@@ -472,11 +472,37 @@ def test_the_report_finds_the_base_of_ones_own_preset(tmp_path: Path) -> None:
         rename(make_run(tmp_path, "resnet18-baseline", 0.47, seed, augment__policy="flip").path, "mine")
     found = report.collect([tmp_path]).ablations
     ours, effects = only(found)
-    assert (ours.n, ours.changes) == (2, {})
+    assert (ours.n, ours.changes) == (2, {"augment.policy": "flip", "loss.label_smoothing": 0.1})
     assert ours.top1_mean == pytest.approx(0.525)
     assert {name: effect.gain for name, effect in effects.items()} == pytest.approx(
         {"augment": 0.525 - 0.48, "label_smoothing": 0.525 - 0.47}
     )
+
+
+def test_an_ablation_is_told_by_the_changes_of_its_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Two of one's own preset, at two rates; and two of a preset of ours, of two teachers."""
+    for name, key, values in (
+        ("mine", "optimizer.lr", (0.01, 0.02)),
+        ("resnet18-arcface-kd", "distillation.teacher", ("/a", "/b")),
+    ):
+        for number, value in enumerate(values):
+            for smoothing in (0.1, 0.0):
+                settings: dict[str, Any] = {key.replace(".", "__"): value, "loss__label_smoothing": smoothing}
+                preset = "resnet18-lbsmooth" if name == "mine" else name
+                rename(make_run(tmp_path, preset, 0.5 + 0.01 * number + smoothing, **settings).path, name)
+    found = report.collect([tmp_path])
+    rows = {tuple(row.runs): row.changes for row in found.rows}
+    assert [one.changes for one in found.ablations] == [rows[tuple(one.runs)] for one in found.ablations]
+    report_text.show_table(found)
+    shown = capsys.readouterr().out
+    letters = dict(re.findall(r"^\[(\w)\] (.*)$", shown, re.MULTILINE))
+    titles = re.findall(r"What each block brings: ([\w-]+) \[(\w)\]", shown)
+    assert sorted((name, letters[letter]) for name, letter in titles) == [
+        ("mine", "loss.label_smoothing=0.1, optimizer.lr=0.01"),
+        ("mine", "loss.label_smoothing=0.1, optimizer.lr=0.02"),
+        ("resnet18-arcface-kd", "distillation.teacher=/a"),
+        ("resnet18-arcface-kd", "distillation.teacher=/b"),
+    ]
 
 
 def rename(run: Path, preset: str) -> None:

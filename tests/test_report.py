@@ -255,7 +255,7 @@ def test_without_distillation_a_preset_that_distils_is_not_itself(tmp_path: Path
     make_run(tmp_path, kd, 0.57, distillation__teacher="/runs/a")
     make_run(tmp_path, kd, 0.56, distillation__teacher="/runs/a", optimizer__lr=0.002)
     (found,) = report.collect([tmp_path]).ablations
-    assert (found.top1_mean, found.changes) == (0.57, {}), "the distilled run is the base"
+    assert (found.top1_mean, found.changes) == (0.57, {"distillation.teacher": "/runs/a"}), "the distilled run"
     assert {(effect.block, effect.without) for effect in found.effects} == {
         ("distillation", True),
         ("optimizer.lr", False),
