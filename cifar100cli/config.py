@@ -151,18 +151,17 @@ def having(config: Config, key: str, value: object) -> Config:
 
 
 def with_own_figures(config: Config) -> Config:
-    """A figure is that of the settings that it was reached with: a shipped preset's goes where others are beside it."""
-    if config.published is None and config.expected is None:
-        return config
-    theirs = [
-        ours
-        for _, ours in shipped_presets()
-        if (config.published and config.published == ours.published)
-        or (config.expected and config.expected == ours.expected)
-    ]
-    if not theirs or not all(departures(config, ours) for ours in theirs):
-        return config
-    return without_figures(config)
+    """A figure is that of the settings that it was reached with: a shipped preset's goes where others are beside it.
+
+    What is published and what is expected are judged apart: one may be the user's own.
+    """
+    figures = {name: getattr(config, name) for name in ("published", "expected") if getattr(config, name) is not None}
+    presets = [preset for _, preset in shipped_presets()] if figures else []
+    for name, figure in figures.items():
+        theirs = [preset for preset in presets if getattr(preset, name) == figure]
+        if theirs and all(departures(config, preset) for preset in theirs):
+            config = having(config, name, None)
+    return config
 
 
 def parse_config(keys: object, where: str) -> Config:

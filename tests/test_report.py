@@ -168,6 +168,24 @@ def test_a_figure_stays_with_the_settings_that_it_is_of(tmp_path: Path) -> None:
     assert seeded.published is not None
 
 
+def test_a_figure_of_ones_own_stays_beside_one_that_goes(tmp_path: Path) -> None:
+    """In a copy of a preset of ours with another rate, what is ours goes, and what is the user's stays."""
+    for preset, ours, own in (
+        ("laptop", "expected", Published(top1=0.5, source="my paper")),
+        ("resnet18-baseline", "published", Expected(top1=0.6, runs=2, source="my runs")),
+    ):
+        config = load_preset(preset).config
+        theirs = "published" if ours == "expected" else "expected"
+        optimizer = config.optimizer.model_copy(update={"lr": 0.123})
+        file = tmp_path / f"my-{preset}.yaml"
+        file.write_text(config.model_copy(update={theirs: own, "optimizer": optimizer}).to_yaml(), encoding="utf-8")
+        found = load_preset(str(file)).config
+        assert (getattr(found, ours), getattr(found, theirs)) == (None, own)
+        own_run(tmp_path, file.read_text(encoding="utf-8"), 0.5, name=file.stem)
+    rows = {row.preset: (row.published_top1, row.expected_top1) for row in report.collect([tmp_path / "runs"]).rows}
+    assert rows == {"my-laptop": (0.5, None), "my-resnet18-baseline": (None, 0.6)}
+
+
 def test_a_teacher_is_for_the_user_to_name(tmp_path: Path) -> None:
     """It is told where it tells two rows apart, and takes no published figure away."""
     first = "resnet18-arcface-kd"
