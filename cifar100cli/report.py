@@ -20,7 +20,7 @@ from cifar100cli.config import (
     with_own_figures,
 )
 from cifar100cli.errors import CifarError, DataError
-from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST, RunDir, find_runs
+from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST, RunDir, begun_at, find_runs
 from cifar100cli.schema import Config
 from cifar100cli.wording import SPLIT_OF, percent
 
@@ -150,6 +150,8 @@ class _Complete:
     """The digest of its data set, which older runs do not tell."""
     weights: str | None
     """The digest of the file of weights that it began from, of a run that did and says so."""
+    begun: tuple[float, float]
+    """When it was, as `runs.begun_at` has it."""
 
 
 def collect(folders: Sequence[Path]) -> Report:
@@ -233,6 +235,7 @@ def _read(path: Path) -> _Complete | Unusable:
         run.recorded(TEACHER_DIGEST),
         run.recorded(DATA_DIGEST),
         run.recorded(WEIGHTS_DIGEST),
+        begun_at(path),
     )
 
 
@@ -286,12 +289,13 @@ def _row(
 ) -> Row:
     first = group[0]
     ours = shipped(first.preset)
-    figures = [run.config if ours is not None else with_own_figures(run.config) for run in group]
-    config = figures[0]
+    config = first.config
     changed = departures(config, ours) if ours is not None else {}
     own = flat(config)
     told = [*changed, *(key for key in apart[first.preset] if ours is None or (key == TEACHER and key not in changed))]
-    # Runs may share all settings, and not the figure that some of them were told to leave out.
+    # Runs may share all settings, and not the figure that some of them were told to leave out, or that was put right.
+    newest = sorted(group, key=lambda run: run.begun, reverse=True)
+    figures = [run.config if ours is not None else with_own_figures(run.config) for run in newest]
     published = next((one.published for one in figures if one.published), None)
     expected = next((one.expected for one in figures if one.expected), None)
     if ours is not None:  # whose figures are its own: a run may be older than these, or be of a file of the same name

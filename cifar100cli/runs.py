@@ -365,10 +365,10 @@ def latest_unfinished(root: Path, preset: str | None = None, section: str | None
     hopeful = [path for path in folders if not RunDir(path).diverged]
     if not hopeful:
         of_preset = f" of {preset}" if preset else ""
-        lost = f"; the loss of {max(folders, key=_begun)} stopped being finite" if folders else ""
+        lost = f"; the loss of {max(folders, key=begun_at)} stopped being finite" if folders else ""
         raise DataError(f"{root}: there is no unfinished run{of_preset} to resume{lost}")
     suitable = [path for path in hopeful if section is not None and _has_section(path, section)]
-    return RunDir.open(max(suitable or hopeful, key=_begun))
+    return RunDir.open(max(suitable or hopeful, key=begun_at))
 
 
 def _has_section(path: Path, section: str) -> bool:
@@ -378,7 +378,7 @@ def _has_section(path: Path, section: str) -> bool:
         return False
 
 
-def _begun(path: Path) -> tuple[float, float]:
+def begun_at(path: Path) -> tuple[float, float]:
     """When a run was begun, in seconds since 1970, and when its first file was written.
 
     The first is what it says itself, for copying a folder begins no run; several may begin within one second.

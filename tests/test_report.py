@@ -457,6 +457,17 @@ def test_a_figure_is_that_of_any_run_that_has_it(tmp_path: Path) -> None:
     assert row.delta == pytest.approx(0.445 - 0.4426)
 
 
+def test_a_figure_of_ones_own_is_the_newest_runs(tmp_path: Path) -> None:
+    """It may have been put right in the file meanwhile. The newest run is not the last one in order of path."""
+    for hour, (published, expected, seed) in enumerate(((0.3, 0.4, 0), (0.5, 0.6, 2), (0.55, None, 1)), start=10):
+        text = f"published: {{top1: {published}, source: x}}\n"
+        text += f"expected: {{top1: {expected}, runs: 1, source: x}}\n" if expected is not None else ""
+        recorded(own_run(tmp_path, text, 0.5, seed), started=f"2026-11-20T{hour}:00:00+00:00")
+    (row,) = report.collect([tmp_path / "runs"]).rows
+    assert (row.n, row.published_top1, row.expected_top1) == (3, 0.55, 0.6)
+    assert row.delta == pytest.approx(0.5 - 0.55)
+
+
 def test_a_figure_of_ours_is_the_presets(tmp_path: Path) -> None:
     """Whatever a user's file of the same name says, and be its run the first one in order of path."""
     file, config = tmp_path / "resnet18-baseline.yaml", load_preset("resnet18-baseline").config
