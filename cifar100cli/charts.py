@@ -61,8 +61,8 @@ def swatch(series: int, dash: int = 0) -> Markup:
     )
 
 
-def sparkline(values: Sequence[float]) -> Markup:
-    """A curve without axes, as small as a word; nothing for fewer than two values."""
+def sparkline(values: Sequence[float], images: str) -> Markup:
+    """A curve of the accuracy on some images, without axes, as small as a word; nothing for fewer than two values."""
     if len(values) < 2:
         return Markup("")
     low, high = min(values), max(values)
@@ -70,9 +70,9 @@ def sparkline(values: Sequence[float]) -> Markup:
         f"{1 + 78 * index / (len(values) - 1):.1f},{17 - 14 * (value - low) / ((high - low) or 1):.1f}"
         for index, value in enumerate(values)
     )
+    words = f"{images} accuracy from {100 * values[0]:.1f}% to {100 * values[-1]:.1f}% over {len(values)} epochs"
     return Markup(
-        '<svg class="spark" width="80" height="20" viewBox="0 0 80 20" role="img" '
-        f'aria-label="from {100 * values[0]:.1f}% to {100 * values[-1]:.1f}% over {len(values)} epochs">'
+        f'<svg class="spark" width="80" height="20" viewBox="0 0 80 20" role="img" aria-label="{words}">'
         f'<polyline points="{points}" fill="none" style="stroke: var(--accent)" stroke-width="1.5"/></svg>'
     )
 

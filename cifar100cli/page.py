@@ -109,13 +109,20 @@ def _environment() -> "Environment":
         "published_beside": published_beside,
         "published_cell": published_cell,
         "unfrozen": unfrozen,
-        "spark": lambda row: charts.sparkline(row.curves.get(judged(row) or "", [])),
+        "judged": judged,
+        "images": _images,
+        "spark": lambda row, name: charts.sparkline(row.curves[name], _images(name)) if name in row.curves else "",
         "last": lambda row, name: wording.loss(row.curves[name][-1]) if row.curves.get(name) else "-",
         "mean": lambda row: (
             wording.percent(row.top1_mean) + ("" if row.top1_std is None else f" ± {100 * row.top1_std:.2f}")
         ),
     }
     return environment
+
+
+def _images(name: str) -> str:
+    """Those that a curve of this name is about, for people."""
+    return SPLITS[name.partition("_")[0]]
 
 
 def _table(name: str, rows: Sequence[Row]) -> dict[str, Any]:
@@ -191,7 +198,7 @@ def _comparison(dataset: str, rows: Sequence[Row]) -> dict[str, Any] | None:
     return {
         "title": title,
         "legend": [
-            (charts.swatch(number, number), f"{_name(row)}, {SPLITS[name.partition('_')[0]]}")
+            (charts.swatch(number, number), f"{_name(row)}, {_images(name)}")
             for number, (row, name) in enumerate(shown)
         ],
         "charts": found,

@@ -234,6 +234,28 @@ def test_only_what_was_chosen_is_a_best_epoch(tmp_path: Path) -> None:
         assert ("200 best 7" in rendered(tmp_path / select).text) == told
 
 
+def test_a_curve_names_its_images(tmp_path: Path) -> None:
+    """Beside the results those that a run was judged by; in the study of unfreezing those of the test set, or none."""
+    measured: dict[str, dict[str, tuple[float, float]]] = {
+        "finetune-layer4": {"test_top1": (0.2, 0.5)},
+        "resnet18-baseline-fixed": {"val_top1": (0.3, 0.6)},
+        "finetune-fc": {},
+    }
+    for preset, curves in measured.items():
+        run = make_run(tmp_path, preset, 0.5)
+        run.forget_after(0)
+        for epoch, train in enumerate((0.7, 0.9)):
+            line = {"epoch": epoch + 1, "train_loss": 1, "train_top1": train, "seconds": 1, "images_per_second": 1}
+            run.append_metrics({**line, **{name: values[epoch] for name, values in curves.items()}})
+    found = rendered(tmp_path)
+    check_form(found)
+    drawn = [svg["aria-label"].partition(" over ")[0] for svg in found.all("svg") if svg.get("class") == "spark"]
+    test = "test accuracy from 20.0% to 50.0%"
+    results = {test, "held-out accuracy from 30.0% to 60.0%", "training accuracy from 70.0% to 90.0%"}
+    assert (set(drawn[:3]), drawn[3:]) == (results, [test]), "those of the results, and of the study"
+    assert "The curve is by epoch, on the images that it names" in found.text
+
+
 def test_many_runs_are_one_page(tmp_path: Path) -> None:
     for number in range(40):
         make_run(tmp_path, "resnet18-baseline", 0.44, train__epochs=number + 1)
