@@ -112,7 +112,7 @@ def _environment() -> "Environment":
         "judged": judged,
         "images": _images,
         "spark": lambda row, name: charts.sparkline(row.curves[name], _images(name)) if name in row.curves else "",
-        "last": lambda row, name: wording.loss(row.curves[name][-1]) if row.curves.get(name) else "-",
+        "loss": wording.loss,
         "mean": lambda row: (
             wording.percent(row.top1_mean) + ("" if row.top1_std is None else f" ± {100 * row.top1_std:.2f}")
         ),

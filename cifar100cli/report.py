@@ -46,6 +46,7 @@ class Row:
     - `delta`: ours minus published, as a fraction, and only on the preset's own data set.
     - `noise`: how far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds;
       `within_noise` judges `delta` by it where the row does not depart.
+    - `test_loss_mean`: over the runs, of the selected weights, whose accuracy is `top1_mean`.
     - `images`: the data set's digest.
     - `curves`: losses and accuracies by epoch, as means over the runs, of what was measured in every epoch.
     """
@@ -62,6 +63,7 @@ class Row:
     n: int
     top1_mean: float
     top1_std: float | None
+    test_loss_mean: float
     delta: float | None
     noise: float | None
     within_noise: bool | None
@@ -320,6 +322,7 @@ def _row(
         n=len(top1),
         top1_mean=mean,
         top1_std=noise.deviation(top1),
+        test_loss_mean=fmean(run.result["test"]["loss"] for run in group),
         delta=delta,
         noise=spread,
         within_noise=abs(delta) <= spread if delta is not None and spread is not None and not departs else None,

@@ -32,7 +32,7 @@ COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epoch
 CURVE_COLUMNS = ("preset", "images", "first", "curve", "last", "best")
 PAIR_COLUMNS = ("preset", "as in the tutorial", "repaired", "gain")
 ABLATION_COLUMNS = ("setting", "n", "top-1", "gain", "95% interval", "")
-STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train loss", "test loss", "test by epoch")
+STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "last train loss", "test loss", "test by epoch")
 OPTIMISTIC = "best on test: the epoch was chosen on the test set itself, as the tutorial does: optimistic."
 
 
@@ -72,15 +72,15 @@ def _pair_cells(pair: Pair, changed: str) -> tuple[str, ...]:
 
 def _study_cells(row: Row, mark: str) -> tuple[str, ...]:
     chosen = f", {PROTOCOLS[row.select]}" if row.select == "best_test" else ""
-    last = {name: wording.loss(values[-1]) for name, values in row.curves.items() if values}
+    losses = row.curves.get("train_loss")
     return (
         unfrozen(row) + mark,
         str(row.epochs),
         f"{100 * row.fraction:g}%",
         percent(published_cell(row)),
         f"{percent(row.top1_mean)}{spread(row.top1_std)}{chosen}",
-        last.get("train_loss", "-"),
-        last.get("test_loss", "-"),
+        wording.loss(losses[-1]) if losses else "-",
+        wording.loss(row.test_loss_mean),
         sparkline(row.curves.get("test_top1", [])),
     )
 

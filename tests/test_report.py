@@ -433,6 +433,27 @@ def test_the_study_of_unfreezing(tmp_path: Path, capsys: pytest.CaptureFixture[s
         }
 
 
+def test_the_studys_test_loss_is_of_the_weights_that_its_accuracy_is_of(tmp_path: Path) -> None:
+    """Not of the last epoch beside a selected one, and there where the test set was not watched."""
+    for seed, loss in enumerate((0.31, 0.35)):
+        run = make_run(tmp_path, "finetune-layer4", 0.9, seed, train__select="best_test")
+        run.forget_after(0)
+        for epoch, (train, test) in enumerate(((0.9, loss), (0.6, 0.77)), start=1):
+            line = {"epoch": epoch, "train_loss": train, "train_top1": 0.5, "seconds": 1, "images_per_second": 1}
+            run.append_metrics({**line, "test_loss": test, "test_top1": 0.9})
+        result = run.result()
+        run.write_result({**result, "test": {**result["test"], "loss": loss}})
+    make_run(tmp_path, "finetune-fc", 0.8, train__watch_test=False)
+    found = report.collect([tmp_path])
+    shown = page.render(found)
+    for name, losses in (("layer4", ("0.6000", "0.3300")), ("fc", ("1.0000", "2.0000"))):
+        for text in (report_text.render(found, "table"), report_text.render(found, "markdown")):
+            (line,) = re.findall(rf"^(?:\| )?{name} .*$", text[text.index("How far to unfreeze") :], re.MULTILINE)
+            assert tuple(re.findall(r"\d\.\d{4}", line)) == losses
+        for figure, head in zip(losses, ("Last training loss", "Test loss"), strict=True):
+            assert f'data-label="{head}">{figure}</td>' in shown
+
+
 def test_curves_are_means_and_only_of_what_every_epoch_has(tmp_path: Path) -> None:
     for seed, losses in enumerate(([1.0, 0.5], [3.0, 1.5])):
         run = make_run(tmp_path, "finetune-fc", 0.5, seed)
