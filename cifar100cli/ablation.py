@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any, Protocol, TypeVar
 
 from cifar100cli import noise
-from cifar100cli.config import departures, differences, flat, idle, parse_config, shipped
+from cifar100cli.config import departures, effective_differences, flat, idle, parse_config, shipped
 from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.keys import optional_sections
 from cifar100cli.schema import Config
@@ -240,7 +240,7 @@ def compare(base: Setting, others: Sequence[tuple[str, bool, Setting]]) -> Ablat
 
 def _effect(base: Setting, block: str, lacks: bool, other: Setting) -> Effect:
     gain = noise.difference(base.top1, other.top1) if lacks else noise.difference(other.top1, base.top1)
-    changes = differences(other.config, base.config)
+    changes = effective_differences(other.config, base.config)
     values = list(other.top1.values())
     return Effect(
         block=block,
@@ -302,8 +302,7 @@ def _of_family(family: Sequence[Setting], known: Sequence[Block]) -> list[Ablati
     def is_shipped(number: int) -> bool:
         if ours is None:
             return False
-        changed = departures(family[number].config, ours).keys() - HOW
-        return not {key for key in changed if not idle(key, values[number])}
+        return not departures(family[number].config, ours).keys() - HOW
 
     around: list[list[tuple[int, Block, bool]]] = []
     for number, base in enumerate(values):

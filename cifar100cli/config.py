@@ -191,9 +191,18 @@ def differences(config: Config, other: Config) -> dict[str, tuple[object, object
     }
 
 
+def effective_differences(config: Config, other: Config) -> dict[str, tuple[object, object]]:
+    """The `differences` but for what does nothing in `config`: with none, both train alike."""
+    settings = flat(config)
+    return {key: values for key, values in differences(config, other).items() if not idle(key, settings)}
+
+
 def departures(config: Config, preset: Config) -> dict[str, tuple[object, object]]:
-    """The settings that are not a preset's, with both values. A preset leaves the seed and the teacher to be named."""
-    found = differences(config, preset)
+    """The settings that are not a preset's, and do something, with both values.
+
+    A preset leaves the seed and the teacher to be named.
+    """
+    found = effective_differences(config, preset)
     found.pop("seed", None)
     if config.distillation is not None and preset.distillation is not None and preset.distillation.teacher is None:
         found.pop(TEACHER, None)
@@ -211,6 +220,12 @@ def flat(config: Config) -> dict[str, object]:
     if config.distillation is not None and config.distillation.teacher is None:
         found[TEACHER] = TO_BE_NAMED
     return found
+
+
+def effective(config: Config) -> dict[str, object]:
+    """The settings (`flat`) that do something: runs that share them have trained alike."""
+    settings = flat(config)
+    return {key: value for key, value in settings.items() if not idle(key, settings)}
 
 
 def idle(key: str, settings: Mapping[str, object]) -> str | None:

@@ -13,6 +13,7 @@ from cifar100cli.bounded import kind_of
 from cifar100cli.config import (
     TEACHER,
     departures,
+    effective,
     flat,
     having,
     preset_names,
@@ -33,7 +34,7 @@ CELL = {"finetune.unfreeze", "train.epochs"}  # what a published cell of the stu
 
 @dataclass(frozen=True)
 class Row:
-    """The complete runs that share a preset and all settings but the seed.
+    """The complete runs that share a preset and all settings but the seed, and what does nothing with the others.
 
     - `changes`: where they depart from the shipped preset, which has `shipped` there; of a preset that is not ours,
       what tells its rows apart. Figures of different settings are never averaged.
@@ -184,8 +185,8 @@ def collect(folders: Sequence[Path]) -> Report:
             complete.append(run)
     alike: dict[str, list[_Complete]] = {}
     for run in _with_named_files(complete):
-        settings = run.config.model_copy(update={"seed": 0, "description": "", "published": None, "expected": None})
-        alike.setdefault(f"{run.preset}\n{settings.model_dump_json()}", []).append(run)
+        settings = effective(having(run.config, "seed", 0))
+        alike.setdefault(f"{run.preset}\n{settings}", []).append(run)
     groups = [part for group in alike.values() for part in _by_images(group)]
     ours = set(preset_names())
 
@@ -293,7 +294,7 @@ def _row(
     ours = shipped(first.preset)
     config = first.config
     changed = departures(config, ours) if ours is not None else {}
-    own = flat(config)
+    own = effective(config)
     told = [*changed, *(key for key in apart[first.preset] if ours is None or (key == TEACHER and key not in changed))]
     # Runs may share all settings, and not the figure that some of them were told to leave out, or that was put right.
     newest = sorted(group, key=lambda run: run.begun, reverse=True)
@@ -311,7 +312,7 @@ def _row(
     departs = bool(changed or data)
     return Row(
         preset=first.preset,
-        changes={**data, **{key: own[key] for key in told}},
+        changes={**data, **{key: own[key] for key in told if key in own}},
         shipped={key: there for key, (_, there) in changed.items()},
         departs=departs,
         dataset=config.data.dataset,

@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from cifar100cli.atomic import remove_quietly, write_json, write_text
 from cifar100cli.bounded import kind_of, not_text, parse_json, printable, read_file, walk
-from cifar100cli.config import differences, read_config
+from cifar100cli.config import differences, effective_differences, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 from cifar100cli.folders import DATA_DIR, named_by
 from cifar100cli.schema import Config
@@ -391,7 +391,9 @@ def begun_at(path: Path) -> tuple[float, float]:
 
 
 def same_run(root: Path, preset: str, config: Config, digests: Mapping[str, str]) -> RunDir | None:
-    """The latest run of this preset with the very same settings and seed: a complete one, or else one to go on with.
+    """The latest run of this preset with the same settings and seed: a complete one, or else one to go on with.
+
+    What does nothing with the other settings may differ.
 
     One that had another teacher, data set or file of weights is another run, wherever these lay: `digests` has theirs
     by the names under which runs record them.
@@ -400,7 +402,7 @@ def same_run(root: Path, preset: str, config: Config, digests: Mapping[str, str]
     for path in find_runs(root / preset):
         with contextlib.suppress(CifarError, OSError):  # what is broken is nothing to build on
             run = RunDir.open(path)
-            if differences(run.config(), config):
+            if effective_differences(run.config(), config):
                 continue
             if any(run.recorded(name) not in (None, digest) for name, digest in digests.items()):
                 continue

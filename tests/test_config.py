@@ -10,8 +10,12 @@ import yaml
 from cifar100cli import schema
 from cifar100cli.config import (
     Override,
+    departures,
     differences,
+    effective,
+    effective_differences,
     flat,
+    having,
     idle,
     load_preset,
     preset_names,
@@ -341,6 +345,18 @@ def test_differences_ignore_what_only_describes() -> None:
     other = Config.model_validate({"description": "x", "optimizer": {"lr": 0.5}})
     assert differences(config, config) == {}
     assert differences(other, config) == {"optimizer.lr": (0.5, 0.001)}
+
+
+def test_what_does_nothing_is_no_effective_difference() -> None:
+    """Asked of the settings that are told: padding where there are no crops, and not where there are some."""
+    flips, crops = (Config.model_validate({"augment": {"policy": policy}}) for policy in ("flip", "crop_flip"))
+    padded, wide = (having(config, "augment.crop_padding", 2) for config in (flips, crops))
+    assert effective_differences(padded, flips) == {}
+    assert effective(padded) == effective(flips)
+    assert effective_differences(wide, crops) == {"augment.crop_padding": (2, 4)}
+    assert effective_differences(padded, crops) == {"augment.policy": ("flip", "crop_flip")}
+    assert effective_differences(wide, flips).keys() == {"augment.policy", "augment.crop_padding"}
+    assert departures(having(padded, "seed", 3), flips) == {}
 
 
 def test_differences_in_sections_that_only_one_has() -> None:

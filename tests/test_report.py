@@ -131,6 +131,23 @@ def test_other_settings_are_other_rows(tmp_path: Path) -> None:
     assert rows[0].top1_std is None
 
 
+def test_what_does_nothing_makes_no_other_row(tmp_path: Path) -> None:
+    """Nor other settings than the preset's: momentum under AdamW, and padding where there are no crops."""
+    make_run(tmp_path, "resnet18-baseline", 0.43)
+    make_run(tmp_path, "resnet18-baseline", 0.45, 1, optimizer__momentum=0.5)
+    for seed, padding in enumerate((4, 2)):
+        own_run(tmp_path, f"augment: {{policy: flip, crop_padding: {padding}}}", 0.3, seed)
+        own_run(tmp_path, f"augment: {{policy: crop_flip, crop_padding: {padding}}}", 0.5, seed)
+    rows = {tuple(row.changes.items()): row for row in report.collect([tmp_path]).rows}
+    assert {changes: row.n for changes, row in rows.items()} == {
+        (): 2,
+        (("augment.policy", "flip"),): 2,
+        (("augment.policy", "crop_flip"), ("augment.crop_padding", 4)): 1,
+        (("augment.policy", "crop_flip"), ("augment.crop_padding", 2)): 1,
+    }
+    assert (rows[()].departs, rows[()].within_noise) == (False, True)
+
+
 def own_run(tmp_path: Path, text: str, top1: float, seed: int = 0, name: str = "mine") -> RunDir:
     file = tmp_path / f"{name}.yaml"
     file.write_text(text, encoding="utf-8")

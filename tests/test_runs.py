@@ -153,6 +153,17 @@ def test_last_is_the_unfinished_run_begun_last(tmp_path: Path) -> None:
         runs.latest_unfinished(tmp_path, "nothing")
 
 
+def test_the_same_run_may_differ_in_what_does_nothing(tmp_path: Path) -> None:
+    """Momentum under AdamW; under SGD it is another run."""
+    for name, found in (("adamw", True), ("sgd", False)):
+        optimizer = {"name": name, "momentum": 0.5}
+        run = RunDir.create(tmp_path, name, Config.model_validate({"optimizer": optimizer}), {})
+        other = Config.model_validate({"optimizer": {**optimizer, "momentum": 0.9}})
+        assert runs.same_run(tmp_path, name, other, {}) == (run if found else None)
+        assert runs.same_run(tmp_path, name, run.config(), {}) == run
+        assert runs.same_run(tmp_path, name, other.model_copy(update={"seed": 1}), {}) is None
+
+
 def test_a_launch_goes_on_with_its_own_run(tmp_path: Path) -> None:
     """Not with one of other settings, whose launch happened to have the same name."""
     other = RunDir.create(tmp_path, "mine", Config(seed=3), {"launch": "none of process 1 on host"})
