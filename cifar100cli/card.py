@@ -56,6 +56,12 @@ class Card(BaseModel):
             share = data.get("val_fraction", 0.0) if isinstance(data, dict) else 0.0
         return about if isinstance(share, dict) else {**about, "unseen": {about["dataset"]: share}}
 
+    @property
+    def chosen_on(self) -> DatasetName | None:
+        """The data set whose test images chose the epoch, if any did."""
+        train = self.config.get("train")
+        return self.dataset if isinstance(train, dict) and train.get("select") == "best_test" else None
+
     @model_validator(mode="after")
     def _superclasses_fit(self) -> Self:
         if self.superclass_of and (
@@ -132,7 +138,7 @@ def check_models(paths: Sequence[Path], split: str) -> None:
 
 @dataclass(frozen=True)
 class Network:
-    """What a checkpoint of ours says of its network. `unseen` is the card's."""
+    """What a checkpoint of ours says of its network. `unseen` and `chosen_on` are the card's."""
 
     backbone: str
     stem: str
@@ -140,6 +146,7 @@ class Network:
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     unseen: Mapping[DatasetName, float]
+    chosen_on: DatasetName | None
 
 
 def our_network(path: Path) -> Network | None:
@@ -148,6 +155,6 @@ def our_network(path: Path) -> Network | None:
         card = read_card(path)
         model = card.config["model"]
         names = one_line(model["backbone"]), one_line(model["stem"])
-        return Network(*names, card.image_size, card.mean, card.std, card.unseen)
+        return Network(*names, card.image_size, card.mean, card.std, card.unseen, card.chosen_on)
     except (KeyError, ValueError, TypeError, AttributeError, OSError):  # whoever reads its weights tells what is wrong
         return None

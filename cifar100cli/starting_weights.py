@@ -49,8 +49,15 @@ def digest(path: Path) -> str:
 
 
 def check_known_images(config: Config, watcher: Watcher) -> None:
-    """Tell where what is held out was learned by the weights to start from; `UsageError` if it chose the epoch."""
+    """Tell where what is held out was learned by the weights to start from; `UsageError` if it chose the epoch.
+
+    And where the test images chose the epoch of these weights, unless they choose the run's as well.
+    """
     network = _named(config)
+    if network is not None and network.chosen_on == config.data.dataset and config.train.select != "best_test":
+        watcher.say(
+            f"{config.model.weights}: their epoch was chosen on the test images: the test figure may be optimistic"
+        )
     unseen = network.unseen.get(config.data.dataset, 1.0) if network is not None else 1.0
     if unseen >= config.data.val_fraction:  # a larger share holds out what a smaller one does, and more
         return

@@ -81,11 +81,14 @@ def load(config: Config, distillation: Distillation, dataset: Dataset, watcher: 
             f"--teacher {path}: knows {kind} classes, of {saved.card.dataset}, and the student is to learn "
             f"the {len(dataset.classes)} of {dataset.name}; name a teacher that was trained on {dataset.name}"
         )
+    chosen = saved.card.chosen_on == config.data.dataset
+    if chosen and config.train.select != "best_test":  # which is marked in every report
+        watcher.say("the teacher's epoch was chosen on the test images: the student's test figure may be optimistic")
     unseen = saved.card.unseen.get(config.data.dataset, 1.0)
     if unseen < config.data.val_fraction:
         watcher.say(
             f"the teacher was trained with data.val_fraction = {unseen:g}, and so on images that are held out of the "
-            "student's: what is found on these may be optimistic; the test figure is not"
+            f"student's: what is found on these may be optimistic{'' if chosen else '; the test figure is not'}"
         )
     return saved
 

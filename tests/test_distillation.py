@@ -181,6 +181,37 @@ def test_a_student_may_know_what_its_teacher_had_learned(tmp_path: Path, teacher
         assert found["learned"] == (unseen == 0)
 
 
+@pytest.mark.usefixtures("small_synthetic")
+def test_what_the_test_images_chose_is_told_of_a_teacher_and_of_weights(tmp_path: Path) -> None:
+    """Of the same data set alone, and not to a run that is marked itself."""
+    job = jobs.prepare(make_preset(train={"select": "best_test"}), where(tmp_path), Listening())
+    on_test, elsewhere = tmp_path / "on_test.safetensors", tmp_path / "elsewhere.safetensors"
+    checkpoint.save_model(on_test, job.model.state_dict(), job.card)
+    checkpoint.save_model(elsewhere, job.model.state_dict(), job.card.model_copy(update={"dataset": "cifar10"}))
+    last = tmp_path / "last.safetensors"
+    checkpoint.save_model(last, job.model.state_dict(), jobs.prepare(make_preset(), where(tmp_path), Listening()).card)
+    for file, select, told in (
+        (on_test, "last", True),
+        (on_test, "best_test", False),
+        (last, "last", False),
+        (elsewhere, "last", False),
+    ):
+        train = {"select": select}
+        for preset, words in (
+            (student(file, train=train), "the teacher's epoch was chosen on the test images"),
+            (
+                make_preset(model={"pretrained": True, "weights": str(file)}, train=train),
+                f"{file}: their epoch was chosen",
+            ),
+        ):
+            watcher = Listening()
+            jobs.prepare(preset, where(tmp_path), watcher, dry=True)
+            assert any(line.startswith(words) for line in watcher.said) == told
+    watcher = Listening()
+    jobs.prepare(student(on_test, data={"val_fraction": 0.1}), where(tmp_path), watcher, dry=True)
+    assert not any("the test figure is not" in line for line in watcher.said)
+
+
 @pytest.fixture
 def teacher_run(tmp_path: Path, small_synthetic: object) -> Path:
     """A teacher with its own image size, normalisation and head."""
