@@ -286,8 +286,11 @@ class RunDir:
         lock = FileLock(self.path / LOCK)
         try:
             lock.acquire(timeout=patience, poll_interval=0.02)
-        except Timeout:
-            raise FolderError(f"{self.path}: another process is training this run right now") from None
+        except Timeout as timeout:
+            # Where files cannot be locked, a mark is left in place of it, which a process that is killed leaves behind.
+            _, _, holder = str(timeout).rstrip(".").partition(" held by ")
+            gone = f": {printable(holder)}; if that job is gone, remove {self.path / LOCK}" if holder else ""
+            raise FolderError(f"{self.path}: another process is training this run right now{gone}") from None
         try:
             if not (self.path / CONFIG).is_file():  # which it has had; filelock makes a folder anew that has gone
                 raise FolderError(

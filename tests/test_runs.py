@@ -3,13 +3,16 @@
 import contextlib
 import csv
 import errno
+import inspect
 import json
 import os
 import shutil
 import sys
 import threading
+import unittest.mock
 from pathlib import Path
 
+import filelock
 import pytest
 
 from cifar100cli import atomic, checkpoint, runs
@@ -287,6 +290,24 @@ def test_a_lock_on_a_file_that_is_removed_is_none(tmp_path: Path, monkeypatch: p
     with next_one, pytest.raises(FolderError, match="another process"), run.exclusively(patience=0.1):
         pass
     assert overtaken
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_mark_of_another_machine_is_told_with_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a file system that cannot lock files, what a job leaves that was killed cannot be told from one that runs."""
+    fcntl = pytest.importorskip("fcntl")
+    if "holder" not in inspect.signature(filelock.Timeout).parameters:
+        pytest.skip("this filelock does not name the holder")
+    monkeypatch.setattr(fcntl, "flock", unittest.mock.Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
+    run = make_run(tmp_path)
+    (run.path / runs.LOCK).write_text("123\nanother-node\n")
+    told = f"right now: pid 123 on another-node, .*; if that job is gone, remove {run.path / runs.LOCK}$"
+    with pytest.raises(FolderError, match=told), run.exclusively(patience=0):
+        pass
+    (run.path / runs.LOCK).unlink()
+    with run.exclusively():
+        assert run.in_use
+    assert not run.in_use
 
 
 def test_a_stray_file_above_the_runs_hides_none(tmp_path: Path) -> None:
