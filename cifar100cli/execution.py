@@ -18,7 +18,13 @@ if TYPE_CHECKING:
 
 
 def one(
-    preset: "Preset", request: Request, where: Where, run: "RunDir | None" = None, teacher: str | None = None
+    preset: "Preset",
+    request: Request,
+    where: Where,
+    run: "RunDir | None" = None,
+    teacher: str | None = None,
+    *,
+    held: bool = False,
 ) -> dict[str, Any]:
     """A run from its beginning, or from where `run` stopped, with its `teacher` where that is now; its result."""
     from cifar100cli import workflows
@@ -27,7 +33,7 @@ def one(
     with TrainingDisplay(preset.name) as display, trackers.Tracked(display, log) as watcher:
         if run is None:
             return workflows.train(preset, where, watcher)
-        return workflows.resume(run, where, watcher, teacher, preset.config.train.compile)
+        return workflows.resume(run, where, watcher, teacher, preset.config.train.compile, held=held)
 
 
 def seeds(in_turn: Sequence["Preset"], request: Request, where: Where) -> None:

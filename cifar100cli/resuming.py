@@ -1,11 +1,12 @@
 """A run that was stopped: which one is meant, whether it can go on as it is asked to, and on it goes."""
 
+import contextlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar100cli import console, execution, places, ranks, show, wording
 from cifar100cli.bounded import kind_of
-from cifar100cli.errors import DataError, UsageError
+from cifar100cli.errors import CifarError, DataError, UsageError
 from cifar100cli.folders import expand
 from cifar100cli.options import Request
 
@@ -31,9 +32,14 @@ def resume(request: Request, overrides: list["Override"], command: str) -> None:
         raise UsageError("--resume goes on to the epochs that the run has: leave --minutes out")
     if request.dry_run or request.print_config:
         raise UsageError("--resume trains on: it does not go together with --dry-run or --print-config")
+    with contextlib.ExitStack() as held:  # from here to the end: what is chosen is nobody else's meanwhile
+        _go_on(request, overrides, command, held)
+
+
+def _go_on(request: Request, overrides: list["Override"], command: str, held: contextlib.ExitStack) -> None:
     from cifar100cli.runs import refuse_other_settings
 
-    meant = ranks.on_first(lambda: _run_to_resume(request, overrides, SECTIONS.get(command, (None,))[0]))
+    meant = ranks.on_first(lambda: _run_to_resume(request, overrides, SECTIONS.get(command, (None,))[0], held))
     run, own = meant.run, meant.own
     if command in SECTIONS and getattr(own, SECTIONS[command][0]) is None:
         raise UsageError(
@@ -54,7 +60,8 @@ def resume(request: Request, overrides: list["Override"], command: str) -> None:
     from cifar100cli.config import Preset
 
     teacher = own.distillation.teacher if own.distillation is not None else None
-    show.training(execution.one(Preset(run.preset, own), request, where, run, teacher), own, request.json)
+    preset = Preset(run.preset, own)
+    show.training(execution.one(preset, request, where, run, teacher, held=True), own, request.json)
 
 
 def _result_of(run: "RunDir") -> dict[str, Any]:
@@ -78,44 +85,68 @@ class _Meant(NamedTuple):
     device: str
 
 
-def _run_to_resume(request: Request, overrides: list["Override"], section: str | None) -> _Meant:
-    from cifar100cli.config import STEPS, TEACHER, Override, differences, having, load_preset
-    from cifar100cli.runs import CONFIG, TEACHER_DIGEST, RunDir, latest_unfinished
+def _run_to_resume(
+    request: Request, overrides: list["Override"], section: str | None, held: contextlib.ExitStack
+) -> _Meant:
+    """The run that is meant, and what it is asked for. Unless it is complete, `held` holds it from now on."""
+    from cifar100cli.config import differences, load_preset
+    from cifar100cli.runs import TEACHER_DIGEST, RunDir, latest_unfinished
 
     name, device = request.resume, request.device
     assert name is not None
     preset = load_preset(request.preset, overrides) if request.preset else None
+
+    def fit(run: RunDir) -> tuple[bool, ...]:
+        try:
+            asked, own = _settings(run, overrides)
+        except (CifarError, OSError):  # told when it is opened, if it is
+            return False, False, False
+        of_its_kind = section is None or getattr(own, section) is not None
+        return of_its_kind, not differences(asked, own), not differences(asked, run.config())  # with its teacher there
+
     if name == "last":
-        run = latest_unfinished(expand(request.out), preset.name if preset else None, section)
+        chosen = fit if section is not None or overrides else None
+        of_preset = preset.name if preset else None
+        run = held.enter_context(latest_unfinished(expand(request.out), of_preset, chosen, console.log))
     else:
         run = RunDir.open(expand(Path(name)))
-    own = asked = run.config()
+        if not run.complete:
+            held.enter_context(run.exclusively())
+    asked, own = _settings(run, overrides)
     if preset is not None:
         if run.preset != preset.name:
             raise UsageError(
                 f"--resume {run.path}: a run of {run.preset}, and not of {preset.name}; leave --preset out"
             )
-        apart = {k: mine for k, (mine, _) in differences(own, preset.config).items() if k not in ("seed", STEPS)}
+        apart = {key: mine for key, (mine, _) in differences(run.config(), preset.config).items() if key != "seed"}
         if apart:
             told = ", ".join(f"{key} = {value}" for key, value in apart.items())
             console.log(f"{run.path} goes on with its own settings, which {preset.name} has not: {told}")
-    if overrides:
-        # A seed that is not given again is the run's.
-        if not any(override.key == "seed" for override in overrides):
-            overrides = [*overrides, Override("seed", own.seed, "the run")]
-        asked = load_preset(str(run.path / CONFIG), overrides).config
-    steps = asked.train.compile
-    if steps != own.train.compile and not run.complete:  # only rounding depends on it, and how much memory is needed
-        console.log(f"{run.path} goes on with {STEPS} = {steps}, and was begun with {own.train.compile}")
-    own = having(own, STEPS, steps)
-    if own.distillation is not None and asked.distillation is not None:
-        known = run.recorded(TEACHER_DIGEST) is not None  # by which it is known wherever it is now
-        teacher = (asked.distillation if known else own.distillation).required_teacher()
-        own = having(own, TEACHER, teacher)
-        if not run.complete and kind_of(Path(teacher)) is None:
+    if own.distillation is not None and asked.distillation is not None and not run.complete:
+        teacher = own.distillation.required_teacher()
+        if kind_of(Path(teacher)) is None:
+            known = run.recorded(TEACHER_DIGEST) is not None
             where = "--teacher says where it is now" if known else "bring it back, or distil anew"
             raise DataError(f"{teacher}: the run's teacher is not there: {where}")
     if device == "auto" and ranks.count() == 1:
         device = run.recorded("device") or device
     result = _result_of(run) if run.complete else None
     return _Meant(run, result, asked, own, places.data_folder(request.data_dir, run.path), device)
+
+
+def _settings(run: "RunDir", overrides: list["Override"]) -> tuple["Config", "Config"]:
+    """The settings that are asked for, and the run's own, with its teacher where that is now.
+
+    A seed that is not given again is the run's. A teacher whose weights are known is the same wherever it lies.
+    """
+    from cifar100cli.config import TEACHER, Override, having, load_preset
+    from cifar100cli.runs import CONFIG, TEACHER_DIGEST
+
+    own = asked = run.config()
+    if overrides:
+        if not any(override.key == "seed" for override in overrides):
+            overrides = [*overrides, Override("seed", own.seed, "the run")]
+        asked = load_preset(str(run.path / CONFIG), overrides).config
+    if own.distillation is not None and asked.distillation is not None and run.recorded(TEACHER_DIGEST) is not None:
+        own = having(own, TEACHER, asked.distillation.required_teacher())
+    return asked, own

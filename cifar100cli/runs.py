@@ -7,7 +7,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -19,7 +19,7 @@ from cifar100cli.config import differences, effective_differences, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 from cifar100cli.folders import DATA_DIR, named_by
 from cifar100cli.schema import Config
-from cifar100cli.wording import SPLIT_OF, argument
+from cifar100cli.wording import SPLIT_OF, argument, several
 
 FORMAT = 1  # of a run folder; a newer one is refused
 
@@ -355,30 +355,57 @@ def find_runs(root: Path, refused: Callable[[OSError], None] | None = None) -> l
     return sorted(folder for folder in found if not tracked.intersection((folder, *folder.parents)))
 
 
-def latest_unfinished(root: Path, preset: str | None = None, section: str | None = None) -> RunDir:
-    """The run that `--resume last` means: begun last, of that preset if one is named, and not complete.
+@contextlib.contextmanager
+def latest_unfinished(
+    root: Path,
+    preset: str | None = None,
+    fit: Callable[[RunDir], tuple[bool, ...]] | None = None,
+    passed_over: Callable[[str], None] | None = None,
+) -> Iterator[RunDir]:
+    """Hold the run that `--resume last` means: begun last, of that preset if one is named, and not complete.
 
-    One whose loss stopped being finite would only do so again: it is gone on with by its name alone. Those that have
-    the `section` among their settings go before all others.
+    One whose loss stopped being finite would only do so again: it is gone on with by its name alone. Of the others,
+    those that `fit` best are meant, if it is asked, and of these the last that can be held: jobs that are started
+    together go on with a run each. Newer ones, which are in use, are told to `passed_over`. Raises `DataError` where
+    no run is left.
     """
     begun = [path for path in find_runs(root) if (path / CONFIG).is_file() and (path / ENVIRONMENT).is_file()]
-    folders = [path for path in begun if not (path / RESULT).is_file() and not RunDir(path).in_use]
+    folders = [path for path in begun if not (path / RESULT).is_file()]
     if preset is not None:
         folders = [path for path in folders if RunDir(path).preset == preset]
     hopeful = [path for path in folders if not RunDir(path).diverged]
-    if not hopeful:
-        of_preset = f" of {preset}" if preset else ""
-        lost = f"; the loss of {max(folders, key=begun_at)} stopped being finite" if folders else ""
-        raise DataError(f"{root}: there is no unfinished run{of_preset} to resume{lost}")
-    suitable = [path for path in hopeful if section is not None and _has_section(path, section)]
-    return RunDir.open(max(suitable or hopeful, key=begun_at))
+    if fit is not None:
+        fits = {path: fit(RunDir(path)) for path in hopeful}
+        hopeful = [path for path in hopeful if fits[path] == max(fits.values())]
+    reasons: list[str] = []
+    for path in sorted(hopeful, key=begun_at, reverse=True):
+        run = RunDir.open(path)
+        with contextlib.ExitStack() as held:
+            try:
+                held.enter_context(run.exclusively(patience=0.1))
+            except CifarError as error:
+                reasons.append(str(error))
+                continue
+            except OSError as error:  # another user's lock, say
+                reasons.append(f"{path}: {error.strerror or error}")
+                continue
+            if run.complete or run.diverged:  # by now: whoever held it a moment ago has come to its end
+                continue
+            if reasons and passed_over is not None:
+                passed_over(_and_others("passed over", reasons))
+            yield run
+            return
+    of_preset = f" of {preset}" if preset else ""
+    if reasons:
+        raise DataError(_and_others(f"{root}: there is no other unfinished run{of_preset} to resume", reasons))
+    lost = f"; the loss of {max(folders, key=begun_at)} stopped being finite" if folders else ""
+    raise DataError(f"{root}: there is no unfinished run{of_preset} to resume{lost}")
 
 
-def _has_section(path: Path, section: str) -> bool:
-    try:
-        return getattr(RunDir(path).config(), section) is not None
-    except (CifarError, OSError):  # told when it is opened, if it is
-        return False
+def _and_others(what: str, reasons: Sequence[str]) -> str:
+    """What is said of several runs, with the first of them: on a cluster dozens may be in use."""
+    others = f" (and {several(len(reasons) - 1, 'other')})" if len(reasons) > 1 else ""
+    return f"{what}: {reasons[0]}{others}"
 
 
 def begun_at(path: Path) -> tuple[float, float]:

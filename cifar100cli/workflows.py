@@ -62,11 +62,18 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
 
 
 def resume(
-    run: RunDir, where: Where, watcher: Watcher, teacher: str | None = None, steps: str | None = None
+    run: RunDir,
+    where: Where,
+    watcher: Watcher,
+    teacher: str | None = None,
+    steps: str | None = None,
+    *,
+    held: bool = False,
 ) -> dict[str, Any]:
     """Go on with a run that was stopped; a complete one is only read.
 
-    `teacher` is where the run's teacher is now, and `steps` what `train.compile` is from here on.
+    `teacher` is where the run's teacher is now, and `steps` what `train.compile` is from here on. `held` tells that the
+    caller has the run for itself already; else it is held from the first step on.
     """
     left = ranks.on_first(lambda: _what_is_left(run))
     if left.result is not None:
@@ -77,7 +84,7 @@ def resume(
     try:
         with devices.deterministic(config.train.deterministic):
             job = prepare(Preset(run.preset, config), where, watcher, begun=left.begun)
-            return _fit(job, run, watcher)
+            return _fit(job, run, watcher, held=held)
     except KeyboardInterrupt as stop:
         raise _interrupted(run, config, stop) from None
 
@@ -118,9 +125,9 @@ def _what_is_left(run: RunDir) -> _Left:
     return _Left(result, config, Begun(run.path, precision, images, teacher, state, unseen))
 
 
-def _fit(job: Job, run: RunDir, watcher: Watcher) -> dict[str, Any]:
+def _fit(job: Job, run: RunDir, watcher: Watcher, *, held: bool = False) -> dict[str, Any]:
     try:
-        with _in_words(job, run), _alone(run):
+        with _in_words(job, run), contextlib.nullcontext() if held else _alone(run):
             ranks.on_first(run.forget_divergence)
             state = trainer.fit(job, run, watcher)
             result = _result(job, run, state)

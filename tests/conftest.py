@@ -196,6 +196,12 @@ def only_run(tmp_path: Path) -> RunDir:
     return RunDir.open(path)
 
 
+def last_run(root: Path, preset: str | None = None) -> RunDir:
+    """The run that `--resume last` goes on with; held by nobody any more."""
+    with runs.latest_unfinished(root, preset) as run:
+        return run
+
+
 def epoch_of(count: int, height: int = 32, width: int = 32, generator: torch.Generator | None = None) -> Epoch:
     """An epoch of so many images in their order, to draw for; without a generator, from 0."""
     generator = generator or torch.Generator().manual_seed(0)

@@ -27,6 +27,7 @@ from cifar100cli.config import load_preset
 from cifar100cli.download import find_installed
 from cifar100cli.errors import CifarError, DataError, UsageError
 from cifar100cli.unpickle import PickleError, read_pickle
+from tests.conftest import last_run
 from tests.test_checkpoint import make_card
 from tests.test_report import make_run
 from tests.weather import ARCHIVE, FOLDER
@@ -76,7 +77,7 @@ def test_a_run_with_something_else_than_a_file(tmp_path: Path, name: str, kind: 
     assert row.n + len(found.unusable) == 2
     assert "resnet18-baseline" in page.render(found)
     with contextlib.suppress(CifarError):
-        runs.latest_unfinished(tmp_path)
+        last_run(tmp_path)
 
 
 LARGE: dict[str, tuple[str, Callable[[], bytes]]] = {

@@ -19,6 +19,7 @@ from cifar100cli import atomic, checkpoint, runs
 from cifar100cli.errors import CifarError, DataError, FolderError
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
+from tests.conftest import last_run
 
 
 def make_run(root: Path, epochs: int = 0, preset: str = "mine") -> RunDir:
@@ -111,7 +112,7 @@ def test_a_run_whose_lock_is_not_ours_holds_up_no_other(tmp_path: Path) -> None:
     mine, other = make_run(tmp_path), make_run(tmp_path)
     (other.path / runs.LOCK).mkdir()
     assert other.in_use
-    assert runs.latest_unfinished(tmp_path) == mine
+    assert last_run(tmp_path) == mine
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="file names are bytes there alone")
@@ -144,16 +145,16 @@ def test_folders_that_are_no_run(tmp_path: Path) -> None:
 
 def test_last_is_the_unfinished_run_begun_last(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no unfinished run"):
-        runs.latest_unfinished(tmp_path)
+        last_run(tmp_path)
     first, second, third = make_run(tmp_path, preset="other"), make_run(tmp_path), make_run(tmp_path)
     for written, run in enumerate((first, second, third)):  # maybe within one tick of the disk's clock
         os.utime(run.path / runs.CONFIG, (written, written))
-    assert runs.latest_unfinished(tmp_path) == third
+    assert last_run(tmp_path) == third
     third.write_result({})
-    assert runs.latest_unfinished(tmp_path) == second
-    assert runs.latest_unfinished(tmp_path, "other").preset == "other"
+    assert last_run(tmp_path) == second
+    assert last_run(tmp_path, "other").preset == "other"
     with pytest.raises(DataError, match="of nothing"):
-        runs.latest_unfinished(tmp_path, "nothing")
+        last_run(tmp_path, "nothing")
 
 
 def test_the_same_run_may_differ_in_what_does_nothing(tmp_path: Path) -> None:
@@ -245,10 +246,42 @@ def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:
         assert not first.in_use
         with pytest.raises(CifarError, match="another process is training"), RunDir(second.path).exclusively():
             pass
-        assert runs.latest_unfinished(tmp_path) == first
+        assert last_run(tmp_path) == first
     assert not second.in_use
-    assert runs.latest_unfinished(tmp_path) == second
+    assert last_run(tmp_path) == second
     assert not list(second.path.glob(".*"))
+
+
+def test_jobs_that_are_started_together_go_on_with_a_run_each(tmp_path: Path) -> None:
+    made = [make_run(tmp_path) for _ in range(3)]
+    for written, run in enumerate(made):
+        os.utime(run.path / runs.CONFIG, (written, written))
+    said: list[str] = []
+    with contextlib.ExitStack() as jobs:
+        for run in reversed(made):
+            assert jobs.enter_context(runs.latest_unfinished(tmp_path, passed_over=said.append)) == run
+            assert run.in_use
+        in_use = f"{made[-1].path}: another process is training this run right now"
+        assert said == [f"passed over: {in_use}", f"passed over: {in_use} (and 1 other)"]
+        words = f"there is no other unfinished run of mine to resume: {in_use} \\(and 2 others\\)$"
+        with pytest.raises(DataError, match=words):
+            last_run(tmp_path, "mine")
+    assert last_run(tmp_path) == made[-1]
+
+
+def test_a_run_that_ends_as_it_is_chosen_is_not_gone_on_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first, second = make_run(tmp_path), make_run(tmp_path)
+    for written, run in enumerate((first, second)):
+        os.utime(run.path / runs.CONFIG, (written, written))
+    exclusively = RunDir.exclusively
+
+    def ended(run: RunDir, patience: float) -> contextlib.AbstractContextManager[None]:
+        if run == second:
+            run.write_result({})
+        return exclusively(run, patience)
+
+    monkeypatch.setattr(RunDir, "exclusively", ended)
+    assert last_run(tmp_path) == first
 
 
 def test_a_run_that_somebody_removed_is_not_made_anew(tmp_path: Path) -> None:
@@ -298,7 +331,9 @@ def test_a_mark_of_another_machine_is_told_with_what_to_do(tmp_path: Path, monke
     fcntl = pytest.importorskip("fcntl")
     if "holder" not in inspect.signature(filelock.Timeout).parameters:
         pytest.skip("this filelock does not name the holder")
-    monkeypatch.setattr(fcntl, "flock", unittest.mock.Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))))
+    monkeypatch.setattr(
+        fcntl, "flock", unittest.mock.Mock(side_effect=OSError(errno.ENOSYS, os.strerror(errno.ENOSYS)))
+    )
     run = make_run(tmp_path)
     (run.path / runs.LOCK).write_text("123\nanother-node\n")
     told = f"right now: pid 123 on another-node, .*; if that job is gone, remove {run.path / runs.LOCK}$"
@@ -314,7 +349,7 @@ def test_a_stray_file_above_the_runs_hides_none(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     (tmp_path / runs.CONFIG).write_text("seed: 1")
     assert run.path in runs.find_runs(tmp_path)
-    assert runs.latest_unfinished(tmp_path) == run
+    assert last_run(tmp_path) == run
 
 
 def test_links_are_followed_and_folders_refused(tmp_path: Path) -> None:

@@ -43,7 +43,7 @@ from cifar100cli.steps import Training
 from cifar100cli.tasks import StepOutput
 from cifar100cli.trainer import Job
 from cifar100cli.watcher import EpochProgress, TrainState
-from tests.conftest import EVERYTHING, Cli, Listening, StopAfter, make_preset, only_run, where
+from tests.conftest import EVERYTHING, Cli, Listening, StopAfter, last_run, make_preset, only_run, where
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
@@ -356,7 +356,7 @@ def test_weights_spoilt_by_the_last_step_are_not_kept(tmp_path: Path, monkeypatc
         "its loss stopped being finite: 1 of 3 epochs"
     ]
     with pytest.raises(DataError, match=f"no unfinished run to resume; the loss of {run.path} stopped being finite"):
-        runs.latest_unfinished(tmp_path)
+        last_run(tmp_path)
     assert len(run.metrics()) == 1
     assert all(torch.isfinite(tensor).all() for tensor in load_file(run.path / runs.MODEL).values())
     assert workflows.resume(run, where(tmp_path), Listening())["complete"]

@@ -16,11 +16,11 @@ import yaml
 from safetensors import SafetensorError
 
 import cifar100cli
-from cifar100cli import checkpoint, errors, places, runs, tensors, time_limit, trainer
-from cifar100cli.config import load_preset
+from cifar100cli import checkpoint, errors, execution, places, runs, tensors, time_limit, trainer
+from cifar100cli.config import having, load_preset
 from cifar100cli.runs import RunDir
 from cifar100cli.whole_run import Rates
-from tests.conftest import TINY, Cli, train
+from tests.conftest import TINY, Cli, last_run, train
 
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
@@ -337,7 +337,9 @@ def test_a_run_in_use_is_left_alone(run_cli: Cli) -> None:
         outcome = run_cli("train", "--resume", run)
         assert outcome.code == 1
         assert "another process is training" in outcome.err.splitlines()[-1]
-        assert run_cli("train", "--resume", "last").code == 3
+        outcome = run_cli("train", "--resume", "last")
+        assert outcome.code == 3
+        assert f"there is no other unfinished run to resume: {run}: another process is training" in outcome.err
 
 
 def test_a_full_disk(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -444,14 +446,14 @@ def test_the_last_run_is_the_one_begun_last(run_cli: Cli, monkeypatch: pytest.Mo
         about = json.loads((run / "environment.json").read_text())
         (run / "environment.json").write_text(json.dumps({**about, "started": started}))
     os.utime(older / "config.yaml")
-    assert runs.latest_unfinished(Path("runs")).path == newer
+    assert last_run(Path("runs")).path == newer
     for run in (older, newer):  # two within one second
         about = json.loads((run / "environment.json").read_text())
         (run / "environment.json").write_text(json.dumps({**about, "started": "2026-01-01T12:00:00+00:00"}))
-    assert runs.latest_unfinished(Path("runs")).path == older, "whose file was written last"
+    assert last_run(Path("runs")).path == older, "whose file was written last"
     (newer / "environment.json").write_text(json.dumps({**about, "started": "2026-01-01T12:00:01+00:00"}))
     shutil.copytree(older, older.with_name("copy"))
-    assert runs.latest_unfinished(Path("runs")).path == newer
+    assert last_run(Path("runs")).path == newer
 
 
 def test_the_last_run_of_a_command_is_of_its_kind(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -465,10 +467,47 @@ def test_the_last_run_of_a_command_is_of_its_kind(run_cli: Cli, monkeypatch: pyt
     assert f"finetune-cifar10: {newer} is a run of quickstart, which does not fine-tune" in outcome.err
     settings = yaml.safe_load((older / "config.yaml").read_text()) | {"finetune": {"unfreeze": "fc"}}
     (older / "config.yaml").write_text(yaml.safe_dump(settings))
-    for section, run in ((None, newer), ("finetune", older), ("distillation", newer)):
-        assert runs.latest_unfinished(Path("runs"), section=section).path == run
+    for command, told in (
+        ("train", f"goes on with {newer}"),
+        ("finetune-cifar10", f"goes on with {older}"),
+        ("distill", f"{newer} is a run of quickstart, which has no teacher"),
+    ):
+        assert told in _last_word(run_cli, monkeypatch, command, "--resume", "last")
     (older / "config.yaml").write_text("no settings")
-    assert runs.latest_unfinished(Path("runs"), section="finetune").path == newer
+    assert f"{newer} is a run of" in _last_word(run_cli, monkeypatch, "finetune-cifar10", "--resume", "last")
+
+
+def _last_word(run_cli: Cli, monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> str:
+    """What a command ends with: the run that it would go on with, which it holds by then, or what is wrong."""
+
+    def told(preset: object, request: object, where: object, run: RunDir, *_: object, **__: object) -> None:
+        assert run.in_use
+        raise errors.CifarError(f"goes on with {run.path}")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(execution, "one", told)
+        return run_cli(*arguments).err.splitlines()[-1]
+
+
+def test_the_last_run_is_one_of_the_settings_that_are_given(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Jobs for a seed each are requeued by their own commands, whichever of them began last."""
+    chosen = load_preset("quickstart")
+    third, fifth = (
+        RunDir.create(Path("runs"), chosen.name, having(chosen.config, "seed", seed), {"started": started})
+        for seed, started in ((3, "2026-01-01T04:00:00+00:00"), (5, "2026-01-01T12:00:00+00:00"))
+    )
+    last = ("train", "--preset", "quickstart", "--resume", "last", "--device", "cpu")
+    for given, run in (((), fifth), (("--seed", "3"), third), (("--seed", "5", "--epochs", "10"), fifth)):
+        assert _last_word(run_cli, monkeypatch, *last, *given) == f"error: goes on with {run.path}"
+    assert f"{fifth.path} has seed = 5, not 4" in _last_word(run_cli, monkeypatch, *last, "--seed", "4")
+    with third.exclusively():
+        in_use = f"to resume: {third.path}: another process is training this run right now"
+        assert in_use in _last_word(run_cli, monkeypatch, *last, "--seed", "3")
+    with fifth.exclusively():
+        outcome = run_cli(*last, "--epochs", "3")
+    assert f"passed over: {fifth.path}: another process is training this run right now\n" in outcome.err
+    (third.path / "config.yaml").write_text("no settings")
+    assert f"{fifth.path} has seed = 5, not 3" in _last_word(run_cli, monkeypatch, *last, "--seed", "3")
 
 
 def test_seeds_that_are_left_when_one_has_not_begun(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
