@@ -1,5 +1,6 @@
 """A training run made ready: data, model, task, teacher and frozen features, from a preset."""
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from cifar100cli import (
     steps,
     teachers,
 )
+from cifar100cli.bounded import kind_of
 from cifar100cli.card import Card
 from cifar100cli.catalog import DatasetName
 from cifar100cli.checkpoint import Checkpoint, Saved
@@ -44,14 +46,15 @@ from cifar100cli.watcher import Watcher
 class Begun:
     """What a run that goes on was begun with, and its network's weights in `state` once an epoch is saved.
 
-    The weights that it began from are not read again: `unseen`, of its card, says which images these had not learned.
-    Older runs do not know the digests of their `images` and of their `teacher`.
+    The `weights` that it began from are not read again then: `unseen`, of its card, says which images these had not
+    learned. Older runs do not know the digests of their `images`, of their `teacher`, and of these.
     """
 
     run: Path
     precision: str | None
     images: str | None
     teacher: str | None
+    weights: str | None
     state: Saved | None
     unseen: Mapping[DatasetName, float] | None
 
@@ -80,6 +83,17 @@ class Begun:
                 f"{path}: is not the teacher that {self.run} was begun with: other weights are there now; bring those "
                 "back, or distil anew"
             )
+
+    def refuse_other_weights(self, path: str) -> None:
+        """Raise `DataError` where the file of weights, from which it begins again, is another of the same name."""
+        if self.weights is None or kind_of(Path(path)) != "file":
+            return
+        with contextlib.suppress(OSError):  # of one that cannot be read, told where its weights are
+            if self.weights != starting_weights.digest(Path(path)):
+                raise DataError(
+                    f"{path}: is not the file of weights that {self.run} was begun with: another is there now; bring "
+                    "that one back, or train anew"
+                )
 
 
 def prepare(
@@ -110,6 +124,8 @@ def prepare(
         _tell_of_earlier_name(config.model.backbone, watcher)
         starting_weights.check_known_images(config, watcher)
         _tell_of_warmup(config, watcher)
+        if begun is not None and config.model.weights is not None:
+            begun.refuse_other_weights(config.model.weights)
     dataset = dataset or datasets.load(config.data.dataset, where.data_dir)
     images_digest = datasets.digest(dataset)
     if begun is not None:

@@ -26,6 +26,7 @@ from cifar100cli.runs import (
     PREDICTIONS,
     STATE,
     TEACHER_DIGEST,
+    WEIGHTS_DIGEST,
     RunDir,
     begun_by,
 )
@@ -121,8 +122,9 @@ def _what_is_left(run: RunDir) -> _Left:
     if state is not None:
         with contextlib.suppress(DataError):  # where the last epoch is the best, the file is written anew
             unseen = read_card(run.path / MODEL).unseen
-    precision, images, teacher = (run.recorded(key) for key in ("precision", DATA_DIGEST, TEACHER_DIGEST))
-    return _Left(result, config, Begun(run.path, precision, images, teacher, state, unseen))
+    keys = ("precision", DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST)
+    precision, images, teacher, weights = (run.recorded(key) for key in keys)
+    return _Left(result, config, Begun(run.path, precision, images, teacher, weights, state, unseen))
 
 
 def _fit(job: Job, run: RunDir, watcher: Watcher, *, held: bool = False) -> dict[str, Any]:

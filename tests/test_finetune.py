@@ -676,6 +676,26 @@ def test_a_run_from_weights_with_its_own_stem_goes_on_without_them(tmp_path: Pat
     assert workflows.resume(only_run(tmp_path), where(tmp_path), Listening())["complete"]
 
 
+def test_a_run_without_an_epoch_begins_again_from_its_own_weights_alone(tmp_path: Path) -> None:
+    """Until its first epoch is saved it has no others, and another file may lie at the place of these by then."""
+    start = tmp_path / "start.safetensors"
+    network = create_model(make_preset(model={"pretrained": False}).config, classes=100)
+    save_file(network.state_dict(), start)
+    job = make_preset(model={"pretrained": True, "weights": str(start)})
+    with pytest.raises(RunInterrupted):
+        workflows.train(job, where(tmp_path), StopAfter(1))
+    run, before = only_run(tmp_path), start.read_bytes()
+    assert not (run.path / runs.STATE).exists()
+    save_file({name: tensor * 2 for name, tensor in network.state_dict().items()}, start)
+    with pytest.raises(DataError, match=rf"{start}: is not the file of weights that {run.path} was begun with"):
+        workflows.resume(run, where(tmp_path), Listening())
+    start.unlink()
+    with pytest.raises(DataError, match=rf"{start}: there is no such file"):
+        workflows.resume(run, where(tmp_path), Listening())
+    start.write_bytes(before)
+    assert workflows.resume(run, where(tmp_path), Listening())["complete"]
+
+
 @pytest.mark.parametrize(
     ("sections", "words"),
     [
