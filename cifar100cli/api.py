@@ -98,9 +98,9 @@ def resume(
 ) -> dict[str, Any]:
     """Go on with a run that was stopped, to the bits of one that was not; returns what `train` does.
 
-    The data folder and the device are those that the run began with, unless others are named; `teacher` is where that
-    of a distillation is now. A complete run is only read. Raises what `train` does, and `DataError` for a folder that
-    is no run of ours or cannot be gone on with.
+    The data folder is the one that it was last trained from, and the device the one that it began with, unless others
+    are named; `teacher` is where that of a distillation is now. A complete run is only read. Raises what `train` does,
+    and `DataError` for a folder that is no run of ours or cannot be gone on with.
     """
     opened = RunDir.open(_path("run", run))
     path = _path("teacher", teacher) if teacher is not None else None

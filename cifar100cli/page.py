@@ -266,7 +266,7 @@ class _Pictures:
 
     def of(self, run: RunDir, card: Card, predictions: Predictions) -> Split | str:
         """The images that the predictions are about, or why there are none."""
-        folder = self._data_dir or Path(run.recorded("data_dir") or ".")
+        folder = self._data_dir or Path(run.latest("data_dir") or ".")
         key = (card.dataset, str(folder))
         if key not in self._known:
             try:
@@ -324,9 +324,11 @@ def _changes(row: Row) -> dict[str, tuple[object, object]]:
 
 
 def _flat(content: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
-    """Nested names with dots, and values as text."""
+    """Nested names with dots, and values as text; what a list nests is numbered."""
     found: list[tuple[str, str]] = []
     for key, value in content.items():
+        if isinstance(value, list) and any(isinstance(one, Mapping) for one in value):
+            value = {str(number): one for number, one in enumerate(value, start=1)}
         if isinstance(value, Mapping):
             found += _flat(value, f"{prefix}{key}.")
         elif value is not None:

@@ -76,17 +76,17 @@ def _would_be_lost(path: Path, target: Path, inputs: Sequence[Path]) -> str | No
 
 
 def data_folder(given: Path | None, run: Path | None = None) -> Path:
-    """The folder that the user or the variable names; else the run's own; else the user's cache."""
+    """The folder that the user or the variable names; else the run's own, as it was last; else the user's cache."""
     named = expand(given) if given is not None else named_by(DATA_DIR)
     if named is not None:
         return named
     if run is not None:
         from cifar100cli.runs import RunDir
 
-        recorded = RunDir(run if run.is_dir() else run.parent).recorded("data_dir")
-        with contextlib.suppress(DataError):  # in somebody else's home, which may not be looked into
-            if recorded is not None and kind_of(Path(recorded)) == "folder":
-                return Path(recorded)
+        for recorded in reversed(RunDir(run if run.is_dir() else run.parent).each_time("data_dir")):
+            with contextlib.suppress(DataError):  # in somebody else's home, which may not be looked into
+                if kind_of(Path(recorded)) == "folder":
+                    return Path(recorded)
     return user_cache()
 
 

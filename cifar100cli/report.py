@@ -221,8 +221,8 @@ def _read(path: Path) -> _Complete | Unusable:
     result = run.result()
     if not 0 <= result["test"]["top1"] <= 1:
         raise DataError(f"{path}: its accuracy is no fraction")
-    device = run.recorded("device_name") or result["device"]
-    if run.recorded("device") not in (None, result["device"]):
+    device = ", then ".join(dict.fromkeys(run.each_time("device_name"))) or result["device"]
+    if run.latest("device") not in (None, result["device"]):  # of an older run, which did not record that it went on
         device += f", then {result['device']}"
     ranks = result.get("ranks", 1)
     if not isinstance(ranks, int) or not 1 <= ranks < 1e6:

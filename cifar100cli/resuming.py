@@ -89,7 +89,7 @@ def _run_to_resume(
     request: Request, overrides: list["Override"], section: str | None, held: contextlib.ExitStack
 ) -> _Meant:
     """The run that is meant, and what it is asked for. Unless it is complete, `held` holds it from now on."""
-    from cifar100cli.config import differences, load_preset
+    from cifar100cli.config import TEACHER, differences, having, load_preset
     from cifar100cli.runs import TEACHER_DIGEST, RunDir, latest_unfinished
 
     name, device = request.resume, request.device
@@ -101,8 +101,9 @@ def _run_to_resume(
             asked, own = _settings(run, overrides)
         except (CifarError, OSError):  # told when it is opened, if it is
             return False, False, False
+        apart = differences(asked, own).keys()
         of_its_kind = section is None or getattr(own, section) is not None
-        return of_its_kind, not differences(asked, own), not differences(asked, run.config())  # with its teacher there
+        return of_its_kind, not apart - {TEACHER}, not apart  # a teacher may have been moved
 
     if name == "last":
         chosen = fit if section is not None or overrides else None
@@ -122,10 +123,11 @@ def _run_to_resume(
         if apart:
             told = ", ".join(f"{key} = {value}" for key, value in apart.items())
             console.log(f"{run.path} goes on with its own settings, which {preset.name} has not: {told}")
-    if own.distillation is not None and asked.distillation is not None and not run.complete:
-        teacher = own.distillation.required_teacher()
-        if kind_of(Path(teacher)) is None:
-            known = run.recorded(TEACHER_DIGEST) is not None
+    if own.distillation is not None and asked.distillation is not None:
+        known = run.recorded(TEACHER_DIGEST) is not None  # by which it is known wherever it is now
+        teacher = (asked.distillation if known else own.distillation).required_teacher()
+        own = having(own, TEACHER, teacher)
+        if not run.complete and kind_of(Path(teacher)) is None:
             where = "--teacher says where it is now" if known else "bring it back, or distil anew"
             raise DataError(f"{teacher}: the run's teacher is not there: {where}")
     if device == "auto" and ranks.count() == 1:
@@ -135,18 +137,22 @@ def _run_to_resume(
 
 
 def _settings(run: "RunDir", overrides: list["Override"]) -> tuple["Config", "Config"]:
-    """The settings that are asked for, and the run's own, with its teacher where that is now.
+    """The settings that are asked for, and the run's own; its teacher is where it was last.
 
-    A seed that is not given again is the run's. A teacher whose weights are known is the same wherever it lies.
+    A seed or a teacher that is not given again is the run's.
     """
     from cifar100cli.config import TEACHER, Override, having, load_preset
-    from cifar100cli.runs import CONFIG, TEACHER_DIGEST
+    from cifar100cli.runs import CONFIG, TEACHER_PLACE
 
-    own = asked = run.config()
-    if overrides:
-        if not any(override.key == "seed" for override in overrides):
-            overrides = [*overrides, Override("seed", own.seed, "the run")]
-        asked = load_preset(str(run.path / CONFIG), overrides).config
-    if own.distillation is not None and asked.distillation is not None and run.recorded(TEACHER_DIGEST) is not None:
-        own = having(own, TEACHER, asked.distillation.required_teacher())
-    return asked, own
+    own = run.config()
+    moved = run.latest(TEACHER_PLACE)
+    if own.distillation is not None and moved is not None:
+        own = having(own, TEACHER, moved)
+    if not overrides:
+        return own, own
+    given = {override.key for override in overrides}
+    if "seed" not in given:
+        overrides = [*overrides, Override("seed", own.seed, "the run")]
+    if own.distillation is not None and not given & {TEACHER, "distillation"}:
+        overrides = [*overrides, Override(TEACHER, own.distillation.teacher, "the run")]
+    return load_preset(str(run.path / CONFIG), overrides).config, own

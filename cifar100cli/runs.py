@@ -26,8 +26,11 @@ FORMAT = 1  # of a run folder; a newer one is refused
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 TEACHER_DIGEST = "teacher_sha256"  # in it, of a run that is distilled
+TEACHER_PLACE = "teacher"  # in it, where that lay when the run went on
 DATA_DIGEST = "data_sha256"  # in it, of the images and labels of its data set
 WEIGHTS_DIGEST = "weights_sha256"  # in it, of the file of weights that it began from, if it did
+RESUMED = "resumed"  # in it, a list: of each time that the run went on, what was otherwise than at its beginning
+MOST_RESUMED = 100  # of these that are kept, the last ones: a run that is requeued for ever must not outgrow its file
 METRICS = "metrics.jsonl"
 TABLE = "metrics.csv"  # the same once more, for spreadsheets
 MODEL = "model.safetensors"
@@ -162,18 +165,44 @@ class RunDir:
             return None
         return value if isinstance(value, str) and printable(value) == value else None
 
+    def each_time(self, key: str) -> list[str]:
+        """What `recorded` gives, of the beginning and of every time that the run went on, in order."""
+        try:
+            environment = self.environment()
+        except DataError:
+            return []
+        resumed = environment.get(RESUMED)
+        later = [entry for entry in resumed if isinstance(entry, dict)] if isinstance(resumed, list) else []
+        values = [entry.get(key, environment.get(key)) for entry in ({}, *later)]
+        return [value for value in values if isinstance(value, str) and printable(value) == value]
+
+    def latest(self, key: str) -> str | None:
+        """As `recorded`, of the last time that the run began or went on."""
+        return next(reversed(self.each_time(key)), None)
+
+    def note_resumption(self, environment: Mapping[str, object]) -> None:
+        """Add to the run's environment when it goes on, and what is otherwise than at its beginning."""
+        first = self.environment()
+        otherwise = {key: value for key, value in environment.items() if key == "started" or value != first.get(key)}
+        before = first.get(RESUMED)
+        resumed = [*(before if isinstance(before, list) else []), otherwise][-MOST_RESUMED:]
+        write_json(self.path / ENVIRONMENT, {**first, RESUMED: resumed})
+
     @property
     def preset(self) -> str:
         """The name of the preset."""
         return self.recorded("preset") or self.path.parent.name
 
     def to_go_on(self) -> str:
-        """The command that goes on with the run, with what must be said again: trackers, and a folder of its own."""
+        """The command that goes on with the run, with what must be said again: trackers, folder, another device."""
         words = ["cifar100 train --resume", argument(self.path)]
         words += [f"--log {name}" for name in TRACKED if (self.path / name).is_dir()]
-        named, own = named_by(DATA_DIR), self.recorded("data_dir")
+        named, own = named_by(DATA_DIR), self.latest("data_dir")
         if named is not None and own is not None and Path(own) != named.absolute():
             words += ["--data-dir", argument(own)]
+        device = self.latest("device")
+        if device is not None and device != self.recorded("device"):
+            words += ["--device", argument(device)]
         return " ".join(words)
 
     @property

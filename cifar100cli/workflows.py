@@ -26,6 +26,7 @@ from cifar100cli.runs import (
     PREDICTIONS,
     STATE,
     TEACHER_DIGEST,
+    TEACHER_PLACE,
     WEIGHTS_DIGEST,
     RunDir,
     begun_by,
@@ -33,7 +34,7 @@ from cifar100cli.runs import (
 from cifar100cli.schema import Config
 from cifar100cli.trainer import Job
 from cifar100cli.watcher import TrainState, Watcher
-from cifar100cli.wording import SPLIT_OF
+from cifar100cli.wording import SPLIT_OF, several
 
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -85,7 +86,15 @@ def resume(
     try:
         with devices.deterministic(config.train.deterministic):
             job = prepare(Preset(run.preset, config), where, watcher, begun=left.begun)
-            return _fit(job, run, watcher, held=held)
+            if left.ranks not in (None, ranks.count()):
+                watcher.say(
+                    f"the run was begun with {several(left.ranks, 'rank')}, and goes on with {ranks.count()}: "
+                    "it ends with other bits than one of as many throughout"
+                )
+            resumed = machine.environment(job.device, job.precision, where.data_dir)
+            if config.distillation is not None:
+                resumed[TEACHER_PLACE] = config.distillation.teacher
+            return _fit(job, run, watcher, held=held, resumed=resumed)
     except KeyboardInterrupt as stop:
         raise _interrupted(run, config, stop) from None
 
@@ -102,11 +111,15 @@ class _Left(NamedTuple):
     result: dict[str, Any] | None
     config: Config
     begun: Begun
+    ranks: int | None
 
 
 def _what_is_left(run: RunDir) -> _Left:
     path = run.path / STATE
     result, config = run.result() if run.complete else None, run.config()
+    moved = run.latest(TEACHER_PLACE)
+    if config.distillation is not None and moved is not None:
+        config = having(config, TEACHER, moved)
     state = checkpoint.read_state(path) if result is None and path.is_file() else None
     if state is not None and (best := state.about.get("best_epoch")) != state.about.get("epoch"):
         try:
@@ -124,12 +137,19 @@ def _what_is_left(run: RunDir) -> _Left:
             unseen = read_card(run.path / MODEL).unseen
     keys = ("precision", DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST)
     precision, images, teacher, weights = (run.recorded(key) for key in keys)
-    return _Left(result, config, Begun(run.path, precision, images, teacher, weights, state, unseen))
+    begun_with = run.environment().get("ranks")
+    count = begun_with if isinstance(begun_with, int) else None
+    return _Left(result, config, Begun(run.path, precision, images, teacher, weights, state, unseen), count)
 
 
-def _fit(job: Job, run: RunDir, watcher: Watcher, *, held: bool = False) -> dict[str, Any]:
+def _fit(
+    job: Job, run: RunDir, watcher: Watcher, *, held: bool = False, resumed: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """Train in the run's folder, which goes on with what `resumed` says of the machine, if it does; its result."""
     try:
         with _in_words(job, run), contextlib.nullcontext() if held else _alone(run):
+            if resumed is not None:
+                ranks.on_first(lambda: run.note_resumption(resumed))
             ranks.on_first(run.forget_divergence)
             state = trainer.fit(job, run, watcher)
             result = _result(job, run, state)

@@ -455,6 +455,10 @@ def test_a_run_goes_on_with_the_teacher_that_it_began_with(
         assert (other.code, "is not the teacher that" in other.err) == (3, True)
         by_hand = shutil.copytree(run.path, tmp_path / "copy")
         assert resume(by_hand, teacher=moved)["complete"]
+        (by_hand / runs.RESULT).unlink()
+        assert resume(by_hand)["complete"], "where it is now is remembered"
+        (by_hand / runs.RESULT).unlink()
+        assert run_cli("distill", "--resume", by_hand, "--seed", str(config.seed)).code == 0
         with pytest.raises(UsageError, match=r"has none, or does not know it by its weights"):
             resume(moved, teacher=moved)
         outcome = run_cli("distill", "--resume", run.path, "--teacher", moved, "--json")

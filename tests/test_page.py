@@ -192,6 +192,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     environment = json.loads((run.path / runs.ENVIRONMENT).read_text())
     for one, device in ((run, evil), (other, "plain")):
         content = {**environment, "preset": evil, "device_name": device, evil: [evil], "command": {"a": evil}}
+        content["resumed"] = [{"device": evil}]
         (one.path / runs.ENVIRONMENT).write_text(json.dumps(content))
     (tmp_path / "<b>x").mkdir()
     (tmp_path / "<b>x" / runs.RESULT).write_text("{}")
@@ -200,6 +201,7 @@ def test_everything_is_escaped(tmp_path: Path) -> None:
     assert len(found.all("script")) == 1
     assert not found.all("b")
     assert evil in found.text
+    assert "resumed.1.device" in found.text
     assert "<b>x" in found.text
 
 

@@ -60,7 +60,6 @@ def test_the_data_folder_of_somebody_elses_run(tmp_path: Path, monkeypatch: pyte
     theirs.mkdir(parents=True)
     run = RunDir.create(tmp_path / "runs", "quickstart", Config(), {"data_dir": str(theirs)}).path
     monkeypatch.setenv("XDG_CACHE_HOME", str(ours))
-    assert places.data_folder(None, run) == theirs
     look = os.stat
 
     def shut(path: Any, **options: Any) -> os.stat_result:
@@ -70,6 +69,18 @@ def test_the_data_folder_of_somebody_elses_run(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(os, "stat", shut)
     assert places.data_folder(None, run) == ours / "cifar100"
+
+
+def test_the_data_folder_of_a_run_that_went_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is the last one, as long as that is there."""
+    monkeypatch.delenv("CIFAR100_DATA_DIR", raising=False)
+    run = RunDir.create(tmp_path / "runs", "quickstart", Config(), {"data_dir": str(tmp_path)})
+    later = tmp_path / "later"
+    later.mkdir()
+    run.note_resumption({"data_dir": str(later)})
+    assert places.data_folder(None, run.path) == later
+    later.rmdir()
+    assert places.data_folder(None, run.path) == tmp_path
 
 
 def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> None:

@@ -359,6 +359,12 @@ def test_a_run_that_ended_on_another_device(tmp_path: Path) -> None:
     recorded(make_run(tmp_path, "quickstart", 0.5, 1), device="cpu", device_name="A CPU")
     (row,) = report.collect([tmp_path]).rows
     assert row.hardware == ["NVIDIA H200, then cpu, fp32", "A CPU, fp32"]
+    run = make_run(tmp_path, "quickstart", 0.5, 2)
+    recorded(run, device="cuda:1", device_name="NVIDIA H200")
+    for device, name in (("cuda:0", "NVIDIA H200"), ("cpu", "A CPU"), ("cuda:0", "NVIDIA H200"), ("cpu", "A CPU")):
+        run.note_resumption({"device": device, "device_name": name})
+    (row,) = report.collect([tmp_path]).rows
+    assert row.hardware[-1] == "NVIDIA H200, then A CPU, fp32"
 
 
 def test_what_is_best_on_test_is_told_everywhere(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -180,6 +180,34 @@ def test_a_launch_goes_on_with_its_own_run(tmp_path: Path) -> None:
     assert runs.begun_by(tmp_path, "mine", Config(seed=3), "none of process 1 on host") is None
 
 
+def test_what_was_otherwise_when_a_run_went_on_stands_beside_its_beginning(tmp_path: Path) -> None:
+    """An older run has none of it, and in a run of somebody else anything may stand there."""
+    run = RunDir.create(tmp_path, "mine", Config(), {"device": "cuda:0", "data_dir": "/a", "threads": 2})
+    assert (run.each_time("device"), run.latest("device"), run.latest("nothing")) == (["cuda:0"], "cuda:0", None)
+    begun = run.environment()
+    run.note_resumption({"started": "1", "device": "cpu", "data_dir": "/a", "threads": 2})
+    run.note_resumption({"started": "2", "device": "cuda:0", "data_dir": "/b", "threads": 4})
+    resumed = [{"started": "1", "device": "cpu"}, {"started": "2", "data_dir": "/b", "threads": 4}]
+    assert run.environment() == {**begun, "resumed": resumed}
+    assert run.each_time("device") == ["cuda:0", "cpu", "cuda:0"]
+    assert [run.latest(key) for key in ("device", "data_dir", "started")] == ["cuda:0", "/b", "2"]
+    assert run.recorded("data_dir") == "/a"
+    for odd in ("cpu", [1, None, {"device": ["cpu"]}, {"device": "\x1b[2J"}], {"device": "cpu"}, None):
+        (run.path / runs.ENVIRONMENT).write_text(json.dumps({**begun, "resumed": odd}))
+        assert "cpu" not in run.each_time("device")
+        assert run.latest("device") == "cuda:0"
+    (run.path / runs.ENVIRONMENT).write_text("{")
+    assert run.latest("device") is None
+
+
+def test_a_run_that_is_requeued_for_ever_remains_readable(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    for number in range(runs.MOST_RESUMED + 2):
+        run.note_resumption({"started": str(number)})
+    assert len(run.environment()["resumed"]) == runs.MOST_RESUMED
+    assert run.latest("started") == str(runs.MOST_RESUMED + 1)
+
+
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     atomic.write_text(path, "old")

@@ -1,5 +1,6 @@
 """From a command that trains to its runs: one for each seed, and one that stopped and goes on."""
 
+import errno
 import json
 import os
 import shutil
@@ -550,6 +551,48 @@ def test_the_line_to_resume_says_what_the_run_does_not_remember(
     assert "--data-dir" not in run.to_go_on()
     monkeypatch.setenv("CIFAR100_DATA_DIR", str(tmp_path / "other"))  # is above what the run recorded
     assert run.to_go_on().endswith(f"--log tensorboard --data-dir '{tmp_path / 'own data'}'")
+
+
+def test_a_run_knows_where_it_went_on(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunDir(_unfinished(run_cli, monkeypatch))
+    about = {**run.environment(), "ranks": 2, "device_name": "Another CPU", "commit": "0123abc"}
+    (run.path / "environment.json").write_text(json.dumps(about))
+    Path("elsewhere").mkdir()
+    monkeypatch.setenv("CIFAR100_DATA_DIR", "nowhere")
+    train_epoch = trainer.train_epoch
+
+    def stopped(steps: Any, config: Any, epoch: int, observer: Any) -> Any:
+        if epoch == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return train_epoch(steps, config, epoch, observer)
+
+    command = ("train", "--resume", run.path, "--data-dir", "elsewhere", "--device", "cpu")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "train_epoch", stopped)
+        outcome = run_cli(*command)
+    assert "the run was begun with 2 ranks, and goes on with 1: it ends with other bits" in outcome.err
+    elsewhere = Path("elsewhere").absolute()
+    go_on = f"cifar100 train --resume {run.path} --data-dir {elsewhere}"
+    assert outcome.err.endswith(f"once there is room again, resume with: {go_on}\n")
+    begun = run.environment()
+    (entry,) = begun["resumed"]
+    assert begun == {**about, "resumed": [entry]}, "what was at the beginning remains"
+    assert entry["command"] == ["cifar100", *map(str, command)]
+    assert (entry["data_dir"], entry["ranks"]) == (str(elsewhere), 1)
+    assert {"started", "commit", "device_name"} <= entry.keys()
+    assert not {"device", "versions", "precision", "threads", "teacher"} & entry.keys(), "they are as they were"
+    monkeypatch.delenv("CIFAR100_DATA_DIR")
+    assert run_cli(*go_on.split()[1:4]).code == 0
+    assert run.each_time("data_dir")[1:] == [str(elsewhere)] * 2
+    assert f"Another CPU, then {entry['device_name']}, fp32" in run_cli("report", "--json").out
+
+
+def test_the_line_to_resume_names_the_device_that_was_chosen_instead(tmp_path: Path) -> None:
+    run = begun(tmp_path, device="cuda:0")
+    run.note_resumption({"device": "cpu"})
+    assert run.to_go_on() == f"cifar100 train --resume {run.path} --device cpu"
+    run.note_resumption({"device": "cuda:0"})
+    assert run.to_go_on() == f"cifar100 train --resume {run.path}"
 
 
 def test_a_models_file_finds_the_data_of_its_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
