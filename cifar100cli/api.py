@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -106,14 +107,10 @@ def resume(
     path = _path("teacher", teacher) if teacher is not None else None
     if path is not None and opened.recorded(runs.TEACHER_DIGEST) is None:
         raise UsageError(f"teacher={path}: {opened.path} has none, or does not know it by its weights; leave it out")
-    own = opened.recorded("device") if device == "auto" and ranks.count() == 1 else None
-    where = _where(own or device, data_dir, run=opened.path)
+    where = _where(device, data_dir, run=opened.path)
     with _watcher(opened.preset, progress) as watcher:
-        if own is not None and not opened.complete:  # which is only read
-            try:
-                devices.select_device(own)
-            except UsageError as error:
-                raise places.without_its_device(opened.path, own, error, "device='cpu'") from None
+        if where.device == "auto" and ranks.count() == 1 and not opened.complete:  # which is only read
+            where = replace(where, device=places.own_device(opened, "device='cpu'", watcher.say))
         return workflows.resume(opened, where, watcher, str(path.absolute()) if path is not None else None)
 
 

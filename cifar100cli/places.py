@@ -4,7 +4,7 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ from cifar100cli.errors import DataError, UsageError
 from cifar100cli.folders import DATA_DIR, Where, cache_dir, expand, named_by, user_cache
 
 if TYPE_CHECKING:
+    from cifar100cli.runs import RunDir
     from cifar100cli.schema import Config
 
 
@@ -106,17 +107,45 @@ def check_device(name: str) -> str:
     return name
 
 
-def without_its_device(run: Path, device: str, error: UsageError, remedy: str) -> UsageError:
-    """What to tell where a run's own device is not here: what is wrong, and what goes on without it."""
-    reason = str(error).partition(": ")[2].partition(";")[0]
-    return UsageError(f"{run}: was begun on {device}, and {reason}; {remedy} goes on without it")
+def own_device(run: "RunDir", on_cpu: str, tell: Callable[[str], None]) -> str:
+    """The device that a run was begun on, by its name here; `auto` where the run does not say.
+
+    The number of a GPU is that of a machine, or of what a scheduler gave to a job: where there are others, it goes on
+    on the first of these, and `tell` hears of it. Raises `UsageError` where there is none, with `on_cpu`, which says
+    that it be the CPU, where the run can go on there.
+    """
+    import torch
+
+    from cifar100cli import devices
+
+    name = check_device(run.recorded("device") or "auto")
+    try:
+        devices.select_device(name)
+    except UsageError as error:
+        if name.startswith("cuda") and torch.cuda.is_available():
+            tell(f"{run.path} was begun on {name}, which is not here: it goes on on the first GPU")
+            return "cuda"
+        config, reason = run.config(), str(error).partition(": ")[2].partition(";")[0]
+        here, precision = devices.precision_of(config, torch.device("cpu")), run.recorded("precision")
+        remedy = f"{on_cpu} goes on without it"
+        if config.train.precision == "auto" and here != precision:
+            remedy = f"resume it where there is one, for `train.precision: auto` means {here} on the CPU here"
+        raise UsageError(f"{run.path}: was begun on {name}, and {reason}; {remedy}") from None
+    return name
+
+
+def start_pytorch() -> None:
+    """Bring torch in, with all that a workflow needs of it, which takes a moment."""
+    with console.waiting("starting PyTorch ..."), interrupts.at_once():
+        from cifar100cli import machine, workflows  # noqa: F401 - for the command, where all is imported
 
 
 def where(device: str, data_dir: Path | None = None, runs_dir: Path | None = None, run: Path | None = None) -> Where:
-    """Folders and device for a workflow. Importing it brings torch in, which takes a moment."""
+    """Folders and device for a workflow, with torch started."""
     check_device(device)
-    with console.waiting("starting PyTorch ..."), interrupts.at_once():
-        from cifar100cli import machine, workflows  # noqa: F401 - workflows for the command, where all is imported
+    start_pytorch()
+    from cifar100cli import machine
+
     found = Where(data_folder(data_dir, run), expand(runs_dir or Path("runs")), cache_dir(), device)
     runs = f", runs folder {found.runs_dir.absolute()}" if runs_dir is not None else ""
     console.detail(f"data folder {found.data_dir.absolute()}{runs}")

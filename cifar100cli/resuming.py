@@ -51,12 +51,11 @@ def _go_on(request: Request, overrides: list["Override"], command: str, held: co
         console.log(f"{run.path} is complete already; nothing is left to train")
         show.training({**meant.result, "run_dir": str(run.path)}, own, request.json)  # it may have been moved since
         return
-    try:
-        where = places.where(meant.device, meant.data_dir, request.out)
-    except UsageError as error:
-        if meant.device == request.device:
-            raise
-        raise places.without_its_device(run.path, meant.device, error, "--device cpu") from None
+    device = places.check_device(request.device)
+    if device == "auto" and ranks.count() == 1:
+        places.start_pytorch()
+        device = places.own_device(run, "--device cpu", console.log)
+    where = places.where(device, meant.data_dir, request.out)
     from cifar100cli.config import Preset
 
     teacher = own.distillation.teacher if own.distillation is not None else None
@@ -74,7 +73,7 @@ def _result_of(run: "RunDir") -> dict[str, Any]:
 class _Meant(NamedTuple):
     """The run to go on with: its result if it is complete, the settings that are asked for and those that it has.
 
-    And its data folder and its device.
+    And its data folder.
     """
 
     run: "RunDir"
@@ -82,7 +81,6 @@ class _Meant(NamedTuple):
     asked: "Config"
     own: "Config"
     data_dir: Path
-    device: str
 
 
 def _run_to_resume(
@@ -92,7 +90,7 @@ def _run_to_resume(
     from cifar100cli.config import TEACHER, differences, having, load_preset
     from cifar100cli.runs import TEACHER_DIGEST, RunDir, latest_unfinished
 
-    name, device = request.resume, request.device
+    name = request.resume
     assert name is not None
     preset = load_preset(request.preset, overrides) if request.preset else None
 
@@ -130,10 +128,8 @@ def _run_to_resume(
         if not run.complete and kind_of(Path(teacher)) is None:
             where = "--teacher says where it is now" if known else "bring it back, or distil anew"
             raise DataError(f"{teacher}: the run's teacher is not there: {where}")
-    if device == "auto" and ranks.count() == 1:
-        device = run.recorded("device") or device
     result = _result_of(run) if run.complete else None
-    return _Meant(run, result, asked, own, places.data_folder(request.data_dir, run.path), device)
+    return _Meant(run, result, asked, own, places.data_folder(request.data_dir, run.path))
 
 
 def _settings(run: "RunDir", overrides: list["Override"]) -> tuple["Config", "Config"]:

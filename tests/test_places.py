@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from cifar100cli import places
 from cifar100cli.catalog import FOLDERS
+from cifar100cli.errors import UsageError
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
 from tests.conftest import Cli, train
@@ -81,6 +83,35 @@ def test_the_data_folder_of_a_run_that_went_on(tmp_path: Path, monkeypatch: pyte
     assert places.data_folder(None, run.path) == later
     later.rmdir()
     assert places.data_folder(None, run.path) == tmp_path
+
+
+def test_a_run_of_another_gpu_goes_on_on_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its number was that of a machine, or of what a scheduler had given to a job."""
+    run = RunDir.create(tmp_path, "quickstart", Config(), {"device": "cuda:1", "precision": "bf16"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    said: list[str] = []
+    for gpus, device in ((2, "cuda:1"), (1, "cuda")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)
+        assert places.own_device(run, "--device cpu", said.append) == device
+    assert said == [f"{run.path} was begun on cuda:1, which is not here: it goes on on the first GPU"]
+
+
+@pytest.mark.parametrize("device", ["cuda:1", "mps"])
+def test_the_cpu_is_offered_where_it_can_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """Not where `auto` means another precision there, in which the run would be refused."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    for asked, recorded, words in (
+        ("auto", "bf16", "; --device cpu goes on without it$"),
+        ("auto", "fp16", "; resume it where there is one, for `train.precision: auto` means bf16 on the CPU here$"),
+        ("fp16", "fp16", "; --device cpu goes on without it$"),
+    ):
+        config = Config.model_validate({"train": {"precision": asked}})
+        run = RunDir.create(tmp_path, "quickstart", config, {"device": device, "precision": recorded})
+        with pytest.raises(UsageError, match=f"{run.path}: was begun on {device}, and PyTorch finds no .*{words}"):
+            places.own_device(run, "--device cpu", pytest.fail)
 
 
 def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> None:
