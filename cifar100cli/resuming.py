@@ -87,7 +87,7 @@ def _run_to_resume(
     request: Request, overrides: list["Override"], section: str | None, held: contextlib.ExitStack
 ) -> _Meant:
     """The run that is meant, and what it is asked for. Unless it is complete, `held` holds it from now on."""
-    from cifar100cli.config import TEACHER, differences, having, load_preset
+    from cifar100cli.config import STEPS, TEACHER, differences, having, load_preset
     from cifar100cli.runs import TEACHER_DIGEST, RunDir, latest_unfinished
 
     name = request.resume
@@ -99,7 +99,7 @@ def _run_to_resume(
             asked, own = _settings(run, overrides)
         except (CifarError, OSError):  # told when it is opened, if it is
             return False, False, False
-        apart = differences(asked, own).keys()
+        apart = differences(asked, own).keys() - {STEPS}
         of_its_kind = section is None or getattr(own, section) is not None
         return of_its_kind, not apart - {TEACHER}, not apart  # a teacher may have been moved
 
@@ -117,10 +117,14 @@ def _run_to_resume(
             raise UsageError(
                 f"--resume {run.path}: a run of {run.preset}, and not of {preset.name}; leave --preset out"
             )
-        apart = {key: mine for key, (mine, _) in differences(run.config(), preset.config).items() if key != "seed"}
-        if apart:
-            told = ", ".join(f"{key} = {value}" for key, value in apart.items())
+        apart = differences(run.config(), preset.config)
+        if keys := apart.keys() - {"seed", STEPS}:
+            told = ", ".join(f"{key} = {mine}" for key, (mine, _) in apart.items() if key in keys)
             console.log(f"{run.path} goes on with its own settings, which {preset.name} has not: {told}")
+    steps = asked.train.compile
+    if steps != own.train.compile and not run.complete:  # only rounding depends on it, and how much memory is needed
+        console.log(f"{run.path} goes on with {STEPS} = {steps}, and was begun with {own.train.compile}")
+    own = having(own, STEPS, steps)
     if own.distillation is not None and asked.distillation is not None:
         known = run.recorded(TEACHER_DIGEST) is not None  # by which it is known wherever it is now
         teacher = (asked.distillation if known else own.distillation).required_teacher()
