@@ -19,10 +19,10 @@ from cifar100cli import __version__, devices, machine
 from cifar100cli.config import Preset
 from cifar100cli.flops import step_flops
 from cifar100cli.folders import Where
-from cifar100cli.plain import PlainLoop
-from cifar100cli.sides import Sides, StepCost, cost_of_a_step, take_turn, take_turns, without_files
+from cifar100cli.plain_loop import PlainLoop
 from cifar100cli.tasks import DistillationTask
 from cifar100cli.teachers import CachedTeacher
+from cifar100cli.timing import Sides, StepCost, cost_of_a_step, take_turn, take_turns, without_files
 from cifar100cli.watcher import Watcher
 from cifar100cli.whole_run import full_run, images_of
 

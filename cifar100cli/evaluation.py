@@ -88,7 +88,7 @@ def measure(
         for member in members:
             model, device, cast = ready(member, where)
             loader = evaluation_loader(images, device, member.preprocessing)
-            logits, labels = metrics.predict(model, loader, cast, tta=tta, advance=advance)
+            logits, labels = metrics.logits_of(model, loader, cast, tta=tta, advance=advance)
             metrics.refuse_no_answer(logits, member.path, devices.precision_of(member.config, device))
             answers.append(logits)
             model.cpu()  # one at a time on the device

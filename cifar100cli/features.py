@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cifar100cli import computed, devices
+from cifar100cli import devices, precomputed
 from cifar100cli.errors import UsageError
 from cifar100cli.learning import FrozenStages
 from cifar100cli.loader import Features, evaluation_batch_size
@@ -65,13 +65,13 @@ def keep(
     }
     weights = [(name, tensor) for name, tensor in model.state_dict().items() if frozen.hold(name)]
     for title, loader in {"training": loaders.train, **loaders.evaluation}.items():
-        found = computed.table(
+        found = precomputed.table(
             f"features of the {title} images",
             front,
             loader,
             batch_size=evaluation_batch_size(config.data.image_size, loader.device),
             dtype=dtype,
-            folder=cache_dir / computed.key(about, weights, loader),
+            folder=cache_dir / precomputed.key(about, weights, loader),
             watcher=watcher,
         )
         loader.features = Features(found, loader.device, computed_in)

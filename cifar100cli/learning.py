@@ -9,7 +9,7 @@ from cifar100cli.errors import UsageError
 from cifar100cli.models import DROP_RATES, classifiers, drops
 from cifar100cli.optim import Group, by_layer, divided, everything, hidden_weights, without_decay
 from cifar100cli.schema import Config, Finetune
-from cifar100cli.stages import Stage, freeze, learning, stage_rows, stages_of
+from cifar100cli.stages import Stage, freeze, learning_stages, stage_rows, stages_of
 from cifar100cli.watcher import Watcher
 
 STANDS_STILL = 5e-6  # of the head's rate; the stem of a ResNet, five stages before the head, is at 1e-5
@@ -38,7 +38,7 @@ def freeze_stages(
     """
     name = config.model.backbone
     stages = stages_of(model, name, classifiers(model))
-    kept = learning(stages, finetune.unfreeze, name)
+    kept = learning_stages(stages, finetune.unfreeze, name)
     frozen = FrozenStages(stages[: len(stages) - len(kept)], kept[0])
     freeze(model, stages, kept, adapt=finetune.bn == "adapt")
     scales = {stage.name: finetune.stage_decay**depth for depth, stage in enumerate(reversed(kept))}

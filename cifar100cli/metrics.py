@@ -62,7 +62,7 @@ def average_over_views(model: nn.Module, loader: DeviceLoader, batch: Batch) -> 
     return torch.stack([weight * pair(images) for images, weight in views]).sum(0)
 
 
-def predict(
+def logits_of(
     model: nn.Module,
     loader: DeviceLoader,
     cast: Cast,

@@ -110,7 +110,7 @@ def _own_start(name: str, others: Sequence[str]) -> str:
     return name
 
 
-def learning(stages: Sequence[Stage], unfreeze: str, backbone: str) -> list[Stage]:
+def learning_stages(stages: Sequence[Stage], unfreeze: str, backbone: str) -> list[Stage]:
     """The stages that `unfreeze` leaves learning, in the order in which they run.
 
     `fc`, `layer4` and `layer3` are the head, the last stage too, and the last two too, whatever their names;

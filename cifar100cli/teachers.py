@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from cifar100cli import checkpoint, computed, devices, metrics
+from cifar100cli import checkpoint, devices, metrics, precomputed
 from cifar100cli.augment import Views
 from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.datasets import Dataset
@@ -113,7 +113,7 @@ def make_ready(
     if dry:
         return online
     if isinstance(loader.policy, Views):
-        logits = computed.table(
+        logits = precomputed.table(
             "the teacher's logits",
             online.logits,
             loader,
@@ -136,7 +136,7 @@ def make_ready(
 def digest(saved: Checkpoint) -> str:
     """What tells a teacher's weights from all others: the sha256 of their names, shapes and bytes."""
     found = hashlib.sha256()
-    computed.take_in(found, saved.model.state_dict().items())
+    precomputed.take_in(found, saved.model.state_dict().items())
     return found.hexdigest()
 
 
@@ -148,4 +148,4 @@ def key(saved: Checkpoint, loader: DeviceLoader, precision: str) -> str:
         "preprocessing": asdict(saved.preprocessing),
         "precision": precision,
     }
-    return computed.key(about, saved.model.state_dict().items(), loader)
+    return precomputed.key(about, saved.model.state_dict().items(), loader)

@@ -10,7 +10,7 @@ from cifar100cli.config import Preset, having, parse_config, shipped, without_fi
 from cifar100cli.errors import UsageError
 from cifar100cli.folders import Where
 from cifar100cli.runs import MOST_EPOCHS
-from cifar100cli.sides import Sides, cost_of_a_step, take_turns, without_files
+from cifar100cli.timing import Sides, cost_of_a_step, take_turns, without_files
 from cifar100cli.watcher import Watcher
 from cifar100cli.whole_run import Rates, full_run, images_of
 from cifar100cli.wording import duration

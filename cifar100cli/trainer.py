@@ -101,7 +101,7 @@ def fit(job: Job, run: RunDir, watcher: Watcher) -> TrainState:
                 _agree_on_statistics(training)
             with training.average.in_use():
                 for split, loader in loaders.evaluation.items():
-                    scores = metrics.score(*metrics.predict(model, loader, job.cast))
+                    scores = metrics.score(*metrics.logits_of(model, loader, job.cast))
                     row |= {f"{split}_loss": scores.loss, f"{split}_top1": scores.top1, f"{split}_top5": scores.top5}
                 _refuse_infinite(row, model)
 

@@ -245,7 +245,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
         job.parted.switch_front(on=True)
         for loader in (job.loaders.train, *job.loaders.evaluation.values()):
             loader.features = None
-    logits, labels = metrics.predict(job.model, job.test, job.cast)
+    logits, labels = metrics.logits_of(job.model, job.test, job.cast)
     test = metrics.evaluate(logits, labels, job.card.superclass_of)
     _refuse_no_answer("test", test.loss, state)
     classes, every = job.card.classes, range(len(labels))
@@ -281,7 +281,7 @@ def _result(job: Job, run: RunDir, state: TrainState) -> dict[str, Any]:
     if peaks := [row["peak_memory_bytes"] for row in rows if "peak_memory_bytes" in row]:
         result["peak_memory_bytes"] = max(peaks)
     if held_out is not None:
-        val = metrics.score(*metrics.predict(job.model, held_out, job.cast))
+        val = metrics.score(*metrics.logits_of(job.model, held_out, job.cast))
         _refuse_no_answer("held-out", val.loss, state)
         result["val"] = {"top1": val.top1, "top5": val.top5, "loss": val.loss}
     return result

@@ -14,14 +14,14 @@ import timm
 import torch
 from torch import nn
 
-from cifar100cli import benchmark, erasing, flops, jobs, plain, show, sides, time_limit
+from cifar100cli import benchmark, erasing, flops, jobs, plain_loop, show, time_limit, timing
 from cifar100cli.catalog import DATASETS, DatasetName
 from cifar100cli.config import Override, Preset, differences, load_preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import UsageError
 from cifar100cli.schema import Augment, Config
-from cifar100cli.sides import Sides, StepCost, without_files
 from cifar100cli.steps import StepMode
+from cifar100cli.timing import Sides, StepCost, without_files
 from cifar100cli.whole_run import FrozenPart, Rates, full_run, images_of
 from tests.conftest import EVERYTHING, Cli, Listening, epoch_of, make_preset, where
 
@@ -82,7 +82,7 @@ def test_the_plain_way_augments(tmp_path: Path, augment: dict[str, Any]) -> None
 def test_the_plain_way_covers_what_ours_does() -> None:
     """A white image, with a square of the mean colour whose centre is on any pixel."""
     color = (124, 116, 104)
-    (change,) = plain.changes(Augment(cutout=9), color)
+    (change,) = plain_loop.changes(Augment(cutout=9), color)
     found = np.stack([change(np.full((32, 32, 3), 255, np.uint8)) for _ in range(3000)])
     assert ((found == 255).all(3) | (found == color).all(3)).all()
     ours = erasing.cutout(9, color)
@@ -96,13 +96,13 @@ def test_only_mixing_has_no_plain_way() -> None:
     """A block that is new and not known there would be compared with its absence."""
     for name, field in Augment.model_fields.items():
         if field.default in (0, "none"):
-            changes = plain.changes(Augment.model_validate({name: EVERYTHING[name]}), (0, 0, 0))
+            changes = plain_loop.changes(Augment.model_validate({name: EVERYTHING[name]}), (0, 0, 0))
             assert bool(changes) == (name not in ("mixup", "cutmix")), name
 
 
 @pytest.mark.parametrize("augment", [EVERYTHING, {"policy": "one_of"}, {"auto": "randaugment"}], ids=str)
 def test_the_plain_way_goes_to_workers_that_are_not_forked(augment: dict[str, Any]) -> None:
-    changes = plain.changes(Augment.model_validate(augment), (0, 0, 0))
+    changes = plain_loop.changes(Augment.model_validate(augment), (0, 0, 0))
     picture = np.zeros((32, 32, 3), np.uint8)
     for change in pickle.loads(pickle.dumps(changes)):  # noqa: S301 - our own
         picture = change(picture)
@@ -526,9 +526,9 @@ def test_few_features_are_those_of_many_images(tmp_path: Path) -> None:
 
 def test_what_a_frozen_part_costs_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here a second for the images of an evaluation; a step has 64 images, and an image two versions."""
-    monkeypatch.setattr(sides, "take_turn", lambda parts: dict.fromkeys(parts, 1.0))
+    monkeypatch.setattr(timing, "take_turn", lambda parts: dict.fromkeys(parts, 1.0))
     sections: dict[str, Any] = {"augment": {"policy": "flip"}, "finetune": {"unfreeze": "fc"}}
-    cost = sides.cost_of_a_step(make_preset(**sections), 50_000, where(tmp_path), Listening())
-    tested = sides.TEST_BATCHES * 500
+    cost = timing.cost_of_a_step(make_preset(**sections), 50_000, where(tmp_path), Listening())
+    tested = timing.TEST_BATCHES * 500
     assert cost == pytest.approx((1.0, 2 * 64 / tested, 1.0))
-    assert sides.cost_of_a_step(make_preset(), 50_000, where(tmp_path), Listening()) == (1.0, 0.0, 1.0)
+    assert timing.cost_of_a_step(make_preset(), 50_000, where(tmp_path), Listening()) == (1.0, 0.0, 1.0)

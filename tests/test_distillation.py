@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from cifar100cli import (
     augment,
     checkpoint,
-    computed,
     evaluation,
     jobs,
     losses,
+    precomputed,
     resume,
     runs,
     synthetic,
@@ -294,7 +294,7 @@ def test_what_a_gpu_has_no_memory_for_is_computed_in_portions(
     tmp_path: Path, small_synthetic: synthetic.Drawn, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of both versions of 400 images, of which 30 fit at once."""
-    monkeypatch.setattr(computed, "Portions", lambda device, most: Portions(torch.device("cuda"), most))
+    monkeypatch.setattr(precomputed, "Portions", lambda device, most: Portions(torch.device("cuda"), most))
     images, labels = small_synthetic.train
     loader = DeviceLoader(Split(images, labels), 64, torch.device("cpu"), Preprocessing(32), policy=augment.flip)
     asked: list[int] = []
@@ -306,7 +306,7 @@ def test_what_a_gpu_has_no_memory_for_is_computed_in_portions(
         return some[:, 0, :, 0].float()
 
     watcher = Listening()
-    table = computed.table(
+    table = precomputed.table(
         "left columns", left_column, loader, batch_size=100, dtype=torch.float32, folder=tmp_path / "x", watcher=watcher
     )
     red = images[:, 0]
@@ -329,7 +329,7 @@ def test_training_with_either_teacher_is_the_same(
 def test_logits_are_kept_by_teacher_data_and_version(
     tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(computed, "PART", 150)
+    monkeypatch.setattr(precomputed, "PART", 150)
 
     def count(preset: Preset) -> int:
         watcher = Listening()

@@ -48,7 +48,7 @@ def test_views_are_torchvisions(few_drawings: synthetic.Drawn, size: int) -> Non
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * size * size, 100))
     loader = evaluation_loader(Split(images, labels), CPU, preprocessing)
     seen: list[int] = []
-    found, same = metrics.predict(model, loader, devices.autocast(CPU, "fp32"), tta=True, advance=seen.append)
+    found, same = metrics.logits_of(model, loader, devices.autocast(CPU, "fp32"), tta=True, advance=seen.append)
     with torch.inference_mode():
         expected = views_by_hand(model, torch.from_numpy(images), preprocessing)
         plain = model(preprocessing(torch.from_numpy(images)))

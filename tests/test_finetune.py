@@ -18,7 +18,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from cifar100cli import checkpoint, computed, datasets, evaluation, jobs, learning, memory, runs, workflows
+from cifar100cli import checkpoint, datasets, evaluation, jobs, learning, memory, precomputed, runs, workflows
 from cifar100cli.card import Card
 from cifar100cli.config import Preset, load_preset
 from cifar100cli.errors import CifarError, DataError, FolderError, RunInterrupted, UsageError
@@ -231,11 +231,11 @@ def test_features_are_kept_by_weights_stage_and_data(tmp_path: Path, weights: Pa
 def test_a_table_too_large_for_memory_is_mapped(tmp_path: Path, weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     workflows.train(preset(weights), where(tmp_path / "memory"), Listening())
     monkeypatch.setattr(memory, "available", lambda: 1000)
-    monkeypatch.setattr(computed, "KEPT", 0)
+    monkeypatch.setattr(precomputed, "KEPT", 0)
     workflows.train(preset(weights), where(tmp_path / "mapped"), Listening())
     assert curve(tmp_path / "mapped") == curve(tmp_path / "memory")
     assert list((tmp_path / "mapped" / "cache").iterdir()) == []  # the file has no name
-    monkeypatch.setattr(computed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(precomputed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"GB are needed, and there are 0\.0 GB of memory and 0\.0 GB in .*--no-cache"):
         jobs.prepare(preset(weights), where(tmp_path / "full"), Listening())
 
@@ -244,7 +244,7 @@ def mapped(disk: Path, *numbers: float) -> torch.Tensor:
     """A table that is too large for memory."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(memory, "available", lambda: 0)
-        table = computed._room((len(numbers),), torch.float32, torch.device("cpu"), disk, "the features")
+        table = precomputed._room((len(numbers),), torch.float32, torch.device("cpu"), disk, "the features")
     return table.copy_(torch.tensor(numbers))
 
 
@@ -258,13 +258,13 @@ def test_a_mapped_table_stays_as_long_as_a_tensor_of_it_and_its_file_has_no_name
 def test_where_no_room_can_be_asked_for_zeros_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on macOS: a file with holes finds the disk full when it is too late."""
     monkeypatch.delattr(os, "posix_fallocate")
-    monkeypatch.setattr(computed, "PIECE", 1000)
-    with computed._mapped(tmp_path, 50_500) as table:
+    monkeypatch.setattr(precomputed, "PIECE", 1000)
+    with precomputed._mapped(tmp_path, 50_500) as table:
         assert table[:] == bytes(50_500)
     written: list[int] = []
     file = SimpleNamespace(write=lambda piece: written.append(len(piece)), flush=lambda: None, fileno=lambda: -1)
     monkeypatch.setattr(tempfile, "TemporaryFile", lambda dir: contextlib.nullcontext(file))  # noqa: A006
-    computed._mapped(tmp_path, 2500).close()
+    precomputed._mapped(tmp_path, 2500).close()
     assert written == [1000, 1000, 500]
 
 
@@ -285,10 +285,10 @@ def test_a_file_that_cannot_be_had_is_told_with_its_folder(tmp_path: Path, monke
 
 def test_what_is_not_known_of_the_memory_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "available", lambda: None)
-    monkeypatch.setattr(computed, "CAREFUL", 0)
-    monkeypatch.setattr(computed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(precomputed, "CAREFUL", 0)
+    monkeypatch.setattr(precomputed.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10, 10, 0))  # type: ignore[attr-defined]
     with pytest.raises(UsageError, match=r"are needed, and there are 0\.0 GB in "):
-        computed._room((9,), torch.float32, torch.device("cpu"), tmp_path, "the features")
+        precomputed._room((9,), torch.float32, torch.device("cpu"), tmp_path, "the features")
 
 
 def test_growing_images_are_not_kept(tmp_path: Path, weights: Path) -> None:

@@ -125,11 +125,11 @@ def test_images_that_do_not_fit_into_a_gpu_together_are_looked_at_in_portions(tt
     loader = DeviceLoader(split, 64, torch.device("cpu"), Preprocessing(32))
     advanced: list[int] = []
     loader.portions = Portions(torch.device("cuda"), loader.portions.most)
-    logits, labels = metrics.predict(Narrow(), loader, contextlib.nullcontext, tta=tta, advance=advanced.append)
+    logits, labels = metrics.logits_of(Narrow(), loader, contextlib.nullcontext, tta=tta, advance=advanced.append)
     assert labels.tolist() == list(range(100))
     assert loader.portions.most == 16
     assert advanced == [64, 36]
     if not tta:
         np.testing.assert_allclose(logits.numpy(), split.images.mean((2, 3)) / 255, rtol=1e-5)
     small = DeviceLoader(split, 20, torch.device("cpu"), Preprocessing(32))
-    torch.testing.assert_close(logits, metrics.predict(Narrow(), small, contextlib.nullcontext, tta=tta)[0])
+    torch.testing.assert_close(logits, metrics.logits_of(Narrow(), small, contextlib.nullcontext, tta=tta)[0])

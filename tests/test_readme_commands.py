@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch.distributed import run as torchrun
 
 import cifar100cli
-from cifar100cli import benchmark, config, datasets, download, models, options, sides, synthetic, time_limit
+from cifar100cli import benchmark, config, datasets, download, models, options, synthetic, time_limit, timing
 from cifar100cli.config import DEFAULT_PRESET, Override, Preset
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.runs import MODEL, RESULT
@@ -117,9 +117,9 @@ def stand_in(patch: pytest.MonkeyPatch, drawings: synthetic.Drawn) -> None:
 
     patch.setattr(config, "load_preset", load_small)
     patch.setattr(time_limit, "within", lambda preset, *_: preset)
-    patch.setattr(sides, "TURN", dict.fromkeys(sides.TURN, 0.0))
+    patch.setattr(timing, "TURN", dict.fromkeys(timing.TURN, 0.0))
     patch.setattr(benchmark, "REPEATS", 1)
-    patch.setattr(sides, "TEST_BATCHES", 1)
+    patch.setattr(timing, "TEST_BATCHES", 1)
 
 
 def _of_ten(dataset: Dataset) -> Dataset:

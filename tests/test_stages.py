@@ -14,7 +14,7 @@ from cifar100cli.errors import UsageError
 from cifar100cli.models import classifiers, create_model
 from cifar100cli.optim import Group, create_optimizer, set_learning_rate
 from cifar100cli.schema import Config
-from cifar100cli.stages import Parted, Stage, freeze, learning, stage_rows, stages_of
+from cifar100cli.stages import Parted, Stage, freeze, learning_stages, stage_rows, stages_of
 
 
 def build(name: str, head: str = "linear", size: int = 64, **more: Any) -> tuple[nn.Module, list[Stage]]:
@@ -59,7 +59,7 @@ def test_every_weight_is_in_one_stage(name: str, head: str) -> None:
 @pytest.mark.parametrize("unfreeze", ["fc", "layer4", "layer3"])
 def test_the_parted_network_is_the_whole_one(name: str, unfreeze: str) -> None:
     model, stages = build(name)
-    kept = learning(stages, unfreeze, name)
+    kept = learning_stages(stages, unfreeze, name)
     parted = Parted(model, kept[0].start)
     inputs = torch.randn(2, 3, 64, 64)
     assert parted.is_exact(inputs)
@@ -85,7 +85,7 @@ def test_a_norm_that_learns_is_not_folded_into_what_is_frozen(name: str, unfreez
         nn.init.uniform_(norm.running_var, 0.5, 2.0)
         nn.init.normal_(norm.weight, 1.0, 0.7)
         nn.init.normal_(norm.bias, std=0.3)
-    parted = Parted(model, learning(stages, unfreeze, name)[0].start)
+    parted = Parted(model, learning_stages(stages, unfreeze, name)[0].start)
     inputs = torch.randn(2, 3, 32, 32)
     whole = parted.front(inputs)
     parted.fold(inputs)
@@ -96,7 +96,7 @@ def test_a_network_that_is_no_chain_is_found_out() -> None:
     """A vision transformer adds its positions to whatever it is given."""
     model, stages = build("test_vit", size=160)
     inputs = torch.randn(2, 3, 160, 160)
-    assert not Parted(model, learning(stages, "layer4", "test_vit")[0].start).is_exact(inputs)
+    assert not Parted(model, learning_stages(stages, "layer4", "test_vit")[0].start).is_exact(inputs)
     assert torch.isfinite(model(inputs)).all()
 
 
@@ -106,7 +106,7 @@ def test_a_network_that_is_no_chain_is_found_out() -> None:
 )
 def test_stages_that_hand_on_a_list_are_no_chain(name: str, unfreeze: str, size: int) -> None:
     model, stages = build(name, size=size)
-    parted = Parted(model, learning(stages, unfreeze, name)[0].start)
+    parted = Parted(model, learning_stages(stages, unfreeze, name)[0].start)
     assert not parted.is_exact(torch.randn(2, 3, size, size))
     assert torch.isfinite(model(torch.randn(2, 3, size, size))).all()
 
@@ -124,26 +124,26 @@ def test_stages_that_hand_on_a_list_are_no_chain(name: str, unfreeze: str, size:
 )
 def test_what_learns(unfreeze: str, expected: list[str]) -> None:
     _, stages = build("resnet18")
-    assert [stage.name for stage in learning(stages, unfreeze, "resnet18")] == expected
+    assert [stage.name for stage in learning_stages(stages, unfreeze, "resnet18")] == expected
 
 
 def test_names_of_any_network() -> None:
     _, stages = build("tf_efficientnet_lite0")
-    assert [s.name for s in learning(stages, "layer3", "x")] == ["blocks.5", "blocks.6", "classifier"]
-    assert [s.name for s in learning(stages, "blocks.6", "x")] == ["blocks.6", "classifier"]
+    assert [s.name for s in learning_stages(stages, "layer3", "x")] == ["blocks.5", "blocks.6", "classifier"]
+    assert [s.name for s in learning_stages(stages, "blocks.6", "x")] == ["blocks.6", "classifier"]
     with pytest.raises(
         UsageError, match=r"lite0 has no such stage; did you mean layer\d\? \(it has fc, layer4, .*blocks.6"
     ):
-        learning(stages, "layer9", "tf_efficientnet_lite0")
+        learning_stages(stages, "layer9", "tf_efficientnet_lite0")
 
 
 @pytest.mark.parametrize("name", ["airbench94", "resnet9", "wrn16_4"])
 def test_depths_of_networks_with_three_stages(name: str) -> None:
     """`layer3` is how deep to unfreeze, in every network, and not the last stage where it happens to be named so."""
     _, stages = build(name)
-    assert [s.name for s in learning(stages, "layer4", name)] == ["layer3", "fc"]
-    assert [s.name for s in learning(stages, "layer3", name)] == ["layer2", "layer3", "fc"]
-    assert [s.name for s in learning(stages, "layer1", name)] == ["layer1", "layer2", "layer3", "fc"]
+    assert [s.name for s in learning_stages(stages, "layer4", name)] == ["layer3", "fc"]
+    assert [s.name for s in learning_stages(stages, "layer3", name)] == ["layer2", "layer3", "fc"]
+    assert [s.name for s in learning_stages(stages, "layer1", name)] == ["layer1", "layer2", "layer3", "fc"]
 
 
 @pytest.mark.parametrize("name", ["inception_v3", "inception_resnet_v2"])
@@ -171,7 +171,7 @@ def state(model: nn.Module, stages: list[Stage]) -> dict[str, dict[str, torch.Te
 def test_frozen_means_frozen(name: str, adapt: bool) -> None:
     """Compared by bytes after three steps; with `adapt` the statistics, and they alone, move."""
     model, stages = build(name)
-    kept = learning(stages, "layer4", name)
+    kept = learning_stages(stages, "layer4", name)
     freeze(model, stages, kept, adapt=adapt)
     groups = [Group(list(stage.parameters(model))) for stage in kept]
     optimizer = create_optimizer(Config().optimizer, groups)
@@ -194,7 +194,7 @@ def test_what_a_network_holds_fixed_stays_so() -> None:
     model, stages = build("airbench94", size=32)
     fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert fixed == {"stem.conv.weight", *(f"layer{n}.norm{m}.weight" for n in (1, 2, 3) for m in (1, 2))}
-    freeze(model, stages, learning(stages, "all", "airbench94"), adapt=False)
+    freeze(model, stages, learning_stages(stages, "all", "airbench94"), adapt=False)
     assert {name for name, parameter in model.named_parameters() if not parameter.requires_grad} == fixed
 
 
@@ -203,7 +203,7 @@ def test_what_a_network_holds_fixed_stays_so() -> None:
 def test_drop_out_in_a_frozen_stage_is_off(name: str, adapt: bool) -> None:
     """And stochastic depth; the batch norms alone are in the network's mode, where their statistics may move."""
     model, stages = build(name, drop_path_rate=0.5)
-    freeze(model, stages, learning(stages, "fc", name), adapt=adapt)
+    freeze(model, stages, learning_stages(stages, "fc", name), adapt=adapt)
     copied = copy.deepcopy(model)
     for mode in (True, False, True):
         model.train(mode)
@@ -219,7 +219,7 @@ def test_drop_out_in_a_frozen_stage_is_off(name: str, adapt: bool) -> None:
 
 def test_rates_fall_from_the_head() -> None:
     model, stages = build("resnet18")
-    kept = learning(stages, "layer3", "resnet18")
+    kept = learning_stages(stages, "layer3", "resnet18")
     scales = {stage.name: 0.1**depth for depth, stage in enumerate(reversed(kept))}
     optimizer = create_optimizer(
         Config.model_validate({"optimizer": {"name": "adam", "lr": 0.001}}).optimizer,
@@ -242,7 +242,7 @@ def test_rates_equal_torchs_own_groups() -> None:
     """Five steps of Adam with a rate for each stage, against torch's plain Adam with the same groups."""
     ours, stages = build("test_resnet", size=32)
     theirs = copy.deepcopy(ours)
-    kept = learning(stages, "layer3", "test_resnet")
+    kept = learning_stages(stages, "layer3", "test_resnet")
     freeze(ours, stages, kept, adapt=False)
     config: dict[str, Any] = {"optimizer": {"name": "adam", "lr": 0.01, "weight_decay": 0.0}}
     scales = [0.01, 0.1, 1.0]

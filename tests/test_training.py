@@ -270,7 +270,7 @@ def test_answers_that_are_no_numbers_are_a_divergence(run_cli: Cli, monkeypatch:
     """The last step can spoil weights that stay finite: no run is complete with figures that are none."""
     from cifar100cli import metrics
 
-    predict = metrics.predict
+    predict = metrics.logits_of
 
     def spoilt(*arguments: Any, **more: Any) -> Any:
         logits, labels = predict(*arguments, **more)

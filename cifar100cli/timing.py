@@ -26,7 +26,7 @@ from cifar100cli.datasets import Dataset, Split
 from cifar100cli.folders import Where
 from cifar100cli.jobs import evaluation_loader, prepare, step_mode_of
 from cifar100cli.loader import Batch, DeviceLoader, Features, Plan, evaluation_batch_size
-from cifar100cli.plain import PlainLoop
+from cifar100cli.plain_loop import PlainLoop
 from cifar100cli.runs import find_model
 from cifar100cli.schema import Config
 from cifar100cli.steps import WARM_UP, CapturedSteps, Steps, create_steps
@@ -265,7 +265,7 @@ class Sides:
     def evaluation(self) -> None:
         """The real evaluation."""
         with self._whole_network():
-            metrics.predict(self.job.model, self.test, self.training.cast)
+            metrics.logits_of(self.job.model, self.test, self.training.cast)
 
     def front(self) -> None:
         """The frozen part alone, as it is run once for all epochs."""
