@@ -141,10 +141,31 @@ def small_square(picture: "Picture") -> NDArray[np.uint8]:
 
     with _broken_in_words():
         picture.load()
-        with contextlib.suppress(Exception):  # what stands beside the pixels may be broken: they are shown as they lie
-            picture = ImageOps.exif_transpose(picture)
-        small = ImageOps.fit(_in_colour(picture), (SIDE, SIDE), Image.Resampling.BICUBIC)
+        small = ImageOps.fit(_in_colour(_upright(picture)), (SIDE, SIDE), Image.Resampling.BICUBIC)
         return np.ascontiguousarray(np.asarray(small).transpose(2, 0, 1))
+
+
+def _upright(image: "Picture") -> "Picture":
+    """A picture turned as its EXIF says that the camera was held. Pillow has turned a TIFF when it loads it.
+
+    Its `exif_transpose` would write the other tags anew, and fail at any that it would not have written so.
+    """
+    from PIL import ExifTags
+    from PIL.Image import Transpose
+
+    ways = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    way = None
+    with contextlib.suppress(Exception):  # what stands beside the pixels may be broken: they are shown as they lie
+        way = ways.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return image if way is None else image.transpose(way)
 
 
 def _content(source: Path) -> bytes:
@@ -172,15 +193,18 @@ def _read(file: BinaryIO) -> bytes:
 
 
 def _in_colour(image: "Picture") -> "Picture":
-    """RGB of any mode: 16 bits and floating-point numbers scaled to 8 bits, transparency on white."""
-    from PIL import Image
+    """RGB of any mode: 12 and 16 bits and floating-point numbers scaled to 8 bits, transparency on white."""
+    from PIL import Image, TiffImagePlugin
 
     if image.mode.startswith("I") or image.mode == "F":
         levels = np.nan_to_num(np.asarray(image, np.float32))
+        bits = getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]  # a TIFF may have 12
         # Fractions or levels, 8 bits or 16: numbers of 32 bits do not say how large they may get.
-        scales = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (65535,))
+        scales = {"F": (1, 255), "I": (255, 65535)}.get(image.mode, (2**bits - 1,))
         full = next((scale for scale in scales if levels.max() <= scale), scales[-1])
-        image = Image.fromarray((levels / full * 255).round().clip(0, 255).astype(np.uint8))
+        grey = (levels / full * 255).round().clip(0, 255).astype(np.uint8)
+        grey[levels == image.info.get("transparency")] = 255  # a level of as many bits, where a PNG names one
+        image = Image.fromarray(grey)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, "white")

@@ -79,6 +79,43 @@ def test_grey_palette_and_sixteen_bits(tmp_path: Path) -> None:
     assert set(np.unique(read(saved(tmp_path, black_and_white)))) == {0, 255}
 
 
+def tiff_of_twelve_bits(levels: NDArray[np.uint16]) -> bytes:
+    """Two levels in three bytes, as scientific cameras write them; neither Pillow nor OpenCV does."""
+    height, width = levels.shape
+    digits = "".join(f"{level:03x}" for level in levels.ravel())
+    entries = [
+        (256, 3, width),
+        (257, 3, height),
+        (258, 3, 12),  # bits
+        (259, 3, 1),  # not compressed
+        (262, 3, 1),  # 0 is black
+        (273, 4, 8),
+        (277, 3, 1),  # channels
+        (278, 3, height),
+        (279, 4, len(digits) // 2),
+    ]
+    directory = b"".join(struct.pack("<HHII", tag, kind, 1, value) for tag, kind, value in entries)
+    head = b"II*\0" + struct.pack("<I", 8 + len(digits) // 2)
+    return head + bytes.fromhex(digits) + struct.pack("<H", len(entries)) + directory + bytes(4)
+
+
+def test_grey_of_twelve_bits(tmp_path: Path) -> None:
+    grey = PICTURE[:, :, 0]
+    (tmp_path / "deep.tif").write_bytes(tiff_of_twelve_bits((grey / 255 * 4095).round().astype(np.uint16)))
+    assert np.array_equal(read(tmp_path / "deep.tif"), np.repeat(grey[:, :, None], 3, 2))
+
+
+def test_a_transparent_level_of_sixteen_bits_is_white(tmp_path: Path) -> None:
+    """It alone, and not its neighbour, which is the same in 8 bits."""
+    levels = np.full((32, 32), 257 * 100, np.uint16)
+    levels[:, 16:] += 1
+    found = read(saved(tmp_path, Image.fromarray(levels), transparency=257 * 100))
+    assert (found[:, :16] == 255).all()
+    assert (found[:, 16:] == 100).all()
+    below_black = Image.fromarray(np.full((32, 32), -1, np.float32))  # none is transparent in it
+    assert (read(saved(tmp_path, below_black, "levels.tiff")) == 0).all()
+
+
 def test_what_is_transparent_is_white(tmp_path: Path) -> None:
     alpha = np.zeros((32, 32, 1), np.uint8)
     alpha[:, :16] = 255
@@ -93,9 +130,17 @@ def test_what_is_transparent_is_white(tmp_path: Path) -> None:
     assert (found[:, 16:] == (0, 0, 255)).all()
 
 
+def exif_of(orientation: int, *others: tuple[int, int, int, bytes]) -> bytes:
+    """EXIF as it stands in a file: the orientation, and other tags, each with its type, count and four bytes."""
+    entries = [(0x0112, 3, 1, struct.pack("<HH", orientation, 0)), *others]
+    directory = b"".join(struct.pack("<HHI", *entry[:3]) + entry[3] for entry in entries)
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, len(entries)) + directory + bytes(4)
+
+
+@pytest.mark.parametrize("ending", ["png", "tiff"])
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_camera_held_in_any_way(tmp_path: Path, orientation: int) -> None:
-    """The eight orientations of EXIF, undone with NumPy."""
+def test_a_camera_held_in_any_way(tmp_path: Path, orientation: int, ending: str) -> None:
+    """The eight orientations of EXIF, undone with NumPy; a TIFF's is turned by Pillow, and not a second time."""
     exif = Image.Exif()
     exif[0x0112] = orientation
     upright = {
@@ -108,7 +153,16 @@ def test_a_camera_held_in_any_way(tmp_path: Path, orientation: int) -> None:
         7: PICTURE[::-1, ::-1].transpose(1, 0, 2),
         8: np.rot90(PICTURE),
     }[orientation]
-    assert np.array_equal(read(saved(tmp_path, Image.fromarray(PICTURE), exif=exif)), upright)
+    assert np.array_equal(read(saved(tmp_path, Image.fromarray(PICTURE), f"picture.{ending}", exif=exif)), upright)
+
+
+@pytest.mark.parametrize(
+    "other", [(0x0128, 2, 2, b"2\0\0\0"), (0x011A, 2, 3, b"72\0\0")], ids=["unit of resolution", "resolution"]
+)
+def test_a_tag_that_is_not_written_so_turns_no_picture_back(tmp_path: Path, other: tuple[int, int, int, bytes]) -> None:
+    """A number as text, as some cameras and editors have it."""
+    photo = saved(tmp_path, Image.fromarray(PICTURE), exif=exif_of(6, other))
+    assert np.array_equal(read(photo), np.rot90(PICTURE, -1))
 
 
 def test_the_first_frame_of_a_film(tmp_path: Path) -> None:
