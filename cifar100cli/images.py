@@ -39,7 +39,7 @@ ENDINGS = frozenset(
 def find_images(sources: Sequence[Path]) -> list[Path]:
     """The files that are meant: a folder stands for what has an image's ending in it and below, `-` for stdin.
 
-    Raises `DataError` for what is not there, and for a folder without images.
+    Raises `DataError` for what is not there, for a folder without images, and for what may not be looked at.
     """
     found: list[Path] = []
     for source in sources:
@@ -48,9 +48,10 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
         kind = kind_of(source)
         if kind == "folder":
             below = sorted(folder / name for folder, names in _below(source) for name in names)
-            inside = [path for path in below if path.suffix.lower() in ENDINGS and path.is_file()]
+            # A link that leads nowhere is kept: whoever reads it tells.
+            inside = [path for path in below if path.suffix.lower() in ENDINGS and kind_of(path) in ("file", None)]
             if not inside:
-                if (source / "config.yaml").is_file():
+                if kind_of(source / "config.yaml") == "file":
                     raise DataError(f"{source}: is a run, and no folder of pictures; the model comes first, then these")
                 endings = " ".join(sorted(ENDINGS))
                 raise DataError(f"{source}: there is no image in this folder (known endings: {endings})")

@@ -391,6 +391,34 @@ def test_folders_below_are_looked_into_or_named(tmp_path: Path, monkeypatch: pyt
         images.find_images([pictures])
 
 
+def test_pictures_that_cannot_be_looked_at_are_told(
+    run: str, run_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A link that leads nowhere is skipped; a folder that may be listed, and not entered, is refused."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    own = saved(folder, Image.fromarray(PICTURE), "own.png")
+    (folder / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    outcome = run_cli("predict", run, folder, "--json")
+    assert outcome.code == 3
+    assert [skip["image"] for skip in json.loads(outcome.out)["skipped"]] == [str(folder / "gone.png")]
+    assert outcome.err.splitlines()[-1].endswith("gone.png: No such file or directory")
+    look = os.stat
+
+    def shut(path: Any, **options: Any) -> os.stat_result:
+        if isinstance(path, os.PathLike | str) and Path(path).parent == folder:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        return look(path, **options)
+
+    monkeypatch.setattr(os, "stat", shut)
+    outcome = run_cli("predict", run, folder)
+    assert (outcome.code, outcome.err) == (3, f"error: {folder / 'gone.png'}: Permission denied\n")
+    for picture in (own, folder / "gone.png"):
+        picture.unlink()
+    outcome = run_cli("predict", run, folder)
+    assert (outcome.code, outcome.err) == (3, f"error: {folder / 'config.yaml'}: Permission denied\n")
+
+
 def test_find_images_knows_every_decoders_ending() -> None:
     Image.init()
     for decoder in set(images.DECODERS) & set(Image.OPEN) - {"MPO"}:
