@@ -17,7 +17,6 @@ from cifar100cli.atomic import replacing
 from cifar100cli.bounded import one_line
 from cifar100cli.card import Card
 from cifar100cli.catalog import SIDE
-from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.classifier import ImagesToLogits
 from cifar100cli.devices import is_out_of_memory
 from cifar100cli.errors import CifarError
@@ -25,26 +24,34 @@ from cifar100cli.unrolled import as_pytorch_computes
 
 TOLERANCE = 1e-4  # of a logit, and of its size where that is more than one
 CHECKED = (1, 7, 32)  # images at a time
+MOST_BYTES = 2**31 - (64 << 20)  # of weights: a message of protobuf has less than 2 GiB, and the graph is in it, too
 
 
 def export(path: Path, out: Path) -> dict[str, Any]:
     """Write the model of a run or checkpoint to `out`; returns what `export --json` prints.
 
-    Raises `CifarError`, and leaves nothing under the name, when PyTorch cannot write the model as ONNX, and when ONNX
-    Runtime does not compute what the model does.
+    Raises `CifarError`, and leaves nothing under the name, for more weights than one file holds, when PyTorch cannot
+    write the model as ONNX, and when ONNX Runtime does not compute what the model does.
     """
     saved = checkpoint.load_model(path)
+    weights = sum(tensor.nbytes for tensor in saved.model.state_dict().values())
+    if weights > MOST_BYTES:
+        raise CifarError(
+            f"{saved.path}: has {weights / 1e9:.1f} GB of weights, and an ONNX file holds at most 2; "
+            "export a smaller network, or use this one from Python (cifar100cli.load_model)"
+        )
     as_pytorch_computes(saved.model)  # a convolution is to be one in the graph
     network = ImagesToLogits(saved.model.eval(), saved.preprocessing)
+    with _refused(f"PyTorch {torch.__version__} cannot write {saved.config.model.backbone} as ONNX"):
+        content, opset = _written(network, saved.card)
+    with _refused("ONNX Runtime cannot compute the exported graph"):
+        difference = _check(network, content)
     with replacing(out) as temporary:
-        with _refused(f"PyTorch {torch.__version__} cannot write {saved.config.model.backbone} as ONNX"):
-            opset = _write(network, saved, temporary)
-        with _refused("ONNX Runtime cannot compute the exported graph"):
-            difference = _check(network, temporary)
+        temporary.write_bytes(content)
     return {
         "checkpoint": str(saved.path),
         "out": str(out),
-        "bytes": out.stat().st_size,
+        "bytes": len(content),
         "opset": opset,
         "input": {"images": ["batch", 3, SIDE, SIDE], "type": "uint8"},
         "output": {"logits": ["batch", len(saved.card.classes)], "type": "float32"},
@@ -72,8 +79,11 @@ def _refused(what: str) -> Iterator[None]:
         raise CifarError(f"{what} ({one_line(reason) or type(reason).__name__}); nothing was written") from None
 
 
-def _write(network: ImagesToLogits, saved: Checkpoint, path: Path) -> int:
-    """Write the graph with its weights as one file, and return the version of its operators."""
+def _written(network: ImagesToLogits, card: Card) -> tuple[bytes, int]:
+    """What the file holds, graph and weights, and the version of its operators.
+
+    Not by `program.save`, which puts large weights into a second file, whatever it is told.
+    """
     example = torch.zeros(2, 3, SIDE, SIDE, dtype=torch.uint8)
     with torch.inference_mode():
         network(example)  # which makes what is kept, outside the graph
@@ -89,9 +99,8 @@ def _write(network: ImagesToLogits, saved: Checkpoint, path: Path) -> int:
             verbose=False,
         )
         assert program is not None
-        program.model.metadata_props.update(_metadata(saved.card))
-        program.save(str(path), external_data=False)
-    return int(program.model.opset_imports[""])
+        program.model.metadata_props.update(_metadata(card))
+        return program.model_proto.SerializeToString(), int(program.model.opset_imports[""])
 
 
 @contextlib.contextmanager
@@ -123,11 +132,11 @@ def _metadata(card: Card) -> dict[str, str]:
     }
 
 
-def _check(network: ImagesToLogits, path: Path) -> float:
+def _check(network: ImagesToLogits, content: bytes) -> float:
     """The largest difference between the file's logits and the model's, on noise and on plain colours."""
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(path.read_bytes(), providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, providers=["CPUExecutionProvider"])
     random = np.random.default_rng(0)
     largest = 0.0
     for count in CHECKED:

@@ -100,15 +100,15 @@ def plain(run_cli: Cli, small_synthetic: synthetic.Drawn) -> str:
 
 
 def test_a_graph_that_is_wrong_gets_no_name(plain: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = export._write
+    written = export._written
 
-    def other_weights(network: ImagesToLogits, *arguments: Any) -> int:
-        opset = write(network, *arguments)
+    def other_weights(network: ImagesToLogits, card: Card) -> tuple[bytes, int]:
+        content, opset = written(network, card)
         with torch.no_grad():
             next(network.parameters()).add_(0.01)
-        return opset
+        return content, opset
 
-    monkeypatch.setattr(export, "_write", other_weights)
+    monkeypatch.setattr(export, "_written", other_weights)
     Path("model.onnx").write_text("what was there before")
     outcome = run_cli("export", plain, "--out", "model.onnx")
     assert (outcome.code, len(outcome.err.splitlines())) == (1, 1)
@@ -118,7 +118,7 @@ def test_a_graph_that_is_wrong_gets_no_name(plain: str, run_cli: Cli, monkeypatc
 
 
 @pytest.mark.parametrize(
-    ("part", "words"), [("_write", "cannot write test_resnet as ONNX"), ("_check", "ONNX Runtime cannot compute")]
+    ("part", "words"), [("_written", "cannot write test_resnet as ONNX"), ("_check", "ONNX Runtime cannot compute")]
 )
 def test_what_the_exporter_cannot_take_is_told_in_words(
     plain: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch, part: str, words: str
@@ -136,6 +136,23 @@ def test_what_the_exporter_cannot_take_is_told_in_words(
     assert (outcome.code, len(outcome.err.splitlines())) == (1, 1)
     assert words in outcome.err
     assert "Constraints violated (batch)!" in outcome.err, "and not the advice around it"
+    assert not Path("model.onnx").exists()
+
+
+def test_large_weights_are_in_the_file_or_refused(plain: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch puts those above a threshold of its own into a second file; more than 2 GiB there cannot be in one."""
+    monkeypatch.setattr("torch.onnx._internal.exporter._onnx_program._LARGE_MODEL_THRESHOLD", 0)
+    outcome = run_cli("export", plain, "--out", "model.onnx")
+    assert outcome.code == 0, outcome.err
+    assert sorted(path.name for path in Path().iterdir()) == ["model.onnx", "runs"]
+    onnxruntime.InferenceSession("model.onnx", providers=["CPUExecutionProvider"])
+    Path("model.onnx").unlink()
+
+    weights = sum(tensor.nbytes for tensor in checkpoint.load_model(Path(plain)).model.state_dict().values())
+    monkeypatch.setattr(export, "MOST_BYTES", weights - 1)
+    outcome = run_cli("export", plain, "--out", "model.onnx")
+    assert (outcome.code, len(outcome.err.splitlines())) == (1, 1)
+    assert "GB of weights, and an ONNX file holds at most 2" in outcome.err
     assert not Path("model.onnx").exists()
 
 
