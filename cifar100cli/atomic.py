@@ -78,6 +78,15 @@ def _put(temporary: Path, path: Path) -> None:
             time.sleep(0.05)
 
 
+def is_permitted(path: Path) -> bool:
+    """Whether one may write by `replacing`: a file takes its folder's permission, too, since it is made anew there."""
+    folder = os.access(path.resolve().parent, os.W_OK | os.X_OK)
+    if not path.exists():
+        return folder
+    as_it_is = not path.is_file() or _stream(path) is not None
+    return os.access(path, os.W_OK) and (folder or as_it_is)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a small file whole or not at all."""
     with replacing(path) as temporary:

@@ -2,13 +2,12 @@
 
 import contextlib
 import math
-import os
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cifar100cli import console, interrupts
+from cifar100cli import atomic, console, interrupts
 from cifar100cli.bounded import kind_of
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import DataError, UsageError
@@ -36,7 +35,7 @@ def check_output(flag: str, path: Path, inputs: Sequence[Path] = ()) -> Path:
         target = path.resolve()
         if not target.parent.is_dir():
             raise UsageError(f"{flag} {path}: its folder does not exist")
-        if not os.access(target if target.exists() else target.parent, os.W_OK):
+        if not atomic.is_permitted(path):
             raise UsageError(f"{flag} {path}: there is no permission to write it; choose another place")
         lost = _would_be_lost(path, target, inputs) if target.exists() else None
     except OSError as error:

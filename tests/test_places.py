@@ -114,6 +114,23 @@ def test_the_cpu_is_offered_where_it_can_go_on(tmp_path: Path, monkeypatch: pyte
             places.own_device(run, "--device cpu", pytest.fail)
 
 
+def test_a_file_takes_the_permission_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is made anew there, and then takes the old one's place; what is opened as it is has no need of the folder."""
+    shut, kept = tmp_path / "shut", tmp_path / "kept.csv"
+    shut.mkdir()
+    for path in (shut / "old.csv", kept):
+        path.touch()
+    os.mkfifo(shut / "pipe.csv")
+    (tmp_path / "link.csv").symlink_to(shut / "old.csv")
+    monkeypatch.setattr(os, "access", lambda path, _: Path(path) not in (shut, kept))
+    for refused in (shut / "old.csv", shut / "new.csv", tmp_path / "link.csv", kept):
+        with pytest.raises(UsageError, match=r"csv: there is no permission to write it; choose another place"):
+            places.check_output("--out", refused)
+    with (shut / "old.csv").open("w") as file:  # a shell's `> old.csv`
+        for taken in (shut / "pipe.csv", Path("/dev/null"), Path(f"/dev/fd/{file.fileno()}"), tmp_path / "new.csv"):
+            assert places.check_output("--out", taken) == taken
+
+
 def test_output_to_a_pipe_and_to_a_full_device(run_cli: Cli, tmp_path: Path) -> None:
     run_dir = train(run_cli, epochs=1)["run_dir"]
     (tmp_path / "round.csv").symlink_to(tmp_path / "round.csv")
