@@ -18,7 +18,7 @@ from cifar100cli.checkpoint import Checkpoint
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.folders import Where, expand
 from cifar100cli.inference import evaluating
-from cifar100cli.loader import Preprocessing
+from cifar100cli.loader import Preprocessing, evaluation_batch_size
 
 PICTURES = 64  # at a time: large ones are decoded one by one, and only small squares are kept
 
@@ -101,7 +101,8 @@ class Classifier(ImagesToLogits):
 
     def guesses(self, images: Tensor, top: int) -> list[list[dict[str, Any]]]:
         """The `top` most likely classes of images as `forward` takes them, in `predict`'s form."""
-        portions = devices.Portions(self.device, PICTURES)
+        at_once = min(PICTURES, evaluation_batch_size(self.card.image_size, self.device))
+        portions = devices.Portions(self.device, at_once)
         with evaluating(self), torch.inference_mode():
             found = list(portions.of(slice(0, len(images)), lambda rows: self(images[rows]).cpu()))
         logits = torch.cat([answers for _, answers in found])

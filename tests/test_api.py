@@ -355,6 +355,16 @@ def test_a_model_that_is_trained_on_answers_as_it_does_in_evaluation_mode(kept: 
     assert all(torch.equal(tensor, before[name]) for name, tensor in kept.state_dict().items())
 
 
+@pytest.mark.parametrize(("image_size", "batches"), [(32, [64, 6]), (160, [40, 30]), (480, [25, 25, 20])])
+def test_fewer_large_pictures_are_looked_at_at_once(kept: Classifier, image_size: int, batches: list[int]) -> None:
+    """As many as `evaluate` takes, for the same memory: 1,024,000 pixels on a CPU, or 25 images."""
+    kept.card = kept.card.model_copy(update={"image_size": image_size})
+    seen: list[int] = []
+    kept.model.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    assert len(kept.predict([picture(32, 32)] * 70)) == 70
+    assert seen == batches
+
+
 def test_a_model_is_a_module(run: Path) -> None:
     """Gradients flow, and it can be copied and pickled."""
     model = load_model(run, device="cpu")
