@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from cifar100cli import checkpoint, datasets, devices, duplicates, metrics, ranks
+from cifar100cli import checkpoint, datasets, devices, duplicates, metrics, ranks, starting_weights
 from cifar100cli.analysis import COLUMNS
 from cifar100cli.atomic import replacing
 from cifar100cli.card import check_models
@@ -71,7 +71,8 @@ def measure(
     """Measure a run or checkpoint, or the mean of several models' probabilities.
 
     Each model sees the images at its own size and normalisation; `tta` shows it six views of each. With
-    `near_duplicates`, images that are nearly one of those that were trained on are looked for, and measured apart.
+    `near_duplicates`, images that are nearly one of those that were trained on, by the run, its teacher or the weights
+    that it began from, are looked for, and measured apart.
     Raises `DataError` for models of different data sets or classes, and `UsageError` where these were not trained and
     held out on the same images and `split` is not the test set.
     """
@@ -198,11 +199,24 @@ def _split_of(saved: Checkpoint, dataset: Dataset, split: str) -> Split:
 
 
 def _trained_on(members: Sequence[Checkpoint], dataset: Dataset) -> Split:
-    """The images that a run trained on; of several runs on different ones, all that one of them may have had."""
-    chosen = [(member.config.seed, member.config.data.fraction, member.config.data.val_fraction) for member in members]
-    if chosen.count(chosen[0]) == len(chosen):
-        return training_splits(dataset, members[0].config)[0]
-    return datasets.hold_out(dataset.train, min(share for *_, share in chosen))[0]  # a larger share has a smaller one's
+    """The images that a model has learned; of several that had different ones, all that one of them may have had."""
+    learned = {_learned(member) for member in members}
+    share, fraction, seed = min(learned)
+    training, _ = datasets.hold_out(dataset.train, share)  # and with it what a larger share leaves
+    return training if len(learned) > 1 else datasets.subset(training, fraction, seed)
+
+
+def _learned(member: Checkpoint) -> tuple[float, float, int]:
+    """Which images a model has learned, or may have from what went before: share held out, fraction of the rest, seed.
+
+    Of earlier runs and of teachers it is known what they had held out, and not which fraction they were given.
+    """
+    config = member.config
+    before = config.distillation is not None or starting_weights.may_know(config)
+    if before or _learned_what_it_holds_out(member):
+        unseen = member.card.unseen.get(member.card.dataset, 1.0)
+        return min(config.data.val_fraction, unseen), 1.0, config.seed
+    return config.data.val_fraction, config.data.fraction, config.seed
 
 
 def write_predictions(

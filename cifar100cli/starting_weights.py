@@ -85,6 +85,14 @@ def unseen_images(config: Config) -> Mapping[DatasetName, float]:
     return {**known, name: min(config.data.val_fraction, known.get(name, 1.0))}
 
 
+def may_know(config: Config) -> bool:
+    """Whether the weights that a run began from had learned images of its data set, or are there no more to tell."""
+    network = _named(config)
+    if network is not None:
+        return config.data.dataset in network.unseen
+    return config.model.weights is not None and not _is_there(Path(config.model.weights))
+
+
 def stem_is_new(config: Config, model: nn.Module) -> bool:
     """Whether the stem is a random one in front of trained weights. A deep one keeps those that it had."""
     if config.model.stem != "cifar" or not config.model.pretrained:

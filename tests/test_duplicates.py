@@ -11,9 +11,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from safetensors.torch import load_file
 
 import cifar100cli
-from cifar100cli import datasets, duplicates, synthetic
+from cifar100cli import checkpoint, datasets, duplicates, synthetic
+from cifar100cli.card import read_card
+from cifar100cli.catalog import DatasetName
 from cifar100cli.errors import UsageError
 from tests.conftest import Cli
 from tests.test_evaluate import train
@@ -222,6 +225,37 @@ def test_only_images_that_the_run_trained_on_count(run_cli: Cli, known: syntheti
     assert np.array_equal(whole.images[indices], held_out.images)
     together, _ = evaluated(run_cli, *runs)
     assert (together["count"], together["training_images"]) == (seen(0.25), 300)
+
+
+@pytest.mark.usefixtures("known")
+def test_what_was_learned_before_counts(run_cli: Cli, tmp_path: Path) -> None:
+    """By the weights that a run began from, or by a teacher, where the run itself was given a part of the images."""
+    run = Path(train(run_cli, "--set", "data.val_fraction=0.5", "--set", "data.fraction=0.5"))
+    card = read_card(run / "model.safetensors")
+    weights = load_file(run / "model.safetensors")
+    (tmp_path / "foreign.safetensors").write_bytes(b"another's")
+
+    def looked_at(unseen: dict[DatasetName, float], **sections: dict[str, object]) -> object:
+        """Among how many images twins are looked for, of a model that says that of itself."""
+        config = {name: {**card.config.get(name, {}), **keys} for name, keys in sections.items()}
+        about = card.model_copy(update={"unseen": unseen, "config": {**card.config, **config}})
+        checkpoint.save_model(tmp_path / "model.safetensors", weights, about)
+        return evaluated(run_cli, str(tmp_path / "model.safetensors"))[0]["training_images"]
+
+    def begun(name: str) -> dict[str, object]:
+        return {"weights": str(tmp_path / name), "pretrained": True}
+
+    for name, unseen in (("ours", {"synthetic": 0.5}), ("elsewhere", {"cifar10": 0.0})):
+        about = card.model_copy(update={"unseen": unseen})
+        checkpoint.save_model(tmp_path / f"{name}.safetensors", weights, about)
+    assert looked_at({"synthetic": 0.5}) == 100, "a half of the half that was not held out"
+    assert looked_at({"synthetic": 0.25}, model=begun("ours.safetensors")) == 300, "as large a share as was never seen"
+    assert looked_at({"synthetic": 0.5}, model=begun("ours.safetensors")) == 200, "of what fraction, they do not say"
+    assert looked_at({"synthetic": 0.5}, model=begun("gone.safetensors")) == 200
+    for never in ("elsewhere.safetensors", "foreign.safetensors"):
+        assert looked_at({"synthetic": 0.5}, model=begun(never)) == 100
+    assert looked_at({"synthetic": 0.0}, distillation={"teacher": "a run"}) == 400
+    assert looked_at({"synthetic": 0.5}, distillation={"teacher": "a run"}) == 200
 
 
 @pytest.mark.usefixtures("small_synthetic")
