@@ -3,16 +3,19 @@
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from torch.distributed import run as torchrun
 
-from cifar100cli import Classifier, keys, runs
+from cifar100cli import Classifier, export, keys, load_model, runs
 from cifar100cli.config import load_preset, preset_names
 from cifar100cli.schema import Expected, Published
 from tests import readme
@@ -21,6 +24,7 @@ from tests.readme import ROOT
 TEXT = readme.README.read_text(encoding="utf-8")
 BLOCKS = readme.blocks(TEXT, "bash")
 CLAIMS = ROOT / "tests" / "claims.md"
+KEPT = ROOT / "tests" / "kept" / "run-format-1"
 SCRIPTS = [
     *(ROOT / "tests").glob("*.py"),
     *(ROOT / "docker").glob("*.bash"),
@@ -36,13 +40,41 @@ ELSEWHERE = {"--constraint", "--extra", "--file", "--gpus", "--python", "--rm", 
 ENDINGS = ("bash", "csv", "html", "json", "jsonl", "onnx", "pt", "pth", "py", "safetensors", "yaml")
 
 
+@pytest.fixture(scope="module")
+def graph(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of an earlier version, exported."""
+    path = tmp_path_factory.mktemp("exported") / "model.onnx"
+    export.export(KEPT, path)
+    return path
+
+
 @pytest.mark.usefixtures("small_synthetic")
 @pytest.mark.parametrize("example", readme.blocks(TEXT, "python"))
-def test_examples_for_python_run(example: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As they stand, in a folder with a picture."""
+def test_examples_for_python_run(example: str, graph: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As they stand, in a folder with a picture and a model that was exported."""
     monkeypatch.chdir(tmp_path)
     Image.new("RGB", (300, 200), "orange").save("photo.jpg")
+    shutil.copy(graph, "model.onnx")
     exec(example, {})  # noqa: S102 - our own
+
+
+def test_the_example_for_onnx_sees_what_predict_does(
+    graph: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a photograph that is neither square nor upright."""
+    (example,) = (block for block in readme.blocks(TEXT, "python") if "onnxruntime" in block)
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(graph, "model.onnx")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
+    Image.fromarray(pixels).save("photo.jpg", exif=exif)
+    names: dict[str, Any] = {}
+    exec(example, names)  # noqa: S102 - our own
+    ((expected,),) = load_model(KEPT, device="cpu").predict(["photo.jpg"], top=1)
+    (logits,) = names["logits"].astype(np.float64)
+    assert names["classes"][logits.argmax()] == expected["class"]
+    assert 1 / np.exp(logits - logits.max()).sum() == pytest.approx(expected["probability"], abs=1e-5)
 
 
 def test_the_table_of_presets_is_complete_and_right() -> None:
