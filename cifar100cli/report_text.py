@@ -32,7 +32,7 @@ COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epoch
 CURVE_COLUMNS = ("preset", "images", "first", "curve", "last", "best")
 PAIR_COLUMNS = ("preset", "as in the tutorial", "repaired", "gain")
 ABLATION_COLUMNS = ("setting", "n", "top-1", "gain", "95% interval", "")
-STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "last train loss", "test loss", "test by epoch")
+STUDY_COLUMNS = ("unfrozen", "epochs", "images", "published", "ours", "train, last", "test loss", "test by epoch")
 OPTIMISTIC = "best on test: the epoch was chosen on the test set itself, as the tutorial does: optimistic."
 
 

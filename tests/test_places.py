@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from cifar100cli import places
+from cifar100cli import devices, places
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import UsageError
 from cifar100cli.runs import RunDir
@@ -90,6 +90,7 @@ def test_a_run_of_another_gpu_goes_on_on_the_first(tmp_path: Path, monkeypatch: 
     run = RunDir.create(tmp_path, "quickstart", Config(), {"device": "cuda:1", "precision": "bf16"})
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "set_device", lambda _: None)
+    monkeypatch.setattr(devices, "_try", lambda _: None)
     said: list[str] = []
     for gpus, device in ((2, "cuda:1"), (1, "cuda")):
         monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: gpus)

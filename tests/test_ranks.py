@@ -23,6 +23,7 @@ from cifar100cli import devices, ranks, runs, workflows
 from cifar100cli.datasets import Split
 from cifar100cli.errors import CifarError, DivergedError, UsageError
 from cifar100cli.loader import DeviceLoader, Preprocessing
+from cifar100cli.steps import StepMode
 from cifar100cli.trainer import Job
 from tests.conftest import CROP_FLIP, Cli, make_preset
 
@@ -218,7 +219,8 @@ def test_other_ranks_say_nothing_of_what_is_in_the_runs_folder(
     """Which is not there on their machine: nothing is gone, and no epoch is lost."""
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
-    job = cast(Job, SimpleNamespace(config=make_preset(data={"batch_size": 64}).config))
+    config = make_preset(data={"batch_size": 64}).config
+    job = cast(Job, SimpleNamespace(config=config, precision="fp32", step_mode=StepMode("off", "")))
     with (
         pytest.raises(CifarError) as told,
         workflows._in_words(job, runs.RunDir(tmp_path / "elsewhere")),

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import unittest.mock
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -246,14 +246,14 @@ def test_the_test_set_is_looked_at_once_unless_the_protocol_says_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, select: str
 ) -> None:
     looks = []
-    epoch_of = DeviceLoader.epoch
+    plan_of = DeviceLoader.plan
 
-    def spy(self: DeviceLoader, number: int) -> Iterator[Batch]:
+    def spy(self: DeviceLoader, number: int) -> Plan:
         if self.count == 200:  # the size of the test set, and of nothing else here
             looks.append(number)
-        return epoch_of(self, number)
+        return plan_of(self, number)
 
-    monkeypatch.setattr(DeviceLoader, "epoch", spy)
+    monkeypatch.setattr(DeviceLoader, "plan", spy)
     preset = make_preset(data={"val_fraction": 0.25}, train={"select": select})
     result = workflows.train(preset, where(tmp_path), Listening())
     assert len(looks) == (4 if select == "best_test" else 1)
