@@ -166,11 +166,15 @@ class Setting:
 
 def setting_of(preset: str, config: Config, results: Sequence[Mapping[str, Any]], images: str | None = None) -> Setting:
     """A setting from its runs' results. Several of one seed count as one, their mean: they are no further evidence."""
-    top1: dict[int, list[float]] = {}
+    return Setting(preset, config, by_seed(results, "top1"), [str(result["run_dir"]) for result in results], images)
+
+
+def by_seed(results: Sequence[Mapping[str, Any]], figure: str) -> dict[int, float]:
+    """A figure on the test images by seed, in order: the mean of the runs of each."""
+    found: dict[int, list[float]] = {}
     for result in results:
-        top1.setdefault(int(result["seed"]), []).append(result["test"]["top1"])
-    means = {seed: fmean(top1[seed]) for seed in sorted(top1)}
-    return Setting(preset, config, means, [str(result["run_dir"]) for result in results], images)
+        found.setdefault(int(result["seed"]), []).append(result["test"][figure])
+    return {seed: fmean(found[seed]) for seed in sorted(found)}
 
 
 @dataclass(frozen=True)

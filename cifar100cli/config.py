@@ -21,6 +21,7 @@ from cifar100cli.schema import DESCRIBING, TUNING, Config
 
 DEFAULT_PRESET = "quickstart"
 TEACHER = "distillation.teacher"
+WEIGHTS = "model.weights"
 STEPS = "train.compile"
 TO_BE_NAMED = "one to be named"  # in place of the teacher that a preset leaves to the user
 LARGEST_PRESET = 64 * 1024  # bytes; ours are under two thousand

@@ -49,6 +49,9 @@ def select_device(name: str) -> torch.device:
     return device
 
 
+_NO_KERNELS = re.compile("no kernel image|invalid device function|not compatible")
+
+
 @functools.cache
 def _try(device: torch.device) -> None:
     """Run a kernel on a CUDA device, once: whether PyTorch was built with any for it, no question to it tells."""
@@ -56,7 +59,7 @@ def _try(device: torch.device) -> None:
         torch.ones(1, device=device).add_(1)
         torch.cuda.synchronize(device)
     except RuntimeError as error:
-        if is_out_of_memory(error):
+        if not _NO_KERNELS.search(str(error)):
             raise
         major, minor = torch.cuda.get_device_capability(device)
         gpu = f"{device} ({torch.cuda.get_device_name(device)}, compute capability {major}.{minor})"
@@ -268,6 +271,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or _NO_MEMORY.search(str(error)) is not None
 
 
+def out_of_memory(error: BaseException) -> str:
+    """That there is no more memory, with what a library said instead: a broken installation may say the same."""
+    plain = isinstance(error, MemoryError) or re.search("memory|alloc", str(error), re.IGNORECASE)
+    return "out of memory" if plain else f"out of memory, or a library that does not work ({_first_line(error)})"
+
+
 def failure(error: BaseException) -> str | None:
     """That a GPU, or its driver, has failed, in its own words, where that is so: it computes nothing any more."""
     failed = isinstance(error, torch.AcceleratorError) or str(error).startswith(("CUDA error:", "HIP error:"))
@@ -277,7 +286,8 @@ def failure(error: BaseException) -> str | None:
 def in_words(error: BaseException) -> str | None:
     """What a user can do about an error of PyTorch's, where that is known."""
     if is_out_of_memory(error):
-        return "out of memory: lower --batch-size or --image-size where the command has them, or name another --device"
+        advice = "lower --batch-size or --image-size where the command has them, or name another --device"
+        return f"{out_of_memory(error)}: {advice}"
     if found := _NOT_DETERMINISTIC.search(str(error)):
         return (
             "deterministic kernels are asked for (train.deterministic = true), and PyTorch has no deterministic "

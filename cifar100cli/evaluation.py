@@ -113,6 +113,8 @@ def measure(
     if not near_duplicates:
         return Measured(figures, classes, together, labels, images)
     known = _trained_on(members, dataset)
+    if split == "val":  # what earlier weights or a teacher had learned holds these images themselves
+        known = known.take(np.flatnonzero(~np.isin(known.positions, images.positions)))
     device = devices.select_device(where.device)
     with watcher.progress("near-duplicates", len(images)) as advance:
         twins = ranks.on_first(lambda: duplicates.find(images.images, known.images, device, advance))

@@ -117,7 +117,8 @@ def _go_on(preset: "Preset", request: Request, where: Where, run: "RunDir | None
     """A run of an ablation, from where `run` stopped; from its beginning where that cannot go on, and never will."""
     if run is not None:
         try:
-            return one(preset, request, where, run)
+            distillation = preset.config.distillation
+            return one(preset, request, where, run, distillation.teacher if distillation is not None else None)
         except (UsageError, DataError) as error:
             console.log(f"it cannot go on, and the setting is trained anew: {error}")
     return one(preset, request, where)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the first ends a command in good order, the next one at once, whatever is going on."""
+"""Ctrl-C and SIGTERM: the first ends a command in good order, a second Ctrl-C at once, and so does a later SIGTERM."""
 
 import contextlib
 import os

@@ -81,7 +81,7 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs (N, 3, S, S) float32, channels last, and labels (N,) int64, on the device.
+    """Inputs (N, 3, S, S) float32, in the device's memory format, and labels (N,) int64, on the device.
 
     With them what they were made of: the augmented images (N, 3, H, W) uint8, their positions in the split
     (N,) int64, and under a policy of few versions the version of each (N,) int64. Where features were computed
@@ -121,8 +121,8 @@ class Plan:
 class Features:
     """Inputs that were computed before, (versions, images, ...), in any float type, on the device or on the host.
 
-    Maps (versions, images, H, W, C) become (N, C, H, W), channels last. However they are kept, they come in `dtype`,
-    the type that they were computed in: what is no matrix product takes its own type from them.
+    Maps (versions, images, H, W, C) become (N, C, H, W), in the device's memory format. However they are kept, they
+    come in `dtype`, the type that they were computed in: what is no matrix product takes its own type from them.
     """
 
     def __init__(self, table: Tensor, device: torch.device, dtype: torch.dtype) -> None:
@@ -132,7 +132,9 @@ class Features:
         """(N, ...) in `dtype` on the device."""
         home = self.table.device
         found = self.table[views.to(home), positions.to(home)].to(self.device, self.dtype)
-        return found.permute(0, 3, 1, 2) if found.ndim == 4 else found
+        if found.ndim != 4:
+            return found
+        return found.permute(0, 3, 1, 2).contiguous(memory_format=devices.memory_format(self.device))
 
 
 class DeviceLoader:

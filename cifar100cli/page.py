@@ -266,7 +266,7 @@ class _Pictures:
 
     def of(self, run: RunDir, card: Card, predictions: Predictions) -> Split | str:
         """The images that the predictions are about, or why there are none."""
-        folder = self._data_dir or Path(run.latest("data_dir") or ".")
+        folder = self._data_dir or Path(run.last_place("data_dir") or run.latest("data_dir") or ".")
         key = (card.dataset, str(folder))
         if key not in self._known:
             try:

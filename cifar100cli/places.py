@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from cifar100cli import atomic, console, interrupts
 from cifar100cli.bounded import kind_of
 from cifar100cli.catalog import FOLDERS
-from cifar100cli.errors import DataError, UsageError
+from cifar100cli.errors import UsageError
 from cifar100cli.folders import DATA_DIR, Where, cache_dir, expand, named_by, user_cache
 
 if TYPE_CHECKING:
@@ -83,10 +83,9 @@ def data_folder(given: Path | None, run: Path | None = None) -> Path:
     if run is not None:
         from cifar100cli.runs import RunDir
 
-        for recorded in reversed(RunDir(run if run.is_dir() else run.parent).each_time("data_dir")):
-            with contextlib.suppress(DataError):  # in somebody else's home, which may not be looked into
-                if kind_of(Path(recorded)) == "folder":
-                    return Path(recorded)
+        place = RunDir(run if run.is_dir() else run.parent).last_place("data_dir")
+        if place is not None:
+            return Path(place)
     return user_cache()
 
 

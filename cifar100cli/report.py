@@ -9,7 +9,7 @@ from typing import Any
 
 from cifar100cli import ablation, noise
 from cifar100cli.ablation import Ablation, Effect, Setting
-from cifar100cli.bounded import kind_of
+from cifar100cli.bounded import kind_of, printable
 from cifar100cli.config import (
     TEACHER,
     departures,
@@ -221,13 +221,13 @@ def _read(path: Path) -> _Complete | Unusable:
     result = run.result()
     if not 0 <= result["test"]["top1"] <= 1:
         raise DataError(f"{path}: its accuracy is no fraction")
-    device = ", then ".join(dict.fromkeys(run.each_time("device_name"))) or result["device"]
-    if run.latest("device") not in (None, result["device"]):  # of an older run, which did not record that it went on
-        device += f", then {result['device']}"
     ranks = result.get("ranks", 1)
-    if not isinstance(ranks, int) or not 1 <= ranks < 1e6:
-        raise DataError(f"{path}: its number of ranks is not right")
-    hardware = f"{f'{ranks} x ' if ranks != 1 else ''}{device}, {result['precision']}"
+    machines = [_machine(path, time.get("ranks", ranks), time.get("device_name")) for time in run.times()]
+    known = dict.fromkeys(machine for machine in machines if machine is not None)
+    last = run.latest("device") or result["device"]
+    if not known or last != result["device"]:  # of an older run, which did not record that it went on
+        known[_machine(path, ranks, result["device"]) or result["device"]] = None
+    hardware = f"{', then '.join(known)}, {result['precision']}"
     return _Complete(
         path,
         run.preset,
@@ -240,6 +240,15 @@ def _read(path: Path) -> _Complete | Unusable:
         run.recorded(WEIGHTS_DIGEST),
         begun_at(path),
     )
+
+
+def _machine(path: Path, ranks: object, device: object) -> str | None:
+    """What trained a run, or a part of it, in words; None where its name is none."""
+    if not isinstance(ranks, int) or not 1 <= ranks < 1e6:
+        raise DataError(f"{path}: its number of ranks is not right")
+    if not isinstance(device, str) or printable(device) != device:
+        return None
+    return f"{f'{ranks} x ' if ranks != 1 else ''}{device}"
 
 
 def _by_images(group: Sequence[_Complete]) -> list[tuple[dict[str, object], list[_Complete]]]:
@@ -323,7 +332,7 @@ def _row(
         n=len(top1),
         top1_mean=mean,
         top1_std=noise.deviation(top1),
-        test_loss_mean=fmean(run.result["test"]["loss"] for run in group),
+        test_loss_mean=fmean(ablation.by_seed([run.result for run in group], "loss").values()),
         delta=delta,
         noise=spread,
         within_noise=abs(delta) <= spread if delta is not None and spread is not None and not departs else None,

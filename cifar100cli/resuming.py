@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from cifar100cli import console, execution, places, ranks, show, wording
 from cifar100cli.bounded import kind_of
-from cifar100cli.errors import CifarError, DataError, UsageError
+from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 from cifar100cli.folders import expand
 from cifar100cli.options import Request
 
@@ -110,7 +110,11 @@ def _run_to_resume(
     else:
         run = RunDir.open(expand(Path(name)))
         if not run.complete:
-            held.enter_context(run.exclusively())
+            try:
+                held.enter_context(run.exclusively())
+            except OSError as error:
+                reason = error.strerror or error
+                raise FolderError(f"{run.path}: {reason}; a run that goes on writes into its folder") from None
     asked, own = _settings(run, overrides)
     if preset is not None:
         if run.preset != preset.name:
@@ -141,13 +145,10 @@ def _settings(run: "RunDir", overrides: list["Override"]) -> tuple["Config", "Co
 
     A seed or a teacher that is not given again is the run's.
     """
-    from cifar100cli.config import TEACHER, Override, having, load_preset
-    from cifar100cli.runs import CONFIG, TEACHER_PLACE
+    from cifar100cli.config import TEACHER, Override, load_preset
+    from cifar100cli.runs import CONFIG
 
-    own = run.config()
-    moved = run.latest(TEACHER_PLACE)
-    if own.distillation is not None and moved is not None:
-        own = having(own, TEACHER, moved)
+    own = run.settings()
     if not overrides:
         return own, own
     given = {override.key for override in overrides}

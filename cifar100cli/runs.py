@@ -15,7 +15,7 @@ from typing import Any, Self
 
 from cifar100cli.atomic import remove_quietly, write_json, write_text
 from cifar100cli.bounded import kind_of, not_text, parse_json, printable, read_file, walk
-from cifar100cli.config import differences, effective_differences, read_config
+from cifar100cli.config import STEPS, TEACHER, WEIGHTS, differences, effective_differences, having, read_config
 from cifar100cli.errors import CifarError, DataError, FolderError, UsageError
 from cifar100cli.folders import DATA_DIR, named_by
 from cifar100cli.schema import Config
@@ -153,6 +153,14 @@ class RunDir:
         except UsageError as error:
             raise DataError(str(error)) from None
 
+    def settings(self) -> Config:
+        """The `config`, with the teacher where it was last seen."""
+        config = self.config()
+        if config.distillation is None:
+            return config
+        teacher = self.last_place(TEACHER_PLACE, config.distillation.teacher) or self.latest(TEACHER_PLACE)
+        return config if teacher is None else having(config, TEACHER, teacher)
+
     def environment(self) -> dict[str, Any]:
         """Versions, device, command, commit, and the name of the preset."""
         return _read_json(self.path / ENVIRONMENT)
@@ -165,20 +173,32 @@ class RunDir:
             return None
         return value if isinstance(value, str) and printable(value) == value else None
 
-    def each_time(self, key: str) -> list[str]:
-        """What `recorded` gives, of the beginning and of every time that the run went on, in order."""
+    def times(self) -> list[dict[str, Any]]:
+        """The environment at the beginning, and each time that the run went on, in order; none if it cannot be had."""
         try:
             environment = self.environment()
         except DataError:
             return []
-        resumed = environment.get(RESUMED)
+        resumed = environment.pop(RESUMED, None)
         later = [entry for entry in resumed if isinstance(entry, dict)] if isinstance(resumed, list) else []
-        values = [entry.get(key, environment.get(key)) for entry in ({}, *later)]
+        return [{**environment, **entry} for entry in ({}, *later)]
+
+    def each_time(self, key: str) -> list[str]:
+        """What `recorded` gives, of the beginning and of every time that the run went on, in order."""
+        values = [time.get(key) for time in self.times()]
         return [value for value in values if isinstance(value, str) and printable(value) == value]
 
     def latest(self, key: str) -> str | None:
         """As `recorded`, of the last time that the run began or went on."""
         return next(reversed(self.each_time(key)), None)
+
+    def last_place(self, key: str, *first: str | None) -> str | None:
+        """Where a file or folder of the run's is: the last of its places that is there, and `first` before them all."""
+        for place in reversed([*first, *self.each_time(key)]):
+            with contextlib.suppress(DataError):  # in somebody else's home, which may not be looked into
+                if place is not None and kind_of(Path(place)) is not None:
+                    return place
+        return None
 
     def note_resumption(self, environment: Mapping[str, object]) -> None:
         """Add to the run's environment when it goes on, and what is otherwise than at its beginning."""
@@ -194,7 +214,7 @@ class RunDir:
         return self.recorded("preset") or self.path.parent.name
 
     def to_go_on(self) -> str:
-        """The command that goes on with the run, with what must be said again: trackers, folder, another device."""
+        """The command that goes on with the run, with what must be said again: trackers, folder, device, its steps."""
         words = ["cifar100 train --resume", argument(self.path)]
         words += [f"--log {name}" for name in TRACKED if (self.path / name).is_dir()]
         named, own = named_by(DATA_DIR), self.latest("data_dir")
@@ -203,6 +223,10 @@ class RunDir:
         device = self.latest("device")
         if device is not None and device != self.recorded("device"):
             words += ["--device", argument(device)]
+        steps = self.latest(STEPS)
+        with contextlib.suppress(CifarError, OSError):  # told by what reads it next
+            if steps is not None and steps != self.config().train.compile:
+                words += ["--set", argument(f"{STEPS}={steps}")]
         return " ".join(words)
 
     @property
@@ -235,6 +259,7 @@ class RunDir:
 
     def write_result(self, result: Mapping[str, object]) -> None:
         """Complete the run."""
+        self._write_table()  # once more: it may have been open when the last epoch was written
         write_json(self.path / RESULT, result)
 
     def metrics(self) -> list[dict[str, Any]]:
@@ -452,16 +477,19 @@ def begun_at(path: Path) -> tuple[float, float]:
 def same_run(root: Path, preset: str, config: Config, digests: Mapping[str, str]) -> RunDir | None:
     """The latest run of this preset with the same settings and seed: a complete one, or else one to go on with.
 
-    What does nothing with the other settings may differ.
-
-    One that had another teacher, data set or file of weights is another run, wherever these lay: `digests` has theirs
-    by the names under which runs record them.
+    What does nothing with the other settings may differ. One that had another teacher, data set or file of weights is
+    another run, and one that had the same is the same, wherever these lay: `digests` has theirs by the names under
+    which runs record them.
     """
     found = []
     for path in find_runs(root / preset):
         with contextlib.suppress(CifarError, OSError):  # what is broken is nothing to build on
             run = RunDir.open(path)
-            if effective_differences(run.config(), config):
+            apart = effective_differences(run.config(), config)
+            for key, name in {WEIGHTS: WEIGHTS_DIGEST, TEACHER: TEACHER_DIGEST}.items():
+                if None not in apart.get(key, (None,)) and run.recorded(name) == digests.get(name):
+                    del apart[key]
+            if apart:
                 continue
             if any(run.recorded(name) not in (None, digest) for name, digest in digests.items()):
                 continue

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cifar100cli.bounded import one_line, printable
-from cifar100cli.devices import TENSOR_CORES, Cast, in_words
+from cifar100cli.devices import TENSOR_CORES, Cast, in_words, is_out_of_memory
 from cifar100cli.errors import CifarError, UsageError
 from cifar100cli.loader import Batch, DeviceLoader, Plan
 from cifar100cli.optim import MovingAverage
@@ -290,7 +290,7 @@ PAYS_FROM = 2e16  # floating-point operations of a run: some minutes of a data-c
 
 
 def choose(asked: str, training_flops: float, loader: DeviceLoader, ranks: int) -> StepMode:
-    """What `train.compile` means for this run: a function of the preset and the machine's kind, and of no clock.
+    """What `train.compile` means for this run: a function of the preset and of what the machine can do, of no clock.
 
     So a run that goes on takes its steps as it took them before. Raises `UsageError` for what is not possible here.
     """
@@ -348,6 +348,8 @@ def _failure_to_compile(device: torch.device) -> str | None:
     try:
         torch.compile(small)(torch.ones(2, device=device)).sum().item()
     except Exception as error:  # each of these tools has its own
+        if is_out_of_memory(error):  # which may pass
+            raise
         return f"a small kernel could not be compiled here ({printable(one_line(error))})"
     return None
 

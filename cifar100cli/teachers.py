@@ -88,7 +88,7 @@ def load(config: Config, distillation: Distillation, dataset: Dataset, watcher: 
     if unseen < config.data.val_fraction:
         watcher.say(
             f"the teacher was trained with data.val_fraction = {unseen:g}, and so on images that are held out of the "
-            f"student's: what is found on these may be optimistic{'' if chosen else '; the test figure is not'}"
+            "student's: what is found on these may be optimistic"
         )
     return saved
 

@@ -271,21 +271,31 @@ class Sides:
         """The frozen part alone, as it is run once for all epochs."""
         assert self.job.parted is not None
         with self._whole_network(), self.training.cast():
-            for inputs in self.test_inputs:
-                self.job.parted.front(inputs)
+            for _ in self._answers(self.job.parted.front):
+                pass
         self._wait()
 
     def bare_evaluation(self) -> None:
         """Forward passes of the same images that are ready."""
         with self._whole_network(), torch.inference_mode(), self.training.cast():
             model = self.job.model.eval()
-            torch.cat([model(inputs).float() for inputs in self.test_inputs]).cpu()
+            torch.cat([answers.float() for answers in self._answers(model)]).cpu()
         self.job.model.train()
 
     @cached_property
     def test_inputs(self) -> list[Tensor]:
         """What the network sees of the test images, ready on the device."""
         return [batch.inputs for batch in self.test.epoch(1)]
+
+    def _answers(self, network: Callable[[Tensor], Tensor]) -> Iterator[Tensor]:
+        """What a network makes of the test images that are ready: of as many at once as in the run's evaluation."""
+        for inputs in self.test_inputs:
+
+            def look(rows: slice, inputs: Tensor = inputs) -> Tensor:
+                return network(inputs[rows])
+
+            for _, answers in self.test.portions.of(slice(0, len(inputs)), look):
+                yield answers
 
     @contextmanager
     def _whole_network(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -83,7 +84,8 @@ def fit(job: Job, run: RunDir, watcher: Watcher) -> TrainState:
 
     with Saver(run, job.card) as saver:
         if saved is not None:
-            ranks.on_first(lambda: saver.catch_up(saved, state))
+            ranks.on_first(partial(saver.catch_up, saved, state))
+            saved = None  # it is as large as all that is trained
 
         def on_step(taken: int, glance: Callable[[], EpochProgress | None]) -> None:
             if ranks.count() == 1:  # several ranks end together, after the epoch

@@ -86,12 +86,14 @@ def resume(
     try:
         with devices.deterministic(config.train.deterministic):
             job = prepare(Preset(run.preset, config), where, watcher, begun=left.begun)
-            if left.ranks not in (None, ranks.count()):
+            if others := [count for count in left.ranks if count != ranks.count()]:
                 watcher.say(
-                    f"the run was begun with {several(left.ranks, 'rank')}, and goes on with {ranks.count()}: "
-                    "it ends with other bits than one of as many throughout"
+                    f"epochs of this run were trained by {several(others[0], 'rank')}, and it goes on with "
+                    f"{ranks.count()}: it ends with other bits than one of as many throughout"
                 )
+            del left  # which holds the training state once more
             resumed = machine.environment(job.device, job.precision, where.data_dir)
+            resumed[STEPS] = config.train.compile
             if config.distillation is not None:
                 resumed[TEACHER_PLACE] = config.distillation.teacher
             return _fit(job, run, watcher, held=held, resumed=resumed)
@@ -111,15 +113,13 @@ class _Left(NamedTuple):
     result: dict[str, Any] | None
     config: Config
     begun: Begun
-    ranks: int | None
+    ranks: Sequence[int]
+    """All numbers of ranks that trained it."""
 
 
 def _what_is_left(run: RunDir) -> _Left:
     path = run.path / STATE
-    result, config = run.result() if run.complete else None, run.config()
-    moved = run.latest(TEACHER_PLACE)
-    if config.distillation is not None and moved is not None:
-        config = having(config, TEACHER, moved)
+    result, config = run.result() if run.complete else None, run.settings()
     state = checkpoint.read_state(path) if result is None and path.is_file() else None
     if state is not None and (best := state.about.get("best_epoch")) != state.about.get("epoch"):
         try:
@@ -137,9 +137,8 @@ def _what_is_left(run: RunDir) -> _Left:
             unseen = read_card(run.path / MODEL).unseen
     keys = ("precision", DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST)
     precision, images, teacher, weights = (run.recorded(key) for key in keys)
-    begun_with = run.environment().get("ranks")
-    count = begun_with if isinstance(begun_with, int) else None
-    return _Left(result, config, Begun(run.path, precision, images, teacher, weights, state, unseen), count)
+    counts = {time["ranks"] for time in run.times() if isinstance(time.get("ranks"), int)} if state is not None else {}
+    return _Left(result, config, Begun(run.path, precision, images, teacher, weights, state, unseen), sorted(counts))
 
 
 def _fit(
@@ -193,11 +192,11 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
         raise DivergedError(f"{error}; {kept}; try a lower --lr, or {clip}{wider}") from None
     except (RuntimeError, MemoryError) as error:
         if devices.is_out_of_memory(error):
-            data = job.config.data
+            data, what = job.config.data, devices.out_of_memory(error)
             eager = ", or go on with --set train.compile=off, which takes less" if job.step_mode.name != "off" else ""
             raise CifarError(
-                f"out of memory with {data.batch_size} images of {data.image_size} pixels a step: lower --batch-size "
-                f"or --image-size{eager}; {_last_good(run)}"
+                f"{what} with {data.batch_size} images of {data.image_size} pixels a step: lower --batch-size or "
+                f"--image-size{eager}; {_last_good(run)}"
             ) from None
         first = ranks.rank() == 0
         saved, by_hand = (f"{_finished(job, run)}; ", _go_on(run)) if first else ("", f"the run is {run.path}")

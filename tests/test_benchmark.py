@@ -396,7 +396,7 @@ def test_the_way_steps_are_taken_depends_on_the_epochs(tmp_path: Path, monkeypat
     def chosen(config: Config, *_: object) -> StepMode:
         return StepMode("inductor" if config.train.epochs == 1000 else "off", "pays, or does not")
 
-    monkeypatch.setattr("cifar100cli.sides.step_mode_of", chosen)
+    monkeypatch.setattr("cifar100cli.timing.step_mode_of", chosen)
     assert sides.takes_its_steps_otherwise(1000)
     assert not sides.takes_its_steps_otherwise(10)
 
@@ -431,7 +431,7 @@ def test_the_mode_of_steps_is_that_of_the_run_itself(tmp_path: Path, monkeypatch
         asked.append(more["images"])
         return prepare(*arguments, **more)
 
-    monkeypatch.setattr("cifar100cli.sides.prepare", spy)
+    monkeypatch.setattr("cifar100cli.timing.prepare", spy)
     preset = make_preset(data={"dataset": "cifar100", "fraction": 0.1, "val_fraction": 0.2})
     time_limit.measure_rates(preset, where(tmp_path), Listening())
     assert asked == [4000, 4000]
@@ -440,7 +440,7 @@ def test_the_mode_of_steps_is_that_of_the_run_itself(tmp_path: Path, monkeypatch
 def test_what_is_captured_is_warmed_up_before_it_is_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sides = sides_of(tmp_path)
     assert (sides.cold_steps, sides.warm_up(sides.loop)) == (1, [])
-    monkeypatch.setattr("cifar100cli.sides.CapturedSteps", type(sides.loop_steps))
+    monkeypatch.setattr("cifar100cli.timing.CapturedSteps", type(sides.loop_steps))
     assert sides.cold_steps == 4
     taken: list[int] = []
     for steps, turns in ((1, 4), (3, 2), (50, 1)):

@@ -649,7 +649,7 @@ def test_a_device_that_fails_leaves_the_line_to_go_on(run_cli: Cli, monkeypatch:
         1,
         f"{failure}; 1 of 2 epochs are done and saved; resume with: cifar100 train --resume {run}",
     )
-    monkeypatch.setattr(metrics, "predict", lambda *_, **__: failing(None, None, 2, None))
+    monkeypatch.setattr(metrics, "logits_of", lambda *_, **__: failing(None, None, 2, None))
     measured = run_cli("evaluate", run)
     assert (measured.code, measured.err.splitlines()[-1]) == (
         1,

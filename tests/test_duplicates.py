@@ -256,6 +256,10 @@ def test_what_was_learned_before_counts(run_cli: Cli, tmp_path: Path) -> None:
         assert looked_at({"synthetic": 0.5}, model=begun(never)) == 100
     assert looked_at({"synthetic": 0.0}, distillation={"teacher": "a run"}) == 400
     assert looked_at({"synthetic": 0.5}, distillation={"teacher": "a run"}) == 200
+    assert looked_at({"synthetic": 0.0}, distillation={"teacher": "a run"}) == 400
+    found = evaluated(run_cli, str(tmp_path / "model.safetensors"), "--split", "val")[0]
+    assert found["training_images"] == 200, "no image is its own twin"
+    assert all(pair["index"] != pair["training_index"] for pair in found["pairs"])
 
 
 @pytest.mark.usefixtures("small_synthetic")

@@ -168,6 +168,41 @@ def test_the_same_run_may_differ_in_what_does_nothing(tmp_path: Path) -> None:
         assert runs.same_run(tmp_path, name, other.model_copy(update={"seed": 1}), {}) is None
 
 
+def test_the_same_run_may_have_had_its_files_elsewhere(tmp_path: Path) -> None:
+    """Its teacher and the weights that it began from are known by what is in them."""
+    for name, key, recorded in (
+        ("taught", {"distillation": {"teacher": "PLACE"}}, runs.TEACHER_DIGEST),
+        ("begun", {"model": {"weights": "PLACE", "pretrained": True}}, runs.WEIGHTS_DIGEST),
+    ):
+        here, there = (
+            Config.model_validate(json.loads(json.dumps(key).replace("PLACE", place))) for place in ("here", "there")
+        )
+        run = RunDir.create(tmp_path, name, here, {recorded: "abc"})
+        assert runs.same_run(tmp_path, name, there, {recorded: "abc"}) == run
+        assert runs.same_run(tmp_path, name, there, {recorded: "another"}) is None
+        assert runs.same_run(tmp_path, name, there, {}) is None, "nobody knows"
+        assert runs.same_run(tmp_path, name, Config(), {recorded: "abc"}) is None, "without it is another run"
+
+
+def test_a_teacher_is_where_it_was_seen_last(tmp_path: Path) -> None:
+    """A place for a night is left again: then it is where it was before, if it is there."""
+    places = [tmp_path / name for name in ("own", "first night", "second night")]
+    config = Config.model_validate({"distillation": {"teacher": str(places[0])}})
+    run = RunDir.create(tmp_path, "taught", config, {})
+    for place in places[1:]:
+        run.note_resumption({runs.TEACHER_PLACE: str(place)})
+
+    def teacher() -> str | None:
+        distillation = run.settings().distillation
+        return distillation.teacher if distillation is not None else None
+
+    assert teacher() == str(places[2]), "which is told as missing"
+    for place in places:
+        place.mkdir()
+        assert teacher() == str(place)
+    assert make_run(tmp_path).settings() == Config(seed=3)
+
+
 def test_a_launch_goes_on_with_its_own_run(tmp_path: Path) -> None:
     """Not with one of other settings, whose launch happened to have the same name."""
     other = RunDir.create(tmp_path, "mine", Config(seed=3), {"launch": "none of process 1 on host"})
@@ -265,6 +300,13 @@ def test_a_spreadsheet_with_the_table_open_costs_nothing(tmp_path: Path, monkeyp
     run.append_metrics({**run.metrics()[0], "epoch": 2})
     assert len(run.metrics()) == 2
     assert (run.path / runs.TABLE).read_text().count("\n") == 3
+
+
+def test_the_last_lines_of_the_table_are_written_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_use(monkeypatch, runs.TABLE, 1)
+    run = make_run(tmp_path, epochs=1)
+    run.write_result({})
+    assert (run.path / runs.TABLE).read_text().count("\n") == 2
 
 
 def test_a_run_is_held_by_one_process(tmp_path: Path) -> None:

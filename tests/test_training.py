@@ -276,7 +276,7 @@ def test_answers_that_are_no_numbers_are_a_divergence(run_cli: Cli, monkeypatch:
         logits, labels = predict(*arguments, **more)
         return logits * float("nan"), labels
 
-    monkeypatch.setattr(metrics, "predict", spoilt)
+    monkeypatch.setattr(metrics, "logits_of", spoilt)
     last = ("--set", "train.select=last", "--set", "data.val_fraction=0")
     for more, advice in (
         ((), "a smaller optimizer.grad_clip"),
@@ -570,7 +570,7 @@ def test_a_run_knows_where_it_went_on(run_cli: Cli, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "train_epoch", stopped)
         outcome = run_cli(*command)
-    assert "the run was begun with 2 ranks, and goes on with 1: it ends with other bits" in outcome.err
+    assert "epochs of this run were trained by 2 ranks, and it goes on with 1: it ends with other bits" in outcome.err
     elsewhere = Path("elsewhere").absolute()
     go_on = f"cifar100 train --resume {run.path} --data-dir {elsewhere}"
     assert outcome.err.endswith(f"once there is room again, resume with: {go_on}\n")
@@ -581,17 +581,20 @@ def test_a_run_knows_where_it_went_on(run_cli: Cli, monkeypatch: pytest.MonkeyPa
     assert (entry["data_dir"], entry["ranks"]) == (str(elsewhere), 1)
     assert {"started", "commit", "device_name"} <= entry.keys()
     assert not {"device", "versions", "precision", "threads", "teacher"} & entry.keys(), "they are as they were"
+    assert entry["train.compile"] == "auto"
     monkeypatch.delenv("CIFAR100_DATA_DIR")
     assert run_cli(*go_on.split()[1:4]).code == 0
     assert run.each_time("data_dir")[1:] == [str(elsewhere)] * 2
-    assert f"Another CPU, then {entry['device_name']}, fp32" in run_cli("report", "--json").out
+    assert f"2 x Another CPU, then {entry['device_name']}, fp32" in run_cli("report", "--json").out
 
 
 def test_the_line_to_resume_names_the_device_that_was_chosen_instead(tmp_path: Path) -> None:
     run = begun(tmp_path, device="cuda:0")
     run.note_resumption({"device": "cpu"})
     assert run.to_go_on() == f"cifar100 train --resume {run.path} --device cpu"
-    run.note_resumption({"device": "cuda:0"})
+    run.note_resumption({"device": "cuda:0", "train.compile": "off"})  # auto would be out of memory again
+    assert run.to_go_on() == f"cifar100 train --resume {run.path} --set train.compile=off"
+    run.note_resumption({"device": "cuda:0", "train.compile": "auto"})
     assert run.to_go_on() == f"cifar100 train --resume {run.path}"
 
 
