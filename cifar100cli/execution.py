@@ -63,8 +63,8 @@ def ablate(in_turn: Sequence["Preset"], left_out: Mapping[str, "Config"], reques
     not keep the others: that may be just what a block is for. One that was stopped and cannot go on is left as it is.
     """
     from cifar100cli import ablation, checkpoint, datasets, jobs
+    from cifar100cli.choosing import same_run
     from cifar100cli.config import having, shipped, without_figures
-    from cifar100cli.runs import same_run
 
     chosen = in_turn[0]
     distillation = chosen.config.distillation

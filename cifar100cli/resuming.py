@@ -37,7 +37,7 @@ def resume(request: Request, overrides: list["Override"], command: str) -> None:
 
 
 def _go_on(request: Request, overrides: list["Override"], command: str, held: contextlib.ExitStack) -> None:
-    from cifar100cli.runs import refuse_other_settings
+    from cifar100cli.choosing import refuse_other_settings
 
     meant = ranks.on_first(lambda: _run_to_resume(request, overrides, SECTIONS.get(command, (None,))[0], held))
     run, own = meant.run, meant.own
@@ -87,8 +87,9 @@ def _run_to_resume(
     request: Request, overrides: list["Override"], section: str | None, held: contextlib.ExitStack
 ) -> _Meant:
     """The run that is meant, and what it is asked for. Unless it is complete, `held` holds it from now on."""
+    from cifar100cli.choosing import latest_unfinished
     from cifar100cli.config import STEPS, TEACHER, differences, having, load_preset
-    from cifar100cli.runs import TEACHER_DIGEST, RunDir, latest_unfinished
+    from cifar100cli.runs import TEACHER_DIGEST, RunDir
 
     name = request.resume
     assert name is not None

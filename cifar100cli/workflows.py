@@ -12,6 +12,7 @@ import torch
 
 from cifar100cli import checkpoint, devices, evaluation, images, machine, metrics, ranks, trainer
 from cifar100cli.card import read_card
+from cifar100cli.choosing import begun_by
 from cifar100cli.classifier import PICTURES, Classifier
 from cifar100cli.config import STEPS, TEACHER, Preset, having
 from cifar100cli.errors import CifarError, DataError, DivergedError, FolderError, RunInterrupted
@@ -29,7 +30,6 @@ from cifar100cli.runs import (
     TEACHER_PLACE,
     WEIGHTS_DIGEST,
     RunDir,
-    begun_by,
 )
 from cifar100cli.schema import Config
 from cifar100cli.trainer import Job

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from cifar100cli import cli, console, devices, fetch, interrupts, runs, synthetic
+from cifar100cli import choosing, cli, console, devices, fetch, interrupts, runs, synthetic
 from cifar100cli.augment import Epoch, Policy, flip, in_turn, random_crop
 from cifar100cli.config import Preset
 from cifar100cli.folders import Where
@@ -198,7 +198,7 @@ def only_run(tmp_path: Path) -> RunDir:
 
 def last_run(root: Path, preset: str | None = None) -> RunDir:
     """The run that `--resume last` goes on with; held by nobody any more."""
-    with runs.latest_unfinished(root, preset) as run:
+    with choosing.latest_unfinished(root, preset) as run:
         return run
 
 

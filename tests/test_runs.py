@@ -15,7 +15,7 @@ from pathlib import Path
 import filelock
 import pytest
 
-from cifar100cli import atomic, checkpoint, runs
+from cifar100cli import atomic, checkpoint, choosing, runs
 from cifar100cli.errors import CifarError, DataError, FolderError
 from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
@@ -163,9 +163,9 @@ def test_the_same_run_may_differ_in_what_does_nothing(tmp_path: Path) -> None:
         optimizer = {"name": name, "momentum": 0.5}
         run = RunDir.create(tmp_path, name, Config.model_validate({"optimizer": optimizer}), {})
         other = Config.model_validate({"optimizer": {**optimizer, "momentum": 0.9}})
-        assert runs.same_run(tmp_path, name, other, {}) == (run if found else None)
-        assert runs.same_run(tmp_path, name, run.config(), {}) == run
-        assert runs.same_run(tmp_path, name, other.model_copy(update={"seed": 1}), {}) is None
+        assert choosing.same_run(tmp_path, name, other, {}) == (run if found else None)
+        assert choosing.same_run(tmp_path, name, run.config(), {}) == run
+        assert choosing.same_run(tmp_path, name, other.model_copy(update={"seed": 1}), {}) is None
 
 
 def test_the_same_run_may_have_had_its_files_elsewhere(tmp_path: Path) -> None:
@@ -178,10 +178,13 @@ def test_the_same_run_may_have_had_its_files_elsewhere(tmp_path: Path) -> None:
             Config.model_validate(json.loads(json.dumps(key).replace("PLACE", place))) for place in ("here", "there")
         )
         run = RunDir.create(tmp_path, name, here, {recorded: "abc"})
-        assert runs.same_run(tmp_path, name, there, {recorded: "abc"}) == run
-        assert runs.same_run(tmp_path, name, there, {recorded: "another"}) is None
-        assert runs.same_run(tmp_path, name, there, {}) is None, "nobody knows"
-        assert runs.same_run(tmp_path, name, Config(), {recorded: "abc"}) is None, "without it is another run"
+        assert choosing.same_run(tmp_path, name, there, {recorded: "abc"}) == run
+        assert choosing.same_run(tmp_path, name, there, {recorded: "another"}) is None
+        assert choosing.same_run(tmp_path, name, there, {}) is None, "nobody knows"
+        old = RunDir.create(tmp_path, f"old {name}", here, {})
+        assert choosing.same_run(tmp_path, f"old {name}", there, {}) is None, "nor of either"
+        assert choosing.same_run(tmp_path, f"old {name}", here, {}) == old
+        assert choosing.same_run(tmp_path, name, Config(), {recorded: "abc"}) is None, "without it is another run"
 
 
 def test_a_teacher_is_where_it_was_seen_last(tmp_path: Path) -> None:
@@ -209,10 +212,10 @@ def test_a_launch_goes_on_with_its_own_run(tmp_path: Path) -> None:
     other.write_result({})
     make_run(tmp_path)
     for seed, launch, expected in ((3, "none of process 1 on host", other), (3, "mine", None), (3, None, None)):
-        assert runs.begun_by(tmp_path, "mine", Config(seed=seed), launch) == expected
-    assert runs.begun_by(tmp_path, "mine", Config(seed=4), "none of process 1 on host") is None
+        assert choosing.begun_by(tmp_path, "mine", Config(seed=seed), launch) == expected
+    assert choosing.begun_by(tmp_path, "mine", Config(seed=4), "none of process 1 on host") is None
     (other.path / runs.CONFIG).write_text("no settings")
-    assert runs.begun_by(tmp_path, "mine", Config(seed=3), "none of process 1 on host") is None
+    assert choosing.begun_by(tmp_path, "mine", Config(seed=3), "none of process 1 on host") is None
 
 
 def test_what_was_otherwise_when_a_run_went_on_stands_beside_its_beginning(tmp_path: Path) -> None:
@@ -329,7 +332,7 @@ def test_jobs_that_are_started_together_go_on_with_a_run_each(tmp_path: Path) ->
     said: list[str] = []
     with contextlib.ExitStack() as jobs:
         for run in reversed(made):
-            assert jobs.enter_context(runs.latest_unfinished(tmp_path, passed_over=said.append)) == run
+            assert jobs.enter_context(choosing.latest_unfinished(tmp_path, passed_over=said.append)) == run
             assert run.in_use
         in_use = f"{made[-1].path}: another process is training this run right now"
         assert said == [f"passed over: {in_use}", f"passed over: {in_use} (and 1 other)"]
