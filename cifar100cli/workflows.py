@@ -198,34 +198,30 @@ def _in_words(job: Job, run: RunDir) -> Iterator[None]:
                 f"{what} with {data.batch_size} images of {data.image_size} pixels a step: lower --batch-size or "
                 f"--image-size{eager}; {_last_good(run)}"
             ) from None
-        first = ranks.rank() == 0
-        saved, by_hand = (f"{_finished(job, run)}; ", _go_on(run)) if first else ("", f"the run is {run.path}")
         if ranks.is_lost(error):
+            words = f"another rank failed, or could not be reached, so this one stops too ({ranks.words_of(error)})"
             raise CifarError(
-                f"another rank failed, or could not be reached, so this one stops too ({ranks.words_of(error)}); "
-                f"{saved}torchrun --max-restarts goes on by itself; {'by hand, ' if first else ''}{by_hand}"
+                f"{words}; torchrun --max-restarts goes on by itself; {_last_epoch(job, run, 'by hand, ')}"
             ) from None
         if failure := devices.failure(error):
-            raise CifarError(f"{failure}; {saved}{by_hand}") from error
+            raise CifarError(f"{failure}; {_last_epoch(job, run)}") from error
         raise
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        if ranks.rank() > 0:
-            saved = f"the run is {run.path}"
-        elif not (run.path / CONFIG).is_file():
-            saved = f"the run's folder {run.path} is gone; where it was moved to, --resume goes on with it"
+        if ranks.rank() == 0 and not (run.path / CONFIG).is_file():
+            left = f"the run's folder {run.path} is gone; where it was moved to, --resume goes on with it"
         else:
             mended = "there is room again" if error.errno in NO_ROOM else "that is mended"
-            saved = f"{_finished(job, run)}; once {mended}, {_go_on(run)}"
-        raise FolderError(f"{where}{error.strerror or error}; {saved}") from None
+            left = _last_epoch(job, run, f"once {mended}, ")
+        raise FolderError(f"{where}{error.strerror or error}; {left}") from None
 
 
-def _go_on(run: RunDir) -> str:
-    return f"resume with: {run.to_go_on()}"
-
-
-def _finished(job: Job, run: RunDir) -> str:
-    return f"{checkpoint.finished_epochs(run.path / STATE)} of {job.config.train.epochs} epochs are done and saved"
+def _last_epoch(job: Job, run: RunDir, how: str = "") -> str:
+    """What is saved, and how it is gone on with; of other ranks than the first, where the run is."""
+    if ranks.rank() > 0:
+        return f"the run is {run.path}"
+    finished = checkpoint.finished_epochs(run.path / STATE)
+    return f"{finished} of {job.config.train.epochs} epochs are done and saved; {how}resume with: {run.to_go_on()}"
 
 
 def _last_good(run: RunDir) -> str:
