@@ -221,6 +221,8 @@ def _option_before(word: str, context: Any) -> str:
     }
     known = _options(context.command)
     meant = next((option for option, fits in fitting.items() if option in known and fits()), None)
+    if meant is None and "--preset" in known and (near := nearest(word, completion.presets())) is not None:
+        meant, word = "--preset", near
     return f"; did you mean {meant} {argument(word)}?" if meant is not None else ""
 
 
