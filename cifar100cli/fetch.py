@@ -338,14 +338,17 @@ def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeo
     headers = {"User-Agent": f"cifar100/{__version__}", "Accept-Encoding": "identity"}
     if part.size:
         headers["Range"] = f"bytes={part.size}-"
+    request = Request(url, headers=headers)
     try:
-        response = build_opener(_WebRedirects, _Http, _Https).open(Request(url, headers=headers), timeout=timeout)
+        response = build_opener(_WebRedirects, _Http, _Https).open(request, timeout=timeout)
     except HTTPError as error:
         with error:
             _interpret_error(error, part, size)
         return True
     except (OSError, HTTPException) as error:
-        raise _network_error(error) from None
+        # urllib has put a proxy in the host's place.
+        proxy = request.host if request.host != urlsplit(url).netloc else None
+        raise _network_error(error, proxy) from None
     except (ValueError, OverflowError):  # of urllib, about a redirect to a host or port that cannot be
         raise _RefusedError("redirects to an address that is not valid") from None
     with response:
@@ -450,12 +453,15 @@ def _retry_after(value: str) -> float:
     return min(max(seconds, 0.0), MAX_RETRY_AFTER)
 
 
-def _network_error(error: Exception) -> Exception:
+def _network_error(error: Exception, proxy: str | None = None) -> Exception:
+    through = f" (through the proxy {proxy}, by HTTP_PROXY or HTTPS_PROXY; NO_PROXY leaves it out)" if proxy else ""
     cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, Exception) else error
     if isinstance(cause, TimeoutError):
-        return _FailedError("timed out: no data came")
+        return _FailedError(f"timed out: no data came{through}")
     if isinstance(cause, IncompleteRead):
         return _FailedError("the connection ended too early")
     text = (isinstance(cause, OSError) and cause.strerror) or str(cause) or type(cause).__name__
-    text = "".join(character for character in text if character.isprintable())[:120]
-    return _RefusedError(text) if isinstance(cause, SSLCertVerificationError) else _FailedError(text)
+    text = "".join(character for character in text if character.isprintable())[:120] + through
+    if isinstance(cause, SSLCertVerificationError):
+        return _RefusedError(f"{text}; if your network has certificates of its own, SSL_CERT_FILE names their file")
+    return _FailedError(text)

@@ -11,10 +11,13 @@ import os
 import re
 import shutil
 import signal
+import socket
+import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from http.client import HTTPSConnection
 from pathlib import Path
 from typing import IO, Any
 
@@ -241,6 +244,32 @@ def test_nobody_listens(tmp_path: Path, server: Server) -> None:
     with pytest.raises(CifarError, match=r"refused.*nothing came") as raised:
         install(tmp_path, f"http://127.0.0.1:{server.http.server_port}/a", retries=3)
     assert raised.value.exit_code == 1
+
+
+@pytest.mark.parametrize("scheme", ["http", "https"])
+def test_a_proxy_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str) -> None:
+    """The address is not what is refused, and the proxy's password is nobody's business."""
+    monkeypatch.setenv("no_proxy", "")
+    with socket.socket() as deaf:
+        deaf.bind(("127.0.0.1", 0))
+        proxy = f"127.0.0.1:{deaf.getsockname()[1]}"
+        monkeypatch.setenv(f"{scheme}_proxy", f"http://user:secret@{proxy}")
+        words = rf"refused \(through the proxy {proxy}, .*NO_PROXY.*nothing came"
+        with pytest.raises(CifarError, match=words) as raised:
+            install(tmp_path, f"{scheme}://example.invalid/a", retries=1)
+    assert "secret" not in str(raised.value)
+
+
+def test_an_unknown_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where a company's proxy reads along: no second attempt helps, and the variable that does is named."""
+
+    def connect(_self: object) -> None:
+        raise ssl.SSLCertVerificationError(1, "certificate verify failed: self-signed certificate")
+
+    monkeypatch.setattr(HTTPSConnection, "connect", connect)
+    monkeypatch.setenv("no_proxy", "*")
+    with pytest.raises(CifarError, match=r"self-signed certificate; .*SSL_CERT_FILE.*nothing came"):
+        install(tmp_path, "https://example.invalid/a")
 
 
 @pytest.mark.parametrize("code", [400, 401, 403, 404, 410, 418])
