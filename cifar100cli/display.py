@@ -42,7 +42,10 @@ def transfer(title: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def _tenths(title: str) -> Callable[[int, int | None], None]:
-    """At most a line for every tenth and every two seconds, counted afresh when the bytes start again."""
+    """A line for every tenth, and where these take long, for every half a minute; counted afresh when the bytes are.
+
+    Of tenths that follow within two seconds of each other, not each has one.
+    """
     last_done, shown, at_start = 0, 0, 0
     started = last_line = time.monotonic()
 
@@ -53,7 +56,7 @@ def _tenths(title: str) -> Callable[[int, int | None], None]:
             shown, at_start, started, last_line = 0, done, now, now
         last_done = done
         tenth = 10 * done // total if total else done // 2**24
-        if tenth > shown and now - last_line >= 2:
+        if now - last_line >= (2 if tenth > shown else 30):
             shown, last_line = tenth, now
             of_total = f" of {total / 1e6:.1f}" if total else ""
             console.log(f"{title}: {done / 1e6:.1f}{of_total} MB, {(done - at_start) / (now - started) / 1e6:.1f} MB/s")

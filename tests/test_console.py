@@ -19,7 +19,7 @@ import pytest
 
 from cifar100cli import console, report, report_text, wording, workflows
 from cifar100cli.bounded import printable
-from cifar100cli.display import TrainingDisplay, counting
+from cifar100cli.display import TrainingDisplay, counting, transfer
 from cifar100cli.watcher import EpochProgress
 from tests.conftest import make_preset, where
 from tests.test_report import make_run
@@ -108,6 +108,21 @@ def test_training_in_a_pipe(capfd: pytest.CaptureFixture[str], tmp_path: Path) -
     assert "\x1b" not in captured.err
     assert "\r" not in captured.err
     assert [line[:11] for line in captured.err.splitlines()[-3:]] == [f"epoch {number}/3  " for number in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("rate", "expected"), [(20, [60, 100, 140, 180]), (0.1, [3.1, 6.1, 9.1, 12.1, 15.1, 18.1, 20])]
+)
+def test_a_slow_download_in_a_pipe_gives_signs_of_life(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rate: float, expected: list[float]
+) -> None:
+    """Of 200 MB at so many MB/s: a line for a tenth, at most every two seconds and at least every thirty."""
+    seconds = 0
+    monkeypatch.setattr(time, "monotonic", lambda: seconds)
+    with transfer("archive") as progress:
+        for seconds in range(1, 201 if rate < 1 else 11):
+            progress(round(1e6 * rate * seconds), 200_000_000)
+    assert [float(line.split()[1]) for line in capsys.readouterr().err.splitlines()] == expected
 
 
 def test_nothing_moves_in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> None:
