@@ -122,9 +122,9 @@ def _backbone(config: Config, classes: int, *, from_timm: bool) -> nn.Module:
     except UsageError:
         raise
     except Exception as error:
-        reason = one_line(error, 200)
         if from_timm:
-            raise DataError(_no_weights(name, reason)) from None
+            raise DataError(_no_weights(name, error)) from None
+        reason = one_line(error, 200)
         raise UsageError(f"model.backbone = {name}: timm cannot build it here: {reason}") from None
     for key, rate in rates.items():
         if rate and not drops(model, key):
@@ -198,18 +198,19 @@ def _takes_no(key: str, rate: float, name: str) -> str:
     return f"model.{key} = {rate:g}: {name} has no {what}; leave it at 0, or use another backbone, such as resnet18"
 
 
-def _no_weights(name: str, reason: str) -> str:
+def _no_weights(name: str, error: BaseException) -> str:
     """Why timm's weights cannot be had, and what to do."""
     source = _described(name)
     place = source and (source.hf_hub_id or source.url)
+    while error.__cause__ is not None:  # the hub's own words are that the connection may be looked at
+        error = error.__cause__
+    reason = one_line(error, 200)
     if constants.HF_HUB_OFFLINE:
-        reason = (
-            "they are not in the cache and the model hub cannot be reached from here; fetch them elsewhere and name "
-            f"the file with --weights FILE, or copy the cache folder {constants.HF_HUB_CACHE} here"
-        )
+        reason = "they are not in the cache and the model hub cannot be reached from here"
     return (
-        f"the ImageNet weights of {name} cannot be had ({place}): {reason}; "
-        "or start from random weights with --set model.pretrained=false"
+        f"the ImageNet weights of {name} cannot be had ({place}): {reason}; fetch them elsewhere and name the file "
+        f"with --weights FILE, or copy the cache folder {constants.HF_HUB_CACHE} here, or start from random weights "
+        "with --set model.pretrained=false"
     )
 
 

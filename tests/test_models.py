@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from timm.layers import DropPath  # type: ignore[attr-defined]
 from timm.models import _registry
@@ -281,6 +282,22 @@ def test_weights_that_nobody_published_are_not_asked_for(monkeypatch: pytest.Mon
     with pytest.raises(DataError, match=r"no weights of resnet9 are published; .*pretrained=false, .* --weights FILE$"):
         create_model(make_config(backbone="resnet9", pretrained=True), classes=10)
     assert not asked
+
+
+def test_why_weights_cannot_be_had_and_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Behind a proxy the hub is asked; its own words are long, and the reason is in what they were raised from."""
+
+    def fail(*_: object, **__: object) -> None:
+        try:
+            raise ConnectionRefusedError("the proxy refused")
+        except OSError as cause:
+            raise FileNotFoundError("please look at your connection " * 10) from cause
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(models, "_hub_answers", lambda: True)
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(DataError, match=r"the proxy refused; fetch .*--weights FILE.*model.pretrained=false"):
+        create_model(make_config(backbone="resnet18", pretrained=True), 100)
 
 
 def test_what_is_frozen_does_not_count_as_trainable() -> None:
