@@ -113,6 +113,7 @@ def curves(lines: Sequence[Line], title: str, *, percent: bool, published: float
             xytext=(3, 3),
             textcoords="offset points",
             fontsize=8,
+            color=INK,
         )
         axes.margins(y=0.12)
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))

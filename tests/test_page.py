@@ -302,6 +302,14 @@ def test_lines_hold_their_numbers() -> None:
     assert (points[1:, 0] > points[:-1, 0]).all()
 
 
+def test_all_words_of_a_chart_follow_the_theme() -> None:
+    """Black letters are not seen on the dark page."""
+    drawn = str(charts.curves([charts.Line([0.2, 0.6], 0)], "title", percent=True, published=0.4426))
+    words = re.findall(r"<text ([^>]*)>([^<]+)</text>", drawn)
+    assert "published 44.26%" in [text for _, text in words]
+    assert [text for style, text in words if "fill: var(--ink)" not in style] == []
+
+
 def luminance(colour: tuple[float, ...]) -> float:
     """WCAG 2.2's relative luminance of sRGB."""
     parts = [part / 255 for part in colour]
