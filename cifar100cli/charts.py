@@ -116,7 +116,7 @@ def curves(lines: Sequence[Line], title: str, *, percent: bool, published: float
             color=INK,
         )
         axes.margins(y=0.12)
-    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     axes.set_xlabel("epoch")
     if percent:
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g}%")

@@ -310,6 +310,11 @@ def test_all_words_of_a_chart_follow_the_theme() -> None:
     assert [text for style, text in words if "fill: var(--ink)" not in style] == []
 
 
+def test_a_single_epoch_is_a_whole_number() -> None:
+    drawn = str(charts.curves([charts.Line([0.5], 0)], "title", percent=True))
+    assert re.findall(r"<text [^>]*text-anchor: middle[^>]*>([^<]+)</text>", drawn) == ["1", "epoch"]
+
+
 def luminance(colour: tuple[float, ...]) -> float:
     """WCAG 2.2's relative luminance of sRGB."""
     parts = [part / 255 for part in colour]
