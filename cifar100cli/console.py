@@ -232,9 +232,21 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], rig
 
 def plain_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[int]) -> str:
     """A table as text, as wide as it is."""
-    widths = [max(map(len, column)) for column in zip(columns, *rows, strict=True)]
+    widths = [max(map(_width, column)) for column in zip(columns, *rows, strict=True)]
     lines = [
-        "  ".join(c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        "  ".join(
+            " " * (width - _width(cell)) + cell if index in right else cell + " " * (width - _width(cell))
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
         for row in (columns, ["-" * width for width in widths], *rows)
     ]
     return "\n".join([*([title] if title else []), *(line.rstrip() for line in lines), ""])
+
+
+def _width(text: str) -> int:
+    """Columns that a text takes where letters have one width: two for a Japanese one, none for a combining mark."""
+    if text.isascii():
+        return len(text)
+    from rich.cells import cell_len
+
+    return cell_len(text)

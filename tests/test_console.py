@@ -243,6 +243,21 @@ def test_a_table_for_a_file_is_plain_whatever_the_terminal_is(monkeypatch: pytes
     ]
 
 
+def test_a_plain_table_stands_in_line_whatever_the_letters() -> None:
+    """A Japanese letter has two columns, and a combining mark none (Unicode's annex 11)."""
+    names = ["実験ガ", "e\u0301tude", "ＡＢＣ", "plain"]
+    table = console.plain_table("", ("preset", "top-1"), [(name, "44.26") for name in names], right=(1,))
+    assert table.splitlines()[1:] == [
+        "------  -----",
+        "実験ガ  44.26",
+        "e\u0301tude   44.26",
+        "ＡＢＣ  44.26",
+        "plain   44.26",
+    ]
+    numbers = console.plain_table("", ("a",), [("実験",), ("1",)], right=(0,))
+    assert numbers.splitlines()[2:] == ["実験", "   1"]
+
+
 @pytest.mark.parametrize("text", ["\x9b2J", "\u202e", "\x7f", "\x1b[2J", "\udcff", "日本 \u00e9\u3000"])
 def test_json_steers_no_terminal(text: str) -> None:
     written = console.json_text({"name": text})
