@@ -144,13 +144,13 @@ def ablation_notes(ablations: Sequence[Ablation]) -> list[str]:
 
 
 def sparkline(values: Sequence[float], width: int = 16) -> str:
-    """A curve in one line of text, from its lowest to its highest value."""
+    """A curve in one line of text, from its lowest to its highest value; in digits where stdout is not in UTF-8."""
     if not values:
         return "-"
     step = max(1.0, len(values) / width)
     taken = [values[min(len(values) - 1, int((index + 1) * step) - 1)] for index in range(min(width, len(values)))]
     low, high = min(values), max(values)
-    bars = "▁▂▃▄▅▆▇█"
+    bars = "▁▂▃▄▅▆▇█" if console.takes_unicode() else "12345678"
     return "".join(bars[round((value - low) / ((high - low) or 1) * (len(bars) - 1))] for value in taken)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import statistics
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -564,6 +565,16 @@ def test_sparklines() -> None:
     assert report_text.sparkline([3.0]) == "▁"
     assert report_text.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "▁▂▃▄▅▆▇█"
     assert report_text.sparkline(list(range(160)), width=8) == "▂▃▄▄▅▆▇█"
+
+
+def test_sparklines_where_letters_are_few(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A pipe in code page 932 or 1252 lacks the bars, and would be given sixteen times their number instead."""
+    for encoding in ("cp932", "cp1252", "ascii"):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+        assert report_text.sparkline([0, 1, 2, 3, 4, 5, 6, 7]) == "12345678"
+    make_run(tmp_path, "resnet18-baseline", 0.4)
+    text = report_text.render(report.collect([tmp_path]), "table")
+    assert set("▁▂▃▄▅▆▇█") & set(text), "a file of ours takes them"
 
 
 def test_another_data_set_is_not_compared(tmp_path: Path) -> None:
