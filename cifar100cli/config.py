@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from cifar100cli import backbones, safe_yaml
-from cifar100cli.bounded import kind_of, printable, read_file
+from cifar100cli.bounded import kind_of, not_text, printable, read_file
 from cifar100cli.errors import UsageError, did_you_mean
 from cifar100cli.folders import expand
 from cifar100cli.keys import explain, field_of, nearest_key, optional_sections, section_of
@@ -71,7 +71,8 @@ def _read_preset(name: str) -> tuple[str, dict[str, object]]:
         path = shipped
     elif name.lower().endswith((".yaml", ".yml")) or "/" in name or "\\" in name:
         path = expand(Path(name), f"--preset {name}")
-        if path.stem.startswith(".") or printable(path.stem) != path.stem:  # it becomes the name of a folder
+        # It becomes the name of a folder, in which a model is kept.
+        if path.stem.startswith(".") or printable(path.stem) != path.stem or not_text(Path(path.stem)):
             raise UsageError(f"--preset {name}: give the file another name: this one cannot name a run")
         kind = kind_of(path, f"--preset {name}: cannot be read", UsageError)
         if kind is None:

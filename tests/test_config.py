@@ -33,6 +33,16 @@ def load(tmp_path: Path, text: str, *overrides: Override) -> Config:
     return load_preset(str(path), overrides).config
 
 
+def test_a_file_whose_name_is_not_utf_8_names_no_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where file names are in another encoding, no model could be kept in a folder called so."""
+    path = tmp_path / "猫.yaml"
+    path.write_text("{}", encoding="utf-8")
+    assert load_preset(str(path)).name == "猫"
+    monkeypatch.setattr(os, "fsencode", lambda name: str(name).encode("euc_jp"))
+    with pytest.raises(UsageError, match=r"猫\.yaml: give the file another name"):
+        load_preset(str(path))
+
+
 def test_a_key_that_is_no_text(tmp_path: Path) -> None:
     """Found by `tests.fuzz`: half a surrogate pair."""
     with pytest.raises(UsageError, match="one of its keys is not text"):
