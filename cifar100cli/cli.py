@@ -523,7 +523,9 @@ def report(
     ] = None,
     check: Annotated[
         float | None,
-        typer.Option(min=0, max=100, metavar="POINTS", help="Exit 5 when a mean is further from its published figure."),
+        typer.Option(
+            min=0, max=100, metavar="POINTS", help="Exit 5 when a mean is further than this from its published figure."
+        ),
     ] = None,
     runs_dir: Annotated[
         Path,

@@ -143,7 +143,7 @@ class Loss(Section):
     name: Literal["cross_entropy", "arcface", "cosface"] = Field(
         "cross_entropy", description="arcface and cosface: with a margin between classes, on a cosine head"
     )
-    label_smoothing: Number = Field(0.0, ge=0, lt=1, description="share of a label that all classes have alike")
+    label_smoothing: Number = Field(0.0, ge=0, lt=1, description="share of a label that is spread over all classes")
     scale: Number = Field(8.0, gt=0, le=1000, description="of the cosines that a cosine head gives")
     margin: Number = Field(0.35, ge=0, le=1.5, description="radians for arcface; a cosine for cosface")
     gradient: Literal["exact", "straight_through"] = Field("exact", description="of arcface's margin")
@@ -193,7 +193,9 @@ class Optimizer(Section):
         "adamw", description="muon: for hidden layers' matrices and filters, and an auxiliary one for the rest"
     )
     lr: Number = Field(0.001, gt=0, le=100, description="learning rate, at its highest")
-    weight_decay: Number = Field(0.0001, ge=0, le=10, description="adamw and muon's matrices: apart from the gradient")
+    weight_decay: Number = Field(
+        0.0001, ge=0, le=10, description="adamw and muon's matrices: decoupled from the gradient"
+    )
     decay_norms: bool = Field(True, description="weight decay on biases, norms and all that has one dimension, too")
     layer_decay: Number = Field(1.0, gt=0, le=1, description="of the rate, from each layer to the one before it")
     betas: tuple[
