@@ -3,6 +3,7 @@
 Typer leaves out what does not begin as the user's word does; where nothing is left, bash and zsh offer files.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -60,8 +61,9 @@ def starts() -> Sequence[str]:
 
 
 def _runs() -> list[Path]:
+    """Those whose names are no more than words: bash puts any other on the line as it is, and zsh would run it."""
     from cifar100cli import folders
     from cifar100cli.runs import find_runs
 
-    runs = find_runs(folders.runs_dir())
+    runs = [run for run in find_runs(folders.runs_dir()) if re.fullmatch(r"[\w./:@%+=,-]+", run.as_posix())]
     return sorted(runs, key=lambda run: run.name, reverse=True)  # a name begins with the time

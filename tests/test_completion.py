@@ -105,6 +105,17 @@ def test_runs(complete: Complete, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert completion.unfinished() == ["last"]
 
 
+@pytest.mark.parametrize(
+    "name", ["a\\$(touch harm)", "$(touch harm)", "`touch harm`", "a;touch harm", "a b", "a'b", 'a"b']
+)
+def test_a_run_whose_name_means_something_to_a_shell(complete: Complete, tmp_path: Path, name: str) -> None:
+    """Typer's script for zsh evaluates what it is offered, and bash puts it on the line unquoted."""
+    for one in (name, "größer-1_2"):
+        make_run(tmp_path / "runs" / "a" / one, CONFIG, MODEL)
+    assert complete("cifar100 evaluate ") == ["runs/a/größer-1_2"]
+    assert complete("cifar100 train --resume ") == ["last", "runs/a/größer-1_2"]
+
+
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
 def test_other_shells_are_answered_in_their_words(shell: str, run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("_CIFAR100_COMPLETE", f"complete_{shell}")
