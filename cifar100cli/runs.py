@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
@@ -173,7 +174,7 @@ class RunDir:
             return None
         return value if isinstance(value, str) and printable(value) == value else None
 
-    def times(self) -> list[dict[str, Any]]:
+    def times(self) -> list[Mapping[str, Any]]:
         """The environment at the beginning, and each time that the run went on, in order; none if it cannot be had."""
         try:
             environment = self.environment()
@@ -181,7 +182,7 @@ class RunDir:
             return []
         resumed = environment.pop(RESUMED, None)
         later = [entry for entry in resumed if isinstance(entry, dict)] if isinstance(resumed, list) else []
-        return [{**environment, **entry} for entry in ({}, *later)]
+        return [ChainMap(entry, environment) for entry in ({}, *later)]  # no copies: a stranger's file may list many
 
     def each_time(self, key: str) -> list[str]:
         """What `recorded` gives, of the beginning and of every time that the run went on, in order."""

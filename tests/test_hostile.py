@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import tracemalloc
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -98,6 +99,19 @@ def test_a_run_with_a_file_that_is_too_much(tmp_path: Path, case: str) -> None:
     (listed,) = report.collect([tmp_path]).unusable
     assert name in listed.reason
     assert listed.reason.isprintable()
+
+
+def test_an_environment_that_lists_many_resumptions(tmp_path: Path) -> None:
+    """Each time has what was so at the beginning, too: copied for each, a megabyte made hundreds of gigabytes."""
+    run = make_run(tmp_path, "resnet18-baseline", 0.44)
+    many = {**dict.fromkeys(map(str, range(2000)), 0), "resumed": [{}] * 2000 + [{"device": "cuda"}]}
+    (run.path / runs.ENVIRONMENT).write_text(json.dumps({**run.environment(), **many}))
+    tracemalloc.start()
+    try:
+        assert run.latest("device") == "cuda"
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    finally:
+        tracemalloc.stop()
 
 
 def sparse_file(path: Path, size: int) -> None:
