@@ -230,7 +230,7 @@ def refuse_unusable(url: str) -> None:
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
     except ValueError:
         usable = secret = False
-    if secret:
+    if secret or (not usable and "@" in url):  # with a slash in it, a password is taken for a port, which it cannot be
         raise UsageError("--url: a name or password in an address is sent nowhere; leave it out")
     if not usable or not url.isascii() or not url.isprintable() or " " in url:
         raise UsageError(f"--url {url!r}: not an address that starts with http:// or https://")

@@ -397,6 +397,14 @@ def test_unusable_address(tmp_path: Path, url: str) -> None:
     assert not (tmp_path / "data").exists()
 
 
+@pytest.mark.parametrize("secret", ["me:word", "me:w/ord", "me:w#ord", "me:w[ord", ":word", "me"])
+def test_a_password_in_an_address_is_not_told(tmp_path: Path, secret: str) -> None:
+    """With a slash in it, the address is none, and the line about that had the password in it."""
+    with pytest.raises(UsageError) as told:
+        install(tmp_path / "data", f"https://{secret}@127.0.0.1/a")
+    assert str(told.value) == "--url: a name or password in an address is sent nowhere; leave it out"
+
+
 def test_unusable_digest(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="64 hexadecimal digits"):
         install(tmp_path / "data", sha256="cafe")
