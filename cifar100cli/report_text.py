@@ -2,6 +2,7 @@
 
 import csv
 import io
+import re
 from collections.abc import Container, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -206,8 +207,8 @@ def _markdown(report: Report) -> str:
         cells = [_study_cells(row, changed(row)) for row in study]
         lines += ["", _escape(_study_title(dataset)), ""]
         lines += _markdown_table(STUDY_COLUMNS, cells, right=range(1, 7))
-    lines += ["", *(f"- {note}" for note in _notes(report))]
-    lines += [f"- not counted: `{_escape(u.run)}`: {_escape(u.reason)}" for u in report.unusable]
+    notes = [*_notes(report), *(f"not counted: {u.run}: {u.reason}" for u in report.unusable)]
+    lines += ["", *(f"- {_escape(note)}" for note in notes)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -236,8 +237,9 @@ def _csv(report: Report) -> str:
     return buffer.getvalue()
 
 
-def _escape(cell: str) -> str:
-    return printable(cell).replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;")
+def _escape(text: str) -> str:
+    """Text in Markdown as it is: no cell ends in it, and it is no HTML, link, picture or code."""
+    return re.sub(r"([\\|\[`])", r"\\\1", printable(text)).replace("<", "&lt;")
 
 
 def show_table(report: Report) -> None:

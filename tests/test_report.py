@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from cifar100cli import console, page, report, report_text, runs
 from cifar100cli.bounded import printable
@@ -540,6 +541,25 @@ def test_names_that_could_steer_a_terminal(tmp_path: Path) -> None:
             assert all(printable(line) == line for line in written.splitlines()), form
         assert "resnet18-baseline" in page.render(found).encode().decode()
         shutil.rmtree(tmp_path / "runs")
+
+
+def test_names_that_are_markdown(tmp_path: Path) -> None:
+    """By Rich's parser of Markdown: what is in somebody's runs is no link, no HTML, and no picture from elsewhere."""
+    name = "![a](http://b/c.png) <img src=x> `[d](http://e)` f|g \\"
+    file = tmp_path / "mine.yaml"
+    config = load_preset("resnet18-baseline").config
+    file.write_text(config.model_copy(update={"expected": Expected(top1=0.5)}).to_yaml())
+    recorded(make_run(tmp_path / "runs", str(file), 0.44), preset=name)
+    broken = tmp_path / "runs" / name.replace("/", "")
+    broken.mkdir()
+    (broken / runs.RESULT).write_text("{}")
+    written = report_text.render(report.collect([tmp_path / "runs"]), "markdown")
+    blocks = MarkdownIt("commonmark").enable("table").parse(written)
+    inside = [one for block in blocks for one in block.children or []]
+    assert not {block.type for block in blocks} & {"html_block", "fence", "code_block"}
+    assert {one.type for one in inside} <= {"text", "text_special", "softbreak"}
+    shown = "".join(one.content for one in inside)
+    assert (shown.count(name), shown.count(broken.name)) == (2, 1)  # in the table and its note; among those not counted
 
 
 @pytest.mark.parametrize(("key", "value"), [("select", "foo"), ("ranks", "two"), ("peak_memory_bytes", None)])
