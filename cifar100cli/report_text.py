@@ -233,8 +233,13 @@ def _csv(report: Report) -> str:
             "; ".join(row.hardware),
             "; ".join(row.runs),
         ]
-        writer.writerow([printable(cell) if isinstance(cell, str) else cell for cell in cells])
+        writer.writerow([_text(cell) if isinstance(cell, str) else cell for cell in cells])
     return buffer.getvalue()
+
+
+def _text(cell: str) -> str:
+    """Text that a spreadsheet takes for text, and for no formula."""
+    return f"'{printable(cell)}" if cell.startswith(("=", "+", "-", "@")) else printable(cell)
 
 
 def _escape(text: str) -> str:

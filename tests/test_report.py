@@ -562,6 +562,16 @@ def test_names_that_are_markdown(tmp_path: Path) -> None:
     assert (shown.count(name), shown.count(broken.name)) == (2, 1)  # in the table and its note; among those not counted
 
 
+@pytest.mark.parametrize("first", "=+-@")
+def test_names_that_are_formulas(tmp_path: Path, first: str) -> None:
+    """A spreadsheet computes what begins so; a number below zero is one all the same."""
+    recorded(make_run(tmp_path, "resnet18-baseline", 0.44), preset=f"{first}SUM(A1)", device_name=f"{first}1")
+    make_run(tmp_path, "resnet18-baseline", 0.44, seed=1)
+    ours, theirs = csv.DictReader(io.StringIO(report_text.render(report.collect([tmp_path]), "csv")))
+    assert (ours["preset"], ours["hardware"], float(ours["delta"])) == ("resnet18-baseline", "cpu, fp32", 0.44 - 0.4426)
+    assert (theirs["preset"], theirs["hardware"]) == (f"'{first}SUM(A1)", f"'{first}1, fp32")
+
+
 @pytest.mark.parametrize(("key", "value"), [("select", "foo"), ("ranks", "two"), ("peak_memory_bytes", None)])
 def test_a_result_that_is_not_what_it_should_be(tmp_path: Path, key: str, value: object) -> None:
     run = make_run(tmp_path, "resnet18-baseline", 0.44)
