@@ -204,7 +204,13 @@ class _Https(HTTPSHandler):
 
 
 class _WebRedirects(HTTPRedirectHandler):
-    """Follows redirects, but not out of the web; urllib itself would go on to ftp."""
+    """Follows redirects, but not out of the web, nor out of https where no digest verifies what comes.
+
+    urllib itself would go on to ftp.
+    """
+
+    def __init__(self, *, verified: bool) -> None:
+        self._verified = verified
 
     def http_error_302(self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message) -> Any:
         try:
@@ -218,8 +224,12 @@ class _WebRedirects(HTTPRedirectHandler):
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:
-        if urlsplit(newurl).scheme not in ("http", "https"):
+        scheme = urlsplit(newurl).scheme
+        if scheme not in ("http", "https"):
             raise HTTPError(req.full_url, code, msg, headers, fp)
+        if scheme == "http" and req.type == "https" and not self._verified:
+            fp.close()
+            raise _RefusedError("redirects from https to http, where nothing vouches for what comes; give its --sha256")
         return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
 
 
@@ -340,7 +350,8 @@ def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeo
         headers["Range"] = f"bytes={part.size}-"
     request = Request(url, headers=headers)
     try:
-        response = build_opener(_WebRedirects, _Http, _Https).open(request, timeout=timeout)
+        opener = build_opener(_WebRedirects(verified=expected is not None), _Http, _Https)
+        response = opener.open(request, timeout=timeout)
     except HTTPError as error:
         with error:
             _interpret_error(error, part, size)

@@ -6,6 +6,7 @@ import email.utils
 import errno
 import gzip
 import hashlib
+import io
 import json
 import os
 import re
@@ -17,9 +18,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from email.message import Message
 from http.client import HTTPSConnection
 from pathlib import Path
 from typing import IO, Any
+from urllib.request import Request
 
 import pytest
 
@@ -361,6 +364,27 @@ def test_redirect_to_nowhere(server: Server, tmp_path: Path, target: str) -> Non
     with pytest.raises(CifarError, match="HTTP 302, a redirect in a circle, or to something") as raised:
         install(tmp_path, server.url("/a", status(302, Location=target)))
     assert raised.value.exit_code == 1
+
+
+@pytest.mark.parametrize(
+    ("verified", "before", "after"),
+    [(True, "https", "http"), (False, "https", "https"), (False, "http", "http"), (False, "http", "https")],
+)
+def test_redirect_of_scheme(verified: bool, before: str, after: str) -> None:
+    request = redirected(f"{before}://127.0.0.1/a", f"{after}://127.0.0.1/b", verified=verified)
+    assert request is not None
+    assert request.full_url == f"{after}://127.0.0.1/b"
+
+
+def test_https_is_not_left_where_nothing_else_vouches() -> None:
+    """Under `--sha256 none` whoever sits on the way could put another archive in its place."""
+    with pytest.raises(fetch._RefusedError, match="from https to http"):
+        redirected("https://127.0.0.1/a", "http://127.0.0.1/b", verified=False)
+
+
+def redirected(address: str, target: str, *, verified: bool) -> Request | None:
+    redirects = fetch._WebRedirects(verified=verified)
+    return redirects.redirect_request(Request(address), io.BytesIO(), 302, "Found", Message(), target)
 
 
 @pytest.mark.parametrize(
