@@ -53,7 +53,7 @@ def replacing(path: Path) -> Iterator[Path]:
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         with contextlib.suppress(PermissionError):  # shares of other systems keep modes of their own
-            temporary.chmod(0o666 & ~_umask())  # mkstemp made it private
+            temporary.chmod(_mode(path))  # mkstemp made it private
         _put(temporary, path)
     except OSError as error:
         remove_quietly(temporary)
@@ -110,6 +110,14 @@ def _stream(path: Path) -> int | None:
     absolute = str(path.absolute())  # not resolved: what it leads to has a name of its own
     numbered = re.fullmatch(r"/(?:dev|proc/self)/fd/(\d{1,6})", absolute)
     return int(numbered[1]) if numbered else standard.get(absolute)
+
+
+def _mode(path: Path) -> int:
+    """Who may read and write a file that is there, or else what is made anew."""
+    try:
+        return path.stat().st_mode & 0o777
+    except FileNotFoundError:
+        return 0o666 & ~_umask()
 
 
 @functools.cache  # what looks at it sets it for a moment, which other threads must not meet

@@ -262,6 +262,17 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o666 & ~atomic._umask()
 
 
+def test_who_may_read_a_file_may_read_the_one_that_takes_its_place(tmp_path: Path) -> None:
+    """A report that its owner has made private was everybody's when it was written again."""
+    path = tmp_path / "file"
+    for mode in (0o600, 0o640, 0o664):
+        path.touch()
+        path.chmod(mode)
+        atomic.write_text(path, "new")
+        assert path.read_text() == "new"
+        assert path.stat().st_mode & 0o777 == mode
+
+
 def in_use(monkeypatch: pytest.MonkeyPatch, name: str, times: int) -> list[Path]:
     """Files of this name cannot be replaced at first; returns those that somebody tried to replace."""
     tried: list[Path] = []
