@@ -35,7 +35,7 @@ from cifar100cli.report import (
     unfrozen,
 )
 from cifar100cli.runs import CONFIG, MODEL, PREDICTIONS, RunDir
-from cifar100cli.wording import PROTOCOLS
+from cifar100cli.wording import PROTOCOLS, SPLIT_OF
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -207,8 +207,9 @@ def _comparison(dataset: str, rows: Sequence[Row]) -> dict[str, Any] | None:
 
 
 def _chart_row(row: Row) -> dict[str, Any]:
-    """Accuracy and loss of a setting: its mean over the seeds, and each seed, with its best epoch."""
+    """Accuracy and loss of a setting: its mean over the seeds, and each run, with the epoch that was chosen, if any."""
     seeds = [RunDir(Path(run)).metrics() for run in row.runs[:SEEDS]]
+    chosen_by = f"{SPLIT_OF[row.select]}_top1"  # of a last epoch, which nothing chose, the name of no curve
     title = _name(row)
     found = []
     for figure, words in (("top1", "accuracy"), ("loss", "loss")):
@@ -217,7 +218,7 @@ def _chart_row(row: Row) -> dict[str, Any]:
             name = f"{split}_{figure}"
             if name not in row.curves:
                 continue
-            chosen = row.best_epochs if name == judged(row) else []
+            chosen = row.best_epochs if name == chosen_by else []
             if len(row.runs) == 1:
                 lines.append(Line(row.curves[name], colour, best=chosen))
                 continue
@@ -226,7 +227,7 @@ def _chart_row(row: Row) -> dict[str, Any]:
                 best = chosen[number : number + 1]
                 lines.append(Line([line[name] for line in metrics], colour, faint=True, best=best))
         caption = f"{words.capitalize()} by epoch" + (" (thin: single runs)." if len(row.runs) > 1 else ".")
-        if figure == "top1" and judged(row):
+        if figure == "top1" and chosen_by in row.curves:
             caption += " A circle marks the epoch that was chosen."
         drawn = charts.curves(
             lines,
