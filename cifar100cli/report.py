@@ -47,9 +47,9 @@ class Row:
     - `delta`: ours minus published, as a fraction, and only on the preset's own data set.
     - `noise`: how far a single run may lie from our mean by chance alone, as a fraction, once there are several seeds;
       `within_noise` judges `delta` by it where the row does not depart.
-    - `test_loss_mean`: over the runs, of the selected weights, whose accuracy is `top1_mean`.
+    - `test_loss_mean`: over the seeds, of the selected weights, whose accuracy is `top1_mean`.
     - `images`: the data set's digest.
-    - `curves`: losses and accuracies by epoch, as means over the runs, of what was measured in every epoch.
+    - `curves`: losses and accuracies by epoch, as means over the seeds, of what was measured in every epoch.
     """
 
     preset: str
@@ -348,18 +348,20 @@ def _row(
         fraction=config.data.fraction,
         teacher=config.distillation.teacher if config.distillation is not None else None,
         images=measured.images,
-        curves=_curves([run.metrics for run in group]),
+        curves=_curves(group),
     )
 
 
-def _curves(runs: Sequence[Sequence[dict[str, Any]]]) -> dict[str, list[float]]:
-    """What every run has of every epoch, as means over the runs."""
+def _curves(group: Sequence[_Complete]) -> dict[str, list[float]]:
+    """What every run has of every epoch, as means over the seeds: the runs of one seed count as one, their mean."""
+    seeds = [int(run.result["seed"]) for run in group]
+    shares = [1 / seeds.count(seed) for seed in seeds]
     found = {}
     for name in CURVES:
-        lines = [[row.get(name) for row in rows] for rows in runs]
+        lines = [[row.get(name) for row in run.metrics] for run in group]
         alike = len({len(line) for line in lines}) == 1 and lines[0]
         if alike and all(_is_number(value) for line in lines for value in line):
-            found[name] = [fmean(values) for values in zip(*lines, strict=True)]
+            found[name] = [fmean(values, shares) for values in zip(*lines, strict=True)]
     return found
 
 

@@ -486,6 +486,7 @@ def test_curves_are_means_and_only_of_what_every_epoch_has(tmp_path: Path) -> No
         for epoch, loss in enumerate(losses, start=1):
             line = {"epoch": epoch, "train_loss": loss, "train_top1": 0.5, "seconds": 1, "images_per_second": 1}
             run.append_metrics({**line, "test_loss": None, "test_top1": 0.2 * epoch})
+    shutil.copytree(run.path, tmp_path / "a copy")  # which is no further seed, in curves as in the results
     (row,) = report.collect([tmp_path]).rows
     assert row.curves == {
         "train_loss": pytest.approx([2.0, 1.0]),
