@@ -103,6 +103,7 @@ def _environment() -> "Environment":
     )
     environment.filters |= {
         "percent": wording.percent,
+        "points": wording.points,
         "duration": wording.duration,
         "setting": setting,
         "effect_name": effect_name,

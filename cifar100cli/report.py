@@ -23,7 +23,7 @@ from cifar100cli.config import (
 from cifar100cli.errors import CifarError, DataError
 from cifar100cli.runs import DATA_DIGEST, TEACHER_DIGEST, WEIGHTS_DIGEST, RunDir, begun_at, find_runs
 from cifar100cli.schema import Config
-from cifar100cli.wording import SPLIT_OF, percent
+from cifar100cli.wording import SPLIT_OF, percent, points
 
 SPLITS = {"train": "training", "val": "held-out", "test": "test"}
 FIXED = "-fixed"  # ends the name of the preset that stands beside the tutorial's with the evident repairs
@@ -372,7 +372,7 @@ def _is_number(value: object) -> bool:
 def outside_tolerance(report: Report, tolerance: float) -> list[str]:
     """A phrase for every row whose mean is further than `tolerance` percentage points from its figure."""
     return [
-        f"{row.preset}{changed(row)}: {percent(row.top1_mean)} is {100 * row.delta:+.2f} points from the published "
+        f"{row.preset}{changed(row)}: {percent(row.top1_mean)} is {points(row.delta)} points from the published "
         f"{percent(row.published_top1)}, outside {tolerance:g}"
         for row in report.rows
         if row.delta is not None and abs(100 * row.delta) > tolerance + 1e-9

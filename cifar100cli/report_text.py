@@ -26,7 +26,7 @@ from cifar100cli.report import (
     study_rows,
     unfrozen,
 )
-from cifar100cli.wording import PROTOCOLS, percent, spread
+from cifar100cli.wording import PROTOCOLS, percent, points, spread
 
 FORMATS = {".html": "html", ".md": "markdown", ".csv": "csv", ".json": "json", ".txt": "table"}
 COLUMNS = ("preset", "published", "ours", "deviation", "difference", "n", "epochs", "chosen by", "data set")
@@ -54,7 +54,7 @@ def _cells(row: Row) -> tuple[str, ...]:
         percent(published_beside(row)),
         percent(row.top1_mean),
         "-" if row.top1_std is None else f"{100 * row.top1_std:.2f}",
-        "-" if row.delta is None else f"{100 * row.delta:+.2f}",
+        points(row.delta),
         str(row.n),
         str(row.epochs),
         PROTOCOLS[row.select],
@@ -67,7 +67,7 @@ def _pair_cells(pair: Pair, changed: str) -> tuple[str, ...]:
         pair.preset + changed,
         f"{percent(pair.top1)}, {PROTOCOLS[pair.select]}",
         f"{percent(pair.fixed_top1)}, {PROTOCOLS[pair.fixed_select]}",
-        f"{100 * pair.gain:+.2f}",
+        points(pair.gain),
     )
 
 
@@ -93,14 +93,14 @@ def _ablation_cells(found: Ablation) -> list[tuple[str, ...]]:
 
 
 def _effect_cells(effect: Effect) -> tuple[str, ...]:
-    low_high = "-" if effect.interval is None else " to ".join(f"{100 * edge:+.2f}" for edge in effect.interval)
+    low_high = "-" if effect.interval is None else " to ".join(map(points, effect.interval))
     unknown = "one seed" if effect.gain_error is None else "no spread"
     verdict = {True: "within noise", False: "", None: unknown}[effect.within_noise]
     return (
         effect_name(effect),
         str(effect.n),
         _with_deviation(effect.top1_mean, effect.top1_std),
-        f"{100 * effect.gain:+.2f}{spread(effect.gain_error)}",
+        f"{points(effect.gain)}{spread(effect.gain_error)}",
         low_high,
         verdict,
     )
@@ -319,7 +319,7 @@ def _narrow(row: Row, letter: str | None) -> tuple[str, ...]:
         row.preset + _bracketed(letter),
         "-" if (published := published_beside(row)) is None else f"{100 * published:.2f}",
         _with_deviation(row.top1_mean, row.top1_std),
-        "-" if row.delta is None else f"{100 * row.delta:+.2f}",
+        points(row.delta),
         str(row.n),
         str(row.epochs),
         PROTOCOLS[row.select],

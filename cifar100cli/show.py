@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from cifar100cli import console, folders, noise, wording
-from cifar100cli.wording import SPLIT_OF, percent
+from cifar100cli.wording import SPLIT_OF, percent, points
 
 if TYPE_CHECKING:
     from cifar100cli.ablation import Ablation
@@ -91,7 +91,7 @@ def _beside(top1: float, name: str, config: "Config") -> None:
         return
     at = f" at epoch {published.epoch}" if published.epoch else ""
     console.result(
-        f"published: {percent(published.top1)}{at}; the difference is {100 * (top1 - published.top1):+.2f} points"
+        f"published: {percent(published.top1)}{at}; the difference is {points(top1 - published.top1)} points"
     )
 
 

@@ -18,6 +18,11 @@ def percent(fraction: float | None, digits: int = 2) -> str:
     return "-" if fraction is None else f"{100 * fraction:.{digits}f}%"
 
 
+def points(difference: float | None) -> str:
+    """0.0123, a difference of accuracies, as +1.23; +0.00 where it rounds to nothing."""
+    return "-" if difference is None else f"{100 * difference:+z.2f}"
+
+
 def spread(deviation: float | None) -> str:
     """What stands behind a figure in per cent, or in points; nothing where no deviation is known."""
     return "" if deviation is None else f" ±{100 * deviation:.2f}"

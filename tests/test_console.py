@@ -194,7 +194,8 @@ def test_no_colour_where_nobody_wants_one(monkeypatch: pytest.MonkeyPatch, no_co
     assert bool(COLOUR.search(written())) != bool(no_color)
 
 
-def test_durations() -> None:
+def test_differences_and_durations() -> None:
+    assert [wording.points(gain) for gain in (0.0123, -0.0123, -0.00004, None)] == ["+1.23", "-1.23", "+0.00", "-"]
     assert [wording.duration(seconds) for seconds in (0.4, 59.4, 60, 3725)] == ["0 s", "59 s", "1:00", "1:02:05"]
 
 
