@@ -8,6 +8,8 @@ import contextlib
 import inspect
 import os
 import platform
+import secrets
+import time
 import warnings
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -64,8 +66,11 @@ def launch() -> str | None:
 
 
 def restarts() -> int:
-    """How many times torchrun has started all ranks again, because one of them had failed."""
-    return _number("TORCHELASTIC_RESTART_COUNT", 0)
+    """How many times torchrun has started all ranks again, because one of them had failed.
+
+    Each machine counts for itself, and may leave out a failure on another one.
+    """
+    return greatest(_number("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def start() -> Any:
@@ -86,10 +91,33 @@ def start() -> Any:
     except (ValueError, OverflowError) as error:
         words = str(error).splitlines()[0]
         raise UsageError(f"torchrun's variables are not right ({words}); unset them, or use torchrun") from None
-    # torchrun keeps one store for all its restarts, and so the addresses of ranks that are dead: a prefix hides them.
-    store = distributed.PrefixStore(f"restart {restarts()}", store)  # type: ignore[attr-defined]
+    store = _of_this_start(store, number, world_size)
     distributed.init_process_group(backend, store=store, rank=number, world_size=world_size, timeout=PATIENCE)
     return distributed
+
+
+def _of_this_start(store: Any, number: int, world_size: int) -> Any:
+    """The store under a prefix that the ranks of this start share, once all are there.
+
+    torchrun keeps one store for all its restarts, and with it the addresses of ranks that are dead, and the prefixes of
+    earlier starts: rank 0 draws one, and the others take the one under which they are answered.
+    """
+    from torch import distributed
+
+    own = secrets.token_hex(8)
+    if number == 0:
+        prefix = own
+        store.set("prefix", prefix)
+        for other in range(1, world_size):
+            store.set(f"{prefix} answers {store.get(f'{prefix} rank {other}').decode()}", "")
+    else:
+        while True:
+            prefix = store.get("prefix").decode()
+            store.set(f"{prefix} rank {number}", own)
+            if store.check([f"{prefix} answers {own}"]):
+                break
+            time.sleep(0.05)
+    return distributed.PrefixStore(prefix, store)  # type: ignore[attr-defined]
 
 
 def leave() -> None:

@@ -47,10 +47,10 @@ def train(preset: Preset, where: Where, watcher: Watcher) -> dict[str, Any]:
     Where torchrun has started the ranks again after one of them had failed, the run that they had begun goes on.
     """
     begun = None
-    if ranks.restarts():
+    if restarts := ranks.restarts():
         begun = ranks.on_first(lambda: begun_by(where.runs_dir, preset.name, preset.config, ranks.launch()))
     if begun is not None:
-        watcher.say(f"started again by torchrun (restart {ranks.restarts()})")
+        watcher.say(f"started again by torchrun (restart {restarts})")
         return resume(begun, where, watcher)
     run = None
     try:

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -84,7 +85,7 @@ def test_torchruns_variables(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {**TORCHRUN, "TORCHELASTIC_RUN_ID": "mine", "TORCHELASTIC_RESTART_COUNT": "3"}.items():
         monkeypatch.setenv(name, value)
     assert (ranks.rank(), ranks.count(), ranks.local_rank(), ranks.local_count()) == (1, 2, 1, 2)
-    assert (ranks.launch(), ranks.restarts()) == ("mine", 3)
+    assert ranks.launch() == "mine"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's word for every launch without a name
     assert str(os.getppid()) in str(ranks.launch())
     monkeypatch.setenv("WORLD_SIZE", "two")
@@ -134,11 +135,26 @@ def test_nccl_is_for_machines_with_a_gpu_for_each_rank(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(distributed, "is_nccl_available", lambda: True)
     module = importlib.import_module("torch.distributed.rendezvous")  # hidden by its function of this name
-    monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(None, 1, 2)]))
-    monkeypatch.setattr(distributed, "PrefixStore", lambda *_: None)
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    monkeypatch.setattr(module, "rendezvous", lambda *_, **__: iter([(store, 0, 1)]))
     monkeypatch.setattr(distributed, "init_process_group", lambda backend, **_: asked.append(backend))
     ranks.start()
     assert asked == [backend]
+
+
+def test_ranks_meet_under_a_prefix_of_their_start_alone() -> None:
+    """In one store, where the last start's answers still are, and whoever comes first."""
+    store = distributed.HashStore()  # type: ignore[attr-defined]
+    for start, first in enumerate((0, 1, 2, 0)):
+        with ThreadPoolExecutor(3) as pool:
+            early = pool.submit(ranks._of_this_start, store, first, 3)
+            with pytest.raises(TimeoutError):
+                early.result(0.1)
+            others = [pool.submit(ranks._of_this_start, store, number, 3) for number in {0, 1, 2} - {first}]
+            met = [future.result(10) for future in (early, *others)]
+        assert not any(each.check(["address"]) for each in met), "that of an earlier start"
+        met[start % 3].set("address", str(start))
+        assert [each.get("address") for each in met] == [str(start).encode()] * 3
 
 
 @pytest.mark.usefixtures("auto_is_auto")
@@ -381,6 +397,8 @@ if sys.argv.pop(1) == "die" and os.environ["RANK"] == "1":
         trainer.train_epoch = dying
     else:  # late, so that rank 0 looks for the address of this rank while there is only that of the dead one
         time.sleep(2)
+elif os.environ["RANK"] == "0":  # as on another machine, which may not count a failure on that one
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = "0"
 cli.main()
 """
 
