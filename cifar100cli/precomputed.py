@@ -171,7 +171,7 @@ def _room(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, disk
     try:
         disk.mkdir(parents=True, exist_ok=True)
         room = shutil.disk_usage(disk).free
-        if needed <= 0.95 * room:
+        if not ranks.greatest(needed > 0.95 * room):  # asked on all ranks before any of them takes it
             return torch.frombuffer(_mapped(disk, size), dtype=dtype).view(shape)
     except OSError as error:
         raise FolderError(
