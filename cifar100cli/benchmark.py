@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cifar100cli import __version__, devices, machine
+from cifar100cli import __version__, devices, machine, wording
 from cifar100cli.config import Preset
 from cifar100cli.flops import step_flops
 from cifar100cli.folders import Where
@@ -92,7 +92,8 @@ def _plain_loop(sides: Sides, watcher: Watcher) -> PlainLoop | None:
 
 def _measure(preset: Preset, sides: Sides, watcher: Watcher, repeats: int, cost: StepCost | None) -> dict[str, Any]:
     job, steps = sides.job, sides.steps
-    watcher.say(f"measuring {preset.name} on {job.device}: {repeats} turns of {steps} steps of each side")
+    extent = f"{wording.several(repeats, 'turn')} of {wording.several(steps, 'step')}"
+    watcher.say(f"measuring {preset.name} on {job.device}: {extent} of each side")
     if job.step_mode.name != "off":
         watcher.say(f"steps: {job.step_mode.name} ({job.step_mode.reason})")
     started = time.perf_counter()

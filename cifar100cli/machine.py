@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from cifar100cli import __version__, devices, ranks
+from cifar100cli import __version__, devices, ranks, wording
 
 
 def environment(device: torch.device, precision: str, data_dir: Path) -> dict[str, Any]:
@@ -41,7 +41,8 @@ def in_one_line(device: str) -> str:
     chosen = devices.select_device(device)
     name = device_name(chosen)
     precision = devices.resolve_precision("auto", chosen)
-    return f"PyTorch {torch.__version__} on {chosen} ({name}), {torch.get_num_threads()} threads, precision {precision}"
+    threads = wording.several(torch.get_num_threads(), "thread")
+    return f"PyTorch {torch.__version__} on {chosen} ({name}), {threads}, precision {precision}"
 
 
 def device_name(device: torch.device) -> str:

@@ -296,7 +296,8 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
         f"{result['preset']}: {result['backbone']}, {result['batch_size']} images of {result['image_size']} "
         f"pixels a step, {result['precision']} on {result['device']}"
     )
-    console.result(f"{result['device_name']}, {result['threads']} threads, PyTorch {result['versions']['torch']}")
+    threads = wording.several(result["threads"], "thread")
+    console.result(f"{result['device_name']}, {threads}, PyTorch {result['versions']['torch']}")
     _spreads("images a second", SIDES, result["images_per_second"], "{:,.0f}")
     _spreads("ratio", RATIOS, result["ratios"], "{:.3f}")
     _spreads("share of a step", {name: name for name in result["shares"]}, result["shares"], "{:.1%}")

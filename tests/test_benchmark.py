@@ -261,9 +261,13 @@ def test_a_full_run_whose_frozen_part_is_run_once() -> None:
     assert run["seconds"] == pytest.approx(550 + 10 * 100 + 100)
 
 
-def test_bench_in_words(run_cli: Cli) -> None:
-    outcome = run_cli("bench", "--preset", "quickstart", "--steps", "1", "--repeats", "1", "--device", "cpu")
+def test_bench_in_words(run_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    outcome = run_cli("-v", "bench", "--preset", "quickstart", "--steps", "1", "--repeats", "1", "--device", "cpu")
     assert outcome.code == 0, outcome.err
+    assert "1 turn of 1 step of each side" in outcome.err
+    for said in (outcome.out, outcome.err):
+        assert ", 1 thread, " in said
     for words in ("images a second", "plain way", "share of a step", "peak memory", "the full run, 10 epochs of"):
         assert words in outcome.out
     assert all(len(line) <= 100 for line in outcome.out.splitlines())
