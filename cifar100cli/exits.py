@@ -196,6 +196,15 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
     return exit_code_of(stop)
 
 
+_IN_OUR_WORDS = {  # pydantic's, by which Typer converts an option's value
+    "Value error, ": "",
+    "Input should be a valid integer, unable to parse string as an integer": "must be a whole number",
+    "Input should be a valid number, unable to parse string as a number": "must be a number",
+    "Input should be greater than or equal to": "must be at least",
+    "Input should be less than or equal to": "must be at most",
+}
+
+
 def _usage_message(error: Any) -> str:
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else getattr(error, "command", "cifar100")
@@ -205,7 +214,9 @@ def _usage_message(error: Any) -> str:
         message = f"No such option: {option}{_another_option(option, context)}"
     elif context is not None and (extra := re.search(r"unexpected extra argument\S* \((.*)\)", message)):
         message += _option_before(extra[1].partition(" ")[0], context)
-    return f"{message.replace('Value error, ', '').rstrip('.')} (`{command} --help` lists what there is)"
+    for theirs, ours in _IN_OUR_WORDS.items():
+        message = message.replace(theirs, ours)
+    return f"{message.rstrip('.')} (`{command} --help` lists what there is)"
 
 
 def _options(command: Any) -> list[str]:
