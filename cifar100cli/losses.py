@@ -33,7 +33,7 @@ def arcface(
     backward pass takes the margin for a constant: what an in-place change under `no_grad` amounts to.
     """
     cosines = cosines.float()
-    target = cosines.gather(1, labels[:, None]).clamp(-1, 1)
+    target = cosines.gather(1, labels[:, None])
     sine = (1 - target * target).clamp_min(_LEAST_SQUARED_SINE).sqrt()
     shifted = target * math.cos(margin) - sine * math.sin(margin)
     continued = target - margin * math.sin(margin)

@@ -13,7 +13,9 @@ from cifar100cli import losses
 Array = NDArray[np.float64]
 
 
-def reference(cosines: Array, labels: NDArray[np.int64], scale: float, margin: float, kind: str) -> float:
+def reference(
+    cosines: Array, labels: NDArray[np.int64], scale: float, margin: float, kind: str, smoothing: float
+) -> float:
     """The papers' formulas, angle by angle."""
     logits = cosines.copy()
     for row, label in enumerate(labels):
@@ -27,7 +29,8 @@ def reference(cosines: Array, labels: NDArray[np.int64], scale: float, margin: f
     logits *= scale
     shifted = logits - logits.max(1, keepdims=True)
     log_probabilities = shifted - np.log(np.exp(shifted).sum(1, keepdims=True))
-    return float(-log_probabilities[np.arange(len(labels)), labels].mean())
+    of_the_true = log_probabilities[np.arange(len(labels)), labels]
+    return float(-((1 - smoothing) * of_the_true + smoothing * log_probabilities.mean(1)).mean())
 
 
 def numerical_gradient(cosines: Array, labels: NDArray[np.int64], *arguments: object) -> Array:
@@ -40,32 +43,37 @@ def numerical_gradient(cosines: Array, labels: NDArray[np.int64], *arguments: ob
     return gradient
 
 
-def call(kind: str, cosines: torch.Tensor, labels: torch.Tensor, scale: float, margin: float) -> torch.Tensor:
-    return {"arcface": losses.arcface, "cosface": losses.cosface}[kind](cosines, labels, scale=scale, margin=margin)
+def call(
+    kind: str, cosines: torch.Tensor, labels: torch.Tensor, scale: float, margin: float, smoothing: float = 0.0
+) -> torch.Tensor:
+    loss = {"arcface": losses.arcface, "cosface": losses.cosface}[kind]
+    return loss(cosines, labels, scale=scale, margin=margin, label_smoothing=smoothing)
 
 
 @pytest.mark.parametrize(
-    ("kind", "scale", "margin"),
+    ("kind", "scale", "margin", "smoothing"),
     [
-        ("arcface", 8.0, 0.35),
-        ("arcface", 64.0, 0.5),
-        ("arcface", 8.0, 0.0),
-        ("cosface", 8.0, 0.3),
-        ("cosface", 64.0, 0.4),
+        ("arcface", 8.0, 0.35, 0.0),
+        ("arcface", 64.0, 0.5, 0.0),
+        ("arcface", 8.0, 0.0, 0.0),
+        ("arcface", 8.0, 0.35, 0.1),
+        ("cosface", 8.0, 0.3, 0.0),
+        ("cosface", 64.0, 0.4, 0.0),
+        ("cosface", 8.0, 0.3, 0.1),
     ],
 )
-def test_values_and_gradients(kind: str, scale: float, margin: float) -> None:
+def test_values_and_gradients(kind: str, scale: float, margin: float, smoothing: float) -> None:
     random = np.random.default_rng(0)
     exact = random.uniform(-0.98, 0.98, (12, 7))
     labels = random.integers(0, 7, 12)
     exact[0, labels[0]] = -0.97  # beyond pi - margin, where the continuation holds
     cosines = torch.tensor(exact, dtype=torch.float32, requires_grad=True)
-    loss = call(kind, cosines, torch.from_numpy(labels), scale, margin)
+    loss = call(kind, cosines, torch.from_numpy(labels), scale, margin, smoothing)
     loss.backward()  # type: ignore[no-untyped-call]
     exact = cosines.detach().numpy().astype(np.float64)
-    assert loss.item() == pytest.approx(reference(exact, labels, scale, margin, kind), rel=2e-5, abs=1e-6)
+    assert loss.item() == pytest.approx(reference(exact, labels, scale, margin, kind, smoothing), rel=2e-5, abs=1e-6)
     assert cosines.grad is not None
-    expected = numerical_gradient(exact, labels, scale, margin, kind)
+    expected = numerical_gradient(exact, labels, scale, margin, kind, smoothing)
     np.testing.assert_allclose(cosines.grad.numpy(), expected, rtol=2e-4, atol=2e-5)
 
 
@@ -101,10 +109,26 @@ def test_finite_at_the_ends(kind: str, dtype: torch.dtype, scale: float, value: 
     with torch.autocast("cpu", torch.bfloat16):
         loss = call(kind, cosines, labels, scale, 0.35)
     assert loss.dtype == torch.float32
+    assert torch.equal(loss, call(kind, cosines.float(), labels, scale, 0.35)), "nothing is rounded on the way"
     loss.backward()  # type: ignore[no-untyped-call]
     assert torch.isfinite(loss)
     assert cosines.grad is not None
     assert torch.isfinite(cosines.grad).all()
+
+
+@pytest.mark.parametrize(("value", "straight_through"), [(1.0, True), (-1.0, True), (-1.0, False)])
+def test_at_the_ends_the_target_still_has_its_gradient(value: float, *, straight_through: bool) -> None:
+    """Its slope is 1 there, so that the gradient is cross-entropy's: the probabilities less the truth, scaled."""
+    labels = torch.arange(4)
+    cosines = torch.full((4, 10), 0.1)
+    cosines[labels, labels] = value
+    cosines.requires_grad_()
+    loss = losses.arcface(cosines, labels, scale=8, margin=0.35, straight_through=straight_through)
+    loss.backward()  # type: ignore[no-untyped-call]
+    logits = cosines.detach().clone()
+    logits[labels, labels] = math.cos(0.35) if value > 0 else -1 - 0.35 * math.sin(0.35)
+    expected = 8 * ((8 * logits).softmax(1) - torch.eye(4, 10)) / 4
+    torch.testing.assert_close(cosines.grad, expected, rtol=2e-3, atol=0)
 
 
 def test_the_target_falls_as_the_angle_grows() -> None:
