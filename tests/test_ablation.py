@@ -21,6 +21,14 @@ from tests.test_report import make_run
 # ------------------------------------------------------------------------------------------------- arithmetic
 
 
+def test_quantiles_are_students() -> None:
+    """Rounded down to whole degrees of freedom, of which 30 are as good as more; rounding errors take none away."""
+    for freedom in range(1, 40):
+        expected = stats.t.ppf(0.975, min(freedom, 30))
+        for near in (freedom, freedom + 0.9, freedom - 1e-12):
+            assert noise.quantile(near) == pytest.approx(expected, abs=6e-4)
+
+
 def test_a_gain_of_the_same_seeds_is_paired() -> None:
     ours = {0: 0.51, 1: 0.55, 2: 0.47, 5: 0.53}
     theirs = {5: 0.50, 0: 0.50, 1: 0.52, 2: 0.46}

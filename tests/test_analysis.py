@@ -68,6 +68,12 @@ def test_the_certain_are_in_the_last_bin() -> None:
     assert analysis.calibration_error(bins) == 0
 
 
+def test_a_bin_has_its_upper_edge_and_not_its_lower_one() -> None:
+    edges = np.array([0.25, 0.5, 0.75, 1.0])
+    bins = analysis.calibration(Predictions(np.zeros(4, int), np.zeros(4, int), edges), 4)
+    assert [(one.high, one.count, one.confidence) for one in bins] == [(edge, 1, edge) for edge in edges]
+
+
 def test_most_confused(predictions: Predictions) -> None:
     pairs = list(zip(predictions.true.tolist(), predictions.predicted.tolist(), strict=True))
     both = Counter(frozenset(pair) for pair in pairs if pair[0] != pair[1])
@@ -78,6 +84,7 @@ def test_most_confused(predictions: Predictions) -> None:
         assert (one.forth, one.back) == (pairs.count((one.first, one.second)), pairs.count((one.second, one.first)))
         assert one.forth >= one.back
     assert analysis.most_confused(np.array([[5, 1], [2, 5]]), 10) == [Confusion(1, 0, 2, 1)]
+    assert analysis.most_confused(np.array([[5, 2], [2, 5]]), 10) == [Confusion(0, 1, 2, 2)]
     assert analysis.most_confused(np.eye(3, dtype=np.int64), 10) == []
 
 

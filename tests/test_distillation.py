@@ -121,6 +121,16 @@ def test_standardized_logits() -> None:
     assert torch.isfinite(losses.standardized(torch.ones(2, 5))).all()
 
 
+@pytest.mark.parametrize("form", ["plain", "decoupled"])
+def test_short_floats_are_computed_with_in_float32(form: str) -> None:
+    student, teacher, labels = (torch.tensor(array) for array in logits_and_labels())
+    short = [logits.bfloat16() for logits in (student, teacher)]
+    found = compute(form, *short, labels, 3.0)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, compute(form, *(logits.float() for logits in short), labels, 3.0))
+    assert torch.equal(losses.standardized(short[0]), losses.standardized(short[0].float()))
+
+
 def make_batch(labels: Tensor) -> Batch:
     inputs = torch.zeros(len(labels), 1)
     return Batch(inputs, labels, inputs, torch.arange(len(labels)), None)

@@ -93,6 +93,8 @@ def test_equal_logits_are_predicted_alike_in_every_figure(tmp_path: Path) -> Non
     assert np.mean([row["true"] == row["predicted"] for row in rows]) == pytest.approx(found.top1)
     assert found.top1 == pytest.approx(metrics.score(logits, labels).top1)
     assert found.top5 >= found.top1
+    alike = metrics.score(torch.zeros(3, 100), torch.zeros(3, dtype=torch.int64))
+    assert (alike.top1, alike.top5) == (1, 1), "what is right is among five, whichever these are"
 
 
 @pytest.mark.parametrize(

@@ -208,6 +208,16 @@ def test_muon_is_the_papers_in_float64(
         np.testing.assert_allclose(found.detach().numpy(), expected, atol=1e-9)
 
 
+def test_a_weight_of_zeros_has_no_norm_that_could_be_fixed() -> None:
+    """As the last convolution of a branch may begin; its gradient moves it as any other."""
+    weight = nn.Parameter(torch.zeros(3, 4))
+    weight.grad = torch.randn(3, 4, generator=torch.Generator().manual_seed(0))
+    keys: dict[str, Any] = {"momentum": 0.9, "nesterov": False, "weight_decay": 0.0, "ns_steps": 5}
+    optimizer = Muon([weight], 0.1, adjust_lr="original", fixed_norm=True, dtype=torch.float32, **keys)
+    optimizer.step()
+    torch.testing.assert_close(weight.detach(), -0.1 * orthogonalised(weight.grad, 5))
+
+
 def deep_model() -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -296,7 +306,10 @@ def test_muon_alone() -> None:
     """Where all that learns is hidden."""
     model = matrices()
     groups = divided(everything(model), hidden=list(model.parameters()))
-    assert isinstance(create_optimizer(Optimizer(name="muon"), groups), Muon)
+    optimizer = create_optimizer(Optimizer(name="muon"), groups)
+    assert isinstance(optimizer, Muon)
+    optimizer.step()
+    assert_equal_weights(model, matrices())  # what has no gradient stays
 
 
 def test_muon_computes_in_bfloat16_where_the_run_does() -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from timm.optim._param_groups import param_groups_layer_decay, param_groups_weight_decay
 from torch import nn
 
@@ -103,6 +104,14 @@ def test_what_does_not_decay_is_timms(name: str) -> None:
     for decay, expected in ((False, without), (True, decaying)):
         found = {parameter for group in groups if group.decay == decay for parameter in group.parameters}
         assert found == set(expected["params"])
+
+
+def test_a_bias_decays_in_no_shape() -> None:
+    """As timm has it."""
+    model = nn.Sequential(nn.Linear(3, 3))
+    model[0].bias = nn.Parameter(torch.zeros(1, 3))
+    without, _ = param_groups_weight_decay(model, 0.1)
+    assert without_decay(model) == without["params"] == [model[0].bias]
 
 
 def test_groups_that_need_no_parting_stay_as_they_are() -> None:

@@ -108,10 +108,12 @@ def test_milestones_count_the_warm_up() -> None:
 def test_warm_up_longer_than_the_run(name: Any) -> None:
     found = [learning_rate(1.0, Schedule(name=name, warmup_epochs=9), step, 4, 2) for step in range(8)]
     assert found == [(step + 1) / 8 for step in range(8)]
+    assert learning_rate(1.0, Schedule(name=name, warmup_epochs=9), 999, 4, 2) == 0, "where a benchmark goes"
 
 
 def test_beyond_the_end_it_stays() -> None:
     """Where a benchmark goes."""
     for name, end in (("cosine", 0.1), ("linear", 0.1), ("one_cycle", 1 / 25 / 1e4)):
         schedule = Schedule.model_validate({"name": name, "final": 0.1 if name != "one_cycle" else 0})
-        assert math.isclose(learning_rate(1.0, schedule, 999, 4, 5), end)
+        for step in (20, 25, 999):  # among them one at which a cosine that went on would be low again
+            assert math.isclose(learning_rate(1.0, schedule, step, 4, 5), end)
