@@ -77,6 +77,6 @@ def _fold(model: nn.Module, convolution: str, norm: str) -> None:
     before, after = model.get_submodule(convolution), model.get_submodule(norm)
     assert isinstance(before, nn.Conv2d)
     assert isinstance(after, nn.BatchNorm2d)
-    left = nn.Sequential(after.drop, after.act) if isinstance(after, BatchNormAct2d) else nn.Identity()
+    left = after.act if isinstance(after, BatchNormAct2d) else nn.Identity()
     model.set_submodule(convolution, fuse_conv_bn_eval(before, after))
     model.set_submodule(norm, left.eval())

@@ -155,5 +155,5 @@ def evaluate(logits: Tensor, labels: Tensor, superclass_of: tuple[int, ...] = ()
         ece=analysis.calibration_error(analysis.calibration(found)),
         superclass_top1=float((group[found.predicted] == group[found.true]).mean()) if superclass_of else None,
         per_class=tuple(analysis.accuracies(matrix)),
-        confusions=tuple(sorted(pairs, key=lambda pair: (-pair[2], pair[0], pair[1]))),
+        confusions=tuple(sorted(pairs, key=lambda pair: -pair[2])),
     )

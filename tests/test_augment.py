@@ -183,5 +183,6 @@ def test_all_an_epoch_is_drawn_from() -> None:
         DeviceLoader(split, 5, CPU, Preprocessing(2), shuffle=True, policy=Spy(), seed=seed).plan(epoch)
     assert seen[0] == seen[2]
     assert seen[0][1] == seen[1][1]
+    assert not {one[0] for one in seen} & {one[1] for one in seen}, "no epoch's draws are those of all epochs"
     assert len({one[0] for one in seen}) == len({one[2] for one in seen}) == 3
     assert len({one[1] for one in seen}) == 2

@@ -106,6 +106,7 @@ def test_a_bit_that_fell_over(saved: Path, tmp_path: Path, run_cli: Cli) -> None
     [
         ({"format": 2}, "newer cifar100"),
         ({"format": "x"}, "format number"),
+        ({"format": 0}, "format number"),
         ({"classes": ["only one"]}, "not right at 'classes'"),
         ({"classes": ["a", "b", "c", "d"]}, "another shape for fc"),
         ({"mean": [0.0]}, "'mean"),
@@ -223,6 +224,19 @@ def test_training_state_comes_back_to_the_bit(tmp_path: Path, name: str) -> None
     assert found == TrainState(3, 2, 0.5)
     steps(other, optimizer, range(3, 6))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_a_state_of_a_network_with_a_weight_that_nothing_uses(tmp_path: Path, name: str) -> None:
+    """An optimizer may keep nothing of what has no gradient."""
+    model = make_model()
+    model.register_parameter("unused", nn.Parameter(torch.ones(2)))
+    config = Config.model_validate({"optimizer": {"name": name}}).optimizer
+    state = Trained(model, create_optimizer(config, everything(model)))
+    model(torch.randn(4, 3, 32, 32)).square().mean().backward()
+    state.optimizer.step()
+    checkpoint.save_state(tmp_path / "state", checkpoint.snapshot(TrainState(1, 1, 0.5), state))
+    assert checkpoint.restore(checkpoint.read_state(tmp_path / "state"), state) == TrainState(1, 1, 0.5)
 
 
 def test_a_state_of_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torchvision
+from numpy.typing import NDArray
 
 from cifar100cli import datasets, places
 from cifar100cli.catalog import DATASETS, FOLDERS, DatasetName
@@ -281,6 +282,26 @@ def test_fractions_are_stratified_nested_and_seeded() -> None:
     assert not np.array_equal(datasets.subset(split, 0.1, seed=2).images, small.images)
     assert np.bincount(datasets.subset(split, 1e-9, seed=1).labels).tolist() == [1, 1, 1]
     assert datasets.subset(split, 1.0, seed=1) is split
+
+
+def test_the_same_images_are_drawn_in_every_version() -> None:
+    """A run that goes on, or is compared with an older one, has its very images; they stay in the data set's order."""
+    split = make_split([50, 100, 30])
+
+    def drawn(labels: NDArray[np.int64], share: float, *seed: int) -> list[int]:
+        random = np.random.default_rng([20090408, *seed] if seed else 20090408)
+        orders = [random.permutation(np.flatnonzero(labels == label)) for label in range(3)]
+        return sorted(int(place) for order in orders for place in order[: round(share * len(order))])
+
+    training, held_out = datasets.hold_out(split, 0.1)
+    assert held_out is not None
+    part = datasets.subset(training, 0.4, seed=3)
+    assert held_out.positions.tolist() == drawn(split.labels, 0.1)
+    assert training.positions.tolist() == sorted(set(range(180)) - set(held_out.positions.tolist()))
+    assert part.positions.tolist() == training.positions[drawn(training.labels, 0.4, 3)].tolist()
+    for one in (training, held_out, part):
+        np.testing.assert_array_equal(one.images, split.images[one.positions])
+        np.testing.assert_array_equal(one.labels, split.labels[one.positions])
 
 
 def test_holding_out_everything_is_refused() -> None:

@@ -9,7 +9,8 @@ from torchvision.transforms.v2 import functional as reference
 
 from cifar100cli import augment
 from cifar100cli.datasets import Split
-from cifar100cli.loader import DeviceLoader, Preprocessing, preprocessing_for
+from cifar100cli.loader import DeviceLoader, Preprocessing, derived_seed, preprocessing_for
+from cifar100cli.models import Colour
 from cifar100cli.schema import Data
 from tests.conftest import CROP_FLIP
 
@@ -48,6 +49,8 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
 
     assert order(1, 3) == order(1, 3)
     assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (1, 2)}) == 4
+    assert order(1, 3) == np.random.default_rng([1, 3]).permutation(50).tolist(), "as runs that go on have begun"
+    assert derived_seed(1, 3) == np.random.SeedSequence([1, 3]).generate_state(1, np.uint64)[0] // 2
 
 
 def test_augmentation_can_be_had_again_without_the_epochs_before() -> None:
@@ -93,6 +96,21 @@ def test_mean_and_deviation_of_the_training_set() -> None:
     pixels = split.images.astype(np.float64) / 255
     np.testing.assert_allclose(preprocessing.mean, pixels.mean((0, 2, 3)), rtol=1e-12)
     np.testing.assert_allclose(preprocessing.std, pixels.std((0, 2, 3)), rtol=1e-12)
+
+
+def test_a_blank_channel_is_divided_by_no_zero() -> None:
+    split = make_split(4)
+    split.images[:, 1] = 7
+    preprocessing = preprocessing_for(Data(normalize="dataset"), split, "resnet18")
+    assert preprocessing.std[1] > 0
+    assert torch.isfinite(preprocessing(torch.from_numpy(split.images))).all()
+
+
+@pytest.mark.parametrize(("mean", "std"), [((0.0,) * 3, (0.5, 0.25, 0.2)), ((0.5, 0.4, 0.3), (1.0,) * 3)])
+def test_a_mean_or_a_deviation_alone_is_normalised_by(mean: Colour, std: Colour) -> None:
+    images = torch.from_numpy(make_split(4).images)
+    theirs = reference.normalize(images.float() / 255, list(mean), list(std))
+    torch.testing.assert_close(Preprocessing(32, mean, std)(images), theirs)
 
 
 def test_no_normalising_divides_by_255_and_no_more() -> None:

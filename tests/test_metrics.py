@@ -15,7 +15,7 @@ from torchmetrics.functional.classification import (
 
 from cifar100cli import evaluation, metrics
 from cifar100cli.datasets import Split
-from cifar100cli.devices import Portions
+from cifar100cli.devices import Portions, autocast
 from cifar100cli.errors import DataError
 from cifar100cli.loader import DeviceLoader, Preprocessing
 
@@ -72,6 +72,8 @@ def test_by_hand() -> None:
     assert (result.top1, result.top5, result.superclass_top1) == (0.5, 1.0, None)
     assert result.per_class == (1.0, 1 / 3, None)
     assert result.confusions == ((1, 0, 2),)
+    once = metrics.evaluate(torch.eye(3), torch.tensor([2, 0, 1]))
+    assert once.confusions == ((0, 1, 1), (1, 2, 1), (2, 0, 1)), "as often: in the order of the classes"
 
 
 def test_equal_logits_are_predicted_alike_in_every_figure(tmp_path: Path) -> None:
@@ -108,6 +110,23 @@ def test_answers_that_are_no_numbers_are_refused(precision: str, reason: str) ->
     metrics.refuse_no_answer(torch.zeros(2, 3), Path("model"), precision)
     with pytest.raises(DataError, match=f"model: its outputs are NaN or infinite: .*{reason}"):
         metrics.refuse_no_answer(torch.tensor([[0.0, float("inf")]]), Path("model"), precision)
+
+
+class Noting(torch.nn.Module):
+    """The mean of each channel, and how it was asked."""
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.asked = (self.training, torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"))
+        return inputs.mean((2, 3))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_model_is_looked_at_in_evaluation_mode_and_in_the_runs_precision(precision: str) -> None:
+    split = Split(np.zeros((3, 3, 8, 8), np.uint8), np.arange(3))
+    model, cpu = Noting(), torch.device("cpu")
+    metrics.logits_of(model, DeviceLoader(split, 2, cpu, Preprocessing(8)), autocast(cpu, precision))
+    assert model.asked == (False, True, precision == "bf16")
+    assert model.training
 
 
 class Narrow(torch.nn.Module):

@@ -83,6 +83,13 @@ def test_the_cifar_stem_of_resnets(name: str, channels: int) -> None:
     assert seen == [(1, channels, 32, 32)]
 
 
+def test_the_cifar_stem_begins_as_timms_stem_does() -> None:
+    """He's initialisation by the outputs: a deviation of the root of 2 / (64 x 3 x 3)."""
+    stem = create_model(make_config(stem="cifar"), classes=10).get_submodule("conv1").weight
+    assert isinstance(stem, Tensor)
+    assert stem.std().item() == pytest.approx((2 / (64 * 9)) ** 0.5, rel=0.1)
+
+
 def test_the_cifar_stem_is_counted() -> None:
     """A 7x7 convolution of 3 and 64 channels less, a 3x3 more."""
     assert count_parameters(create_model(make_config(stem="cifar"), classes=100)) == 11_220_132
@@ -306,6 +313,7 @@ def test_what_is_frozen_does_not_count_as_trainable() -> None:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     assert count_parameters(model, trainable=True) == 0
+    assert count_parameters(model) == 11_227_812 - 90 * 513  # of 100 classes less those of 90
 
 
 @pytest.mark.parametrize(
@@ -335,8 +343,15 @@ def test_cosine_head_gives_scaled_cosines_whatever_the_autocast() -> None:
         features = model.backbone(inputs)  # type: ignore[operator]
         head = model.head
         assert isinstance(head, CosineHead)
+        for tensor in (head.norm.running_mean, head.norm.running_var, head.norm.weight, head.norm.bias):
+            assert tensor is not None
+            tensor.uniform_(0.5, 2)
         embedding = torch.nn.functional.batch_norm(
-            features @ head.embed.weight.T, head.norm.running_mean, head.norm.running_var, head.norm.weight
+            features @ head.embed.weight.T,
+            head.norm.running_mean,
+            head.norm.running_var,
+            head.norm.weight,
+            head.norm.bias,
         )
         expected = torch.nn.functional.cosine_similarity(embedding[:, None], head.class_vectors[None], dim=2)
         torch.testing.assert_close(model(inputs), 16 * expected, atol=1e-4, rtol=1e-4)

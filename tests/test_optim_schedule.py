@@ -88,6 +88,8 @@ def test_one_cycle_of_a_rise_of_one_step_begins_at_the_peak() -> None:
 def test_warm_up_rises_to_the_peak() -> None:
     found = [learning_rate(1.0, Schedule(warmup_epochs=2), step, 4, 5) for step in range(20)]
     assert found == [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0] + [1.0] * 12
+    found = [learning_rate(1.0, Schedule(warmup_epochs=0.7), step, 4, 5) for step in range(4)]
+    assert found == [1 / 3, 2 / 3, 1, 1], "2.8 steps are three"
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear"])

@@ -1,6 +1,8 @@
 """SAM in the training step, against the paper's formulas written out in float64."""
 
 import contextlib
+import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from cifar100cli.loader import Batch, DeviceLoader, Plan
+from cifar100cli.loader import Batch, DeviceLoader, Mixture, Plan
 from cifar100cli.optim import MovingAverage
 from cifar100cli.sam import uphill
 from cifar100cli.steps import Training
@@ -141,6 +143,25 @@ def test_the_weights_come_back_to_the_bit() -> None:
     before = [p.detach().clone() for p in model.parameters()]
     training(model, torch.optim.SGD(model.parameters(), lr=0.0), ready, sam_rho=3.0).step(PLAN, slice(0, 1))
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_a_step_that_fails_on_the_way_leaves_the_weights_below() -> None:
+    """As one that is interrupted: the training state may be written after it."""
+    model = network()
+    model(batches(1)[0].inputs).sum().backward()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(KeyboardInterrupt), uphill(model, 0.1):
+        raise KeyboardInterrupt
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_right_predictions_of_mixed_images_are_of_the_larger_share() -> None:
+    model, (batch,) = network(), batches(1)
+    predicted = copy.deepcopy(model)(batch.inputs).argmax(1)
+    wrong = (predicted + 1) % 3
+    mixed = replace(batch, labels=wrong, mixture=Mixture(predicted, torch.linspace(0, 1, 16, dtype=torch.float64)))
+    _, right = training(model, torch.optim.SGD(model.parameters(), lr=0.1), [mixed]).step(PLAN, slice(0, 1))
+    assert right == 8, "the half in which the others' share is the larger one"
 
 
 def test_without_a_gradient_there_is_no_way_up() -> None:
