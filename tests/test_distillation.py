@@ -124,11 +124,11 @@ def test_standardized_logits() -> None:
 @pytest.mark.parametrize("form", ["plain", "decoupled"])
 def test_short_floats_are_computed_with_in_float32(form: str) -> None:
     student, teacher, labels = (torch.tensor(array) for array in logits_and_labels())
-    short = [logits.bfloat16() for logits in (student, teacher)]
-    found = compute(form, *short, labels, 3.0)
+    student, teacher = student.bfloat16(), teacher.bfloat16()
+    found = compute(form, student, teacher, labels, 3.0)
     assert found.dtype == torch.float32
-    assert torch.equal(found, compute(form, *(logits.float() for logits in short), labels, 3.0))
-    assert torch.equal(losses.standardized(short[0]), losses.standardized(short[0].float()))
+    assert torch.equal(found, compute(form, student.float(), teacher.float(), labels, 3.0))
+    assert torch.equal(losses.standardized(student), losses.standardized(student.float()))
 
 
 def make_batch(labels: Tensor) -> Batch:
