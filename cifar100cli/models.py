@@ -42,8 +42,8 @@ def check_backbone(name: str) -> None:
 class CosineHead(nn.Module):
     """Features to an embedding, and its cosine to a learned vector of each class, times `scale`.
 
-    A linear layer without bias, batch norm, then cosines in float32 whatever the autocast. The output is
-    logits (N, classes) float32 like any other's; a margin loss divides the scale out again.
+    A linear layer without bias, batch norm, then cosines in float32 whatever the autocast (of a network in float64, in
+    that). The output is logits (N, classes) of this type; a margin loss divides the scale out again.
     """
 
     def __init__(self, features: int, embedding_dim: int, classes: int, scale: float) -> None:
@@ -58,7 +58,8 @@ class CosineHead(nn.Module):
         """(N, features) to (N, classes)."""
         embedding = self.norm(self.embed(features))
         with torch.autocast(embedding.device.type, enabled=False):
-            cosines = F.linear(F.normalize(embedding.float()), F.normalize(self.class_vectors))
+            dtype = torch.promote_types(self.class_vectors.dtype, torch.float32)
+            cosines = F.linear(F.normalize(embedding.to(dtype)), F.normalize(self.class_vectors.to(dtype)))
             return self.scale * cosines
 
 

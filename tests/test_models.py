@@ -361,3 +361,23 @@ def test_cosine_head_gives_scaled_cosines_whatever_the_autocast() -> None:
     assert logits.abs().max() <= 16.001
     assert head.class_vectors.std().item() == pytest.approx(0.01, rel=0.15)
     assert head.embed.bias is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance", "logits"),
+    [
+        (torch.float64, 1e-12, torch.float64),
+        (torch.float16, 0.05, torch.float32),
+        (torch.bfloat16, 0.3, torch.float32),
+    ],
+)
+def test_cosines_of_a_head_in_another_type(dtype: torch.dtype, tolerance: float, logits: torch.dtype) -> None:
+    """As `half()` and `double()` make it; the reference is float64 all through."""
+    torch.manual_seed(0)
+    head, features = CosineHead(24, 16, classes=10, scale=16).eval().to(dtype), torch.randn(5, 24, dtype=dtype)
+    embedding = features.double() @ head.embed.weight.double().T / (1 + head.norm.eps) ** 0.5
+    expected = torch.nn.functional.cosine_similarity(embedding[:, None], head.class_vectors.double()[None], dim=2)
+    with torch.inference_mode():
+        found = head(features)
+    assert found.dtype == logits
+    torch.testing.assert_close(found.double(), 16 * expected, atol=tolerance, rtol=0)
