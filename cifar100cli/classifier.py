@@ -40,6 +40,7 @@ class ImagesToLogits(nn.Module):
 class Classifier(ImagesToLogits):
     """A trained model, in evaluation mode, on its device, in the precision that it was trained in.
 
+    After `half()`, `double()` or the like it computes in that type.
     `model(images)` gives logits: resizing and normalisation are inside, and gradients flow as in any module.
     `model.predict(pictures)` says what is in pictures. `model.model` is the bare network.
     """
@@ -77,12 +78,14 @@ class Classifier(ImagesToLogits):
             raise UsageError(f"images are uint8 (N, 3, H, W), and not {images.dtype} {tuple(images.shape)}")
         if images.shape[-2:] != (SIDE, SIDE):
             images = _small(images)
-        device = self.device
-        cast = devices.autocast(device, devices.precision_of(self._config, device))
+        device, dtype = self.device, next(chain(self.parameters(), self.buffers())).dtype
+        as_trained = devices.autocast(device, devices.precision_of(self._config, device))
+        cast = as_trained if dtype == torch.float32 else nullcontext
         own = torch.autocast(device.type, enabled=False, cache_enabled=False)  # none of the caller's
         outer = own if torch.is_autocast_enabled(device.type) else nullcontext()
         with nullcontext() if torch.compiler.is_compiling() else devices.exact_float32, outer, cast():
-            return super().forward(images.to(device))
+            logits: Tensor = self.model(self.preprocessing(images.to(device)).to(dtype))
+            return logits.float()
 
     def predict(self, pictures: Sequence[str | Path | Picture], top: int = 5) -> list[list[dict[str, Any]]]:
         """The `top` most likely classes of each picture: files, or pictures of Pillow's, of any size and kind.

@@ -377,6 +377,25 @@ def test_a_model_is_a_module(run: Path) -> None:
         assert other.classes == model.classes
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-5), (torch.float16, 0.01), (torch.bfloat16, 0.05)])
+def test_a_model_computes_in_the_type_it_was_given(
+    kept: Classifier, dtype: torch.dtype, tolerance: float, precision: str
+) -> None:
+    """Against the bare network in float64, on pixels prepared by hand."""
+    training = kept._config.train.model_copy(update={"precision": precision})
+    kept._config = kept._config.model_copy(update={"train": training})
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    mean, std = (torch.tensor(v, dtype=torch.float64)[:, None, None] for v in (kept.card.mean, kept.card.std))
+    with torch.inference_mode():
+        expected = copy.deepcopy(kept.model).double()((images / 255 - mean) / std)
+        logits = kept.to(dtype)(images)
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=0, atol=tolerance * float(expected.abs().max()))
+    guesses = kept.predict([picture(64, 48)], top=3)[0]
+    assert len(guesses) == 3
+
+
 def test_the_copies_that_data_parallel_makes_answer(kept: Classifier) -> None:
     """As `replicate` makes them, but for the broadcast, which needs several GPUs: parameters are plain tensors."""
     network = copy.deepcopy(kept)
