@@ -61,9 +61,10 @@ def starts() -> Sequence[str]:
 
 
 def _runs() -> list[Path]:
-    """Those whose names are no more than words: bash puts any other on the line as it is, and zsh would run it."""
+    """Those whose names mean nothing to a shell: bash puts any other on the line as it is, and zsh would run it."""
     from cifar100cli import folders
     from cifar100cli.runs import find_runs
 
-    runs = [run for run in find_runs(folders.runs_dir()) if re.fullmatch(r"[\w./:@%+=,-]+", run.as_posix())]
+    word = re.compile(r"[\w./:@%+=,\u0080-\U0010ffff-]+")
+    runs = [run for run in find_runs(folders.runs_dir()) if word.fullmatch(run.as_posix()) and str(run).isprintable()]
     return sorted(runs, key=lambda run: run.name, reverse=True)  # a name begins with the time

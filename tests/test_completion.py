@@ -105,15 +105,13 @@ def test_runs(complete: Complete, monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
     assert completion.unfinished() == ["last"]
 
 
-@pytest.mark.parametrize(
-    "name", ["a\\$(touch harm)", "$(touch harm)", "`touch harm`", "a;touch harm", "a b", "a'b", 'a"b']
-)
-def test_a_run_whose_name_means_something_to_a_shell(complete: Complete, tmp_path: Path, name: str) -> None:
+def test_a_run_whose_name_means_something_to_a_shell(complete: Complete, tmp_path: Path) -> None:
     """Typer's script for zsh evaluates what it is offered, and bash puts it on the line unquoted."""
-    for one in (name, "größer-1_2"):
-        make_run(tmp_path / "runs" / "a" / one, CONFIG, MODEL)
-    assert complete("cifar100 evaluate ") == ["runs/a/größer-1_2"]
-    assert complete("cifar100 train --resume ") == ["last", "runs/a/größer-1_2"]
+    harmless = "größer-ผู้ใช้_1"  # letters of some scripts have marks, which `\w` does not know
+    for name in ("a\\$(b)", "$(b)", "`b`", "a;b", "a b", "a'b", 'a"b', "a\u3000b", harmless):
+        make_run(tmp_path / "runs" / "a" / name, CONFIG, MODEL)
+    assert complete("cifar100 evaluate ") == [f"runs/a/{harmless}"]
+    assert complete("cifar100 train --resume ") == ["last", f"runs/a/{harmless}"]
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
