@@ -181,8 +181,9 @@ class RunDir:
         except DataError:
             return []
         resumed = environment.pop(RESUMED, None)
-        later = [entry for entry in resumed if isinstance(entry, dict)] if isinstance(resumed, list) else []
-        return [ChainMap(entry, environment) for entry in ({}, *later)]  # no copies: a stranger's file may list many
+        later = resumed[-MOST_RESUMED:] if isinstance(resumed, list) else []
+        # Neither more of them nor copies: what a stranger's file lists may be many, and of a large environment.
+        return [ChainMap(entry, environment) for entry in ({}, *later) if isinstance(entry, dict)]
 
     def each_time(self, key: str) -> list[str]:
         """What `recorded` gives, of the beginning and of every time that the run went on, in order."""

@@ -104,8 +104,9 @@ def test_a_run_with_a_file_that_is_too_much(tmp_path: Path, case: str) -> None:
 def test_an_environment_that_lists_many_resumptions(tmp_path: Path) -> None:
     """Each time has what was so at the beginning, too: copied for each, a megabyte made hundreds of gigabytes."""
     run = make_run(tmp_path, "resnet18-baseline", 0.44)
-    many = {**dict.fromkeys(map(str, range(2000)), 0), "resumed": [{}] * 2000 + [{"device": "cuda"}]}
+    many = {**dict.fromkeys(map(str, range(20_000)), 0), "resumed": [{}] * 20_000 + [{"device": "cuda"}]}
     (run.path / runs.ENVIRONMENT).write_text(json.dumps({**run.environment(), **many}))
+    assert len(run.times()) == 1 + runs.MOST_RESUMED
     tracemalloc.start()
     try:
         assert run.latest("device") == "cuda"
