@@ -224,23 +224,22 @@ class _WebRedirects(HTTPRedirectHandler):
     def redirect_request(
         self, req: Request, fp: IO[bytes], code: int, msg: str, headers: Message, newurl: str
     ) -> Request | None:
-        scheme = urlsplit(newurl).scheme
+        before, scheme = urlsplit(req.full_url).scheme, urlsplit(newurl).scheme  # `req.type` may be the proxy's
         if scheme not in ("http", "https"):
             raise HTTPError(req.full_url, code, msg, headers, fp)
-        if scheme == "http" and req.type == "https" and not self._verified:
+        if scheme == "http" and before == "https" and not self._verified:
             fp.close()
-            raise _RefusedError("redirects from https to http, where nothing vouches for what comes; give its --sha256")
+            raise _RefusedError("redirects to http, where anybody could change what comes; give the archive's --sha256")
         return super().redirect_request(req, fp, code, msg, headers, newurl)  # type: ignore[arg-type]
 
 
 def refuse_unusable(url: str) -> None:
     try:
         parts = urlsplit(url)
-        secret = parts.username is not None or parts.password is not None
         usable = parts.scheme in ("http", "https") and bool(parts.hostname) and (parts.port or 0) >= 0
     except ValueError:
-        usable = secret = False
-    if secret or (not usable and "@" in url):  # with a slash in it, a password is taken for a port, which it cannot be
+        usable = False
+    if "@" in (parts.netloc if usable else url):  # a password with a slash in it is taken for a port, and is none
         raise UsageError("--url: a name or password in an address is sent nowhere; leave it out")
     if not usable or not url.isascii() or not url.isprintable() or " " in url:
         raise UsageError(f"--url {url!r}: not an address that starts with http:// or https://")
