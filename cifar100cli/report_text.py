@@ -243,7 +243,7 @@ def _text(cell: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """Text in Markdown as it is: no cell ends in it, and it is no HTML, link, picture or code."""
+    """Text from outside, in Markdown: it ends no cell, and is no HTML, picture, code, or link under a name."""
     return re.sub(r"([\\|\[`])", r"\\\1", printable(text)).replace("<", "&lt;")
 
 
