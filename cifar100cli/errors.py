@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
+def nearest(name: str, known: Iterable[str], cutoff: float = 0.5) -> str | None:
     """The known name that is nearest to one that does not exist, if any is near."""
     names = {one.lower(): one for one in known}
-    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name.lower(), names, n=1, cutoff=cutoff)
     return names[near[0]] if near else None
 
 

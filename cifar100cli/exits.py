@@ -8,7 +8,7 @@ import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
 import typer
@@ -225,16 +225,18 @@ def _options(command: Any) -> list[str]:
 
 def _option_before(word: str, context: Any) -> str:
     """The option that may have been forgotten before a word which the command does not take by itself."""
-    fitting: dict[str, Callable[[], bool]] = {
-        "--preset": lambda: word.lower().endswith((".yaml", ".yml")) or word in completion.presets(),
-        "--dataset": lambda: word in (FOLDERS if context.info_name == "download" else DATASETS),
-        "--teacher": lambda: os.access(word, os.F_OK),
-    }
     known = _options(context.command)
-    meant = next((option for option, fits in fitting.items() if option in known and fits()), None)
-    if meant is None and "--preset" in known and (near := nearest(word, completion.presets())) is not None:
-        meant, word = "--preset", near
-    return f"; did you mean {meant} {argument(word)}?" if meant is not None else ""
+    option_of: dict[str, str] = {}
+    if "--preset" in known:
+        option_of |= dict.fromkeys(completion.presets(), "--preset")
+    if "--dataset" in known:
+        option_of |= dict.fromkeys(FOLDERS if context.info_name == "download" else DATASETS, "--dataset")
+    if "--preset" in known and word.lower().endswith((".yaml", ".yml")):
+        option_of = {word: "--preset"}
+    elif "--teacher" in known and word not in option_of and os.access(word, os.F_OK):
+        option_of = {word: "--teacher"}
+    near = nearest(word, option_of, cutoff=0.8)  # little is known of what was meant: only a slip counts
+    return f"; did you mean {option_of[near]} {argument(near)}?" if near is not None else ""
 
 
 def _another_option(option: str, context: Any) -> str:

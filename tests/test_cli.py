@@ -321,6 +321,8 @@ def test_version_and_help(run_cli: Cli) -> None:
         (["train", "extra"], 2, "argument(s) (extra) (`cifar100 train --help` lists"),
         (["train", "resnet18-baseline", "--epochs", "3"], 2, "; did you mean --preset resnet18-baseline? (`cifar100"),
         (["train", "resnet18-basline"], 2, "; did you mean --preset resnet18-baseline?"),
+        (["train", "cifar-10"], 2, "; did you mean --dataset cifar10?"),
+        (["train", "resnet18"], 2, "argument(s) (resnet18) (`cifar100 train --help` lists"),
         (["train", "my/Own.yml"], 2, "; did you mean --preset my/Own.yml?"),
         (["train", "cifar10"], 2, "; did you mean --dataset cifar10?"),
         (["bench", "laptop"], 2, "; did you mean --preset laptop?"),
