@@ -464,7 +464,7 @@ def _retry_after(value: str) -> float:
 
 
 def _network_error(error: Exception, proxy: str | None = None) -> Exception:
-    through = f" (through the proxy {proxy}, by HTTP_PROXY or HTTPS_PROXY; NO_PROXY leaves it out)" if proxy else ""
+    through = f" (through the proxy {proxy}; HTTP_PROXY or HTTPS_PROXY names another, NO_PROXY=* none)" if proxy else ""
     cause = error.reason if isinstance(error, URLError) and isinstance(error.reason, Exception) else error
     if isinstance(cause, TimeoutError):
         return _FailedError(f"timed out: no data came{through}")

@@ -257,7 +257,7 @@ def test_a_proxy_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         deaf.bind(("127.0.0.1", 0))
         proxy = f"127.0.0.1:{deaf.getsockname()[1]}"
         monkeypatch.setenv(f"{scheme}_proxy", f"http://user:secret@{proxy}")
-        words = rf"refused \(through the proxy {proxy}, .*NO_PROXY.*nothing came"
+        words = rf"refused \(through the proxy {proxy}; .*NO_PROXY.*nothing came"
         with pytest.raises(CifarError, match=words) as raised:
             install(tmp_path, f"{scheme}://example.invalid/a", retries=1)
     assert "secret" not in str(raised.value)
