@@ -42,9 +42,9 @@ def transfer(title: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def _tenths(title: str) -> Callable[[int, int | None], None]:
-    """A line for every tenth, and where these take long, for every half a minute; counted afresh when the bytes are.
+    """A line for every tenth, at most one in two seconds and at least one in thirty while bytes come.
 
-    Of tenths that follow within two seconds of each other, not each has one.
+    It is counted afresh when the bytes start again.
     """
     last_done, shown, at_start = 0, 0, 0
     started = last_line = time.monotonic()

@@ -203,7 +203,7 @@ def _no_weights(name: str, error: BaseException) -> str:
     """Why timm's weights cannot be had, and what to do."""
     source = _described(name)
     place = source and (source.hf_hub_id or source.url)
-    while error.__cause__ is not None:  # the hub's own words are that the connection may be looked at
+    while error.__cause__ is not None:  # the hub's own words are general advice
         error = error.__cause__
     reason = one_line(error, 200)
     if constants.HF_HUB_OFFLINE:
