@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cifar100cli import ablation, datasets, noise, page, report, report_text, runs
+from cifar100cli import ablation, datasets, noise, page, report, report_text, runs, wording
 from cifar100cli.ablation import Ablation, Effect
 from cifar100cli.config import Override, differences, flat, load_preset, preset_names
 from cifar100cli.errors import DivergedError, UsageError
@@ -309,7 +309,7 @@ def test_a_default_that_is_not_off_is_named(run_cli: Cli) -> None:
     (effect,) = found["effects"]
     base, random = (top1_of(side["runs"])[0] for side in (found, effect))
     assert (effect["block"], effect["without"], effect["gain"]) == ("flip", False, pytest.approx(random - base))
-    assert f"{100 * effect['gain']:+.2f}" in outcome.out
+    assert wording.points(effect["gain"]) in outcome.out
     shown = [run_cli("report", "--format", form).out for form in ("table", "markdown", "html")]
     for text in (outcome.out, outcome.err, *shown):
         assert "flip = random" in text
