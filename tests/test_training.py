@@ -103,7 +103,7 @@ def test_minutes_that_are_refused(run_cli: Cli, three_epochs: list[object], monk
         (("--minutes", "-2"), "--minutes -2: must be a finite number above 0"),
         (("--minutes", "nan"), "--minutes nan: must be a finite number above 0"),
         (("--minutes", "inf"), "--minutes inf: must be a finite number above 0"),
-        (("--minutes", "soon"), "should be a valid number"),
+        (("--minutes", "soon"), "'--minutes': must be a number"),
         (("--set", "distillation.teacher=nowhere"), "how long the teacher will take is not known beforehand"),
         (("--minutes", "0.3"), "one epoch of quickstart takes about 20 s here"),
     ):
