@@ -37,7 +37,8 @@ def dry_run(result: Mapping[str, Any], json: bool) -> None:
         return
     console.result(
         f"{result['preset']} is ready: {result['backbone']} with {result['parameters']:,} parameters, "
-        f"{result['training_images']:,} images of {result['dataset']} in {result['steps_per_epoch']:,} steps, "
+        f"{result['training_images']:,} images of {result['dataset']} "
+        f"in {wording.several(result['steps_per_epoch'], 'step')}, "
         f"{wording.several(result['epochs'], 'epoch')}, {result['precision']} on {result['device']}"
     )
     console.result(f"one step on a batch of {tuple(result['batch'])} gave the loss {wording.loss(result['loss'])}")
@@ -313,7 +314,7 @@ def bench(result: Mapping[str, Any], json: bool) -> None:
         f"peak memory of the steps, without data set and kept features: {memory}; steps: {result['compile']}"
     )
     console.result(
-        f"the full run, {run['epochs']} epochs of {run['training_images']:,} images: "
+        f"the full run, {wording.several(run['epochs'], 'epoch')} of {run['training_images']:,} images: "
         f"{wording.duration(run['seconds'])} ({run['seconds_per_epoch']:.1f} s an epoch, measuring included"
         f"{f', after {wording.duration(before)} of the frozen part' if before else ''})"
         + (", after the teacher's look at each image, which is not counted" if run["teacher_not_counted"] else "")
