@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from cifar100cli import batch_norm, checkpoint, metrics, ranks
+from cifar100cli import batch_norm, checkpoint, metrics, ranks, wording
 from cifar100cli.card import Card
 from cifar100cli.devices import Cast, autocast, peak_memory
 from cifar100cli.errors import DataError, DivergedError
@@ -22,7 +22,6 @@ from cifar100cli.stages import Parted
 from cifar100cli.steps import StepMode, Steps, Training, create_steps
 from cifar100cli.tasks import Task
 from cifar100cli.watcher import EpochProgress, TrainState, Watcher
-from cifar100cli.wording import SPLIT_OF
 
 GLANCE = 0.001  # seconds between two looks at a GPU that is behind
 TOLERATED_OVERFLOWS = 0.5  # of an epoch's steps, in fp16
@@ -108,7 +107,7 @@ def fit(job: Job, run: RunDir, watcher: Watcher) -> TrainState:
                 _refuse_infinite(row, model)
 
             state.epoch = epoch
-            chosen_on = SPLIT_OF[config.train.select]
+            chosen_on = wording.SPLIT_OF[config.train.select]
             if chosen_on is None or row[f"{chosen_on}_top1"] > state.best_top1:
                 state.best_epoch, state.best_top1 = epoch, row[f"{chosen_on}_top1"] if chosen_on else -1.0
             if config.data.first_image_size is not None:
@@ -215,6 +214,7 @@ def _refuse_infinite(row: Mapping[str, Any], model: nn.Module) -> None:
     """An epoch's last step can spoil the weights after its loss was taken. A loss beyond measure is an infinite one."""
     for name, value in row.items():
         if name.endswith("_loss") and value is not None and not abs(value) < LARGEST:
-            raise DivergedError(f"{name} was {value} after epoch {row['epoch']}, at learning rate {row['lr']:g}")
+            told = wording.loss(value)
+            raise DivergedError(f"{name} was {told} after epoch {row['epoch']}, at learning rate {row['lr']:g}")
     if not all(torch.isfinite(p).all() for p in model.state_dict().values()):
         raise DivergedError(f"weights stopped being finite in epoch {row['epoch']}, at learning rate {row['lr']:g}")
