@@ -60,7 +60,6 @@ class Saver:
         """Wait until all epochs are on the disk. Raises what went wrong with the last one."""
         if self._last is not None:
             self._last.result()
-            self._last = None
 
     def _on_host(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in tensors.items():

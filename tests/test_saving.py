@@ -67,10 +67,12 @@ def test_what_is_written_is_the_epoch_though_training_has_moved_on(run: RunDir, 
     training = trained(make_model())
     before = {name: tensor.clone() for name, tensor in training.model.state_dict().items()}
     with Saver(run, make_card()) as saver:
-        saver.save(ROW, TrainState(1, 1, 0.5), training)
+        state = TrainState(1, 1, 0.5)
+        saver.save(ROW, state, training)
         assert gate.reached.wait(30)
         assert not (run.path / runs.STATE).exists()
         moved(training)
+        state.epoch = 2
         gate.opened.set()
         saver.wait()
         assert_file(run.path / runs.MODEL, before)
