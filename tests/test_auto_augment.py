@@ -41,7 +41,7 @@ def images(few_drawings: synthetic.Drawn) -> Tensor:
     pictures = torch.from_numpy(few_drawings.train[0][:12]).clone()
     pictures[6:9] = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     pictures[9], pictures[10] = 77, 0
-    pictures[10, :, 5:] = 255
+    pictures[10, :, 5:] = torch.tensor([255, 255, 1], dtype=torch.uint8)[:, None, None]  # blue, the next level
     pictures[11] = pictures[11] // 8 + 100
     return pictures
 

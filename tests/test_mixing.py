@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,6 +129,16 @@ def test_boxes_follow_timms(alpha: float) -> None:
     for index in range(4):
         assert distance_of_distributions(boxes[:, index].astype(np.float64), columns[:, index]) < LIMIT
     assert distance_of_distributions(weights.astype(np.float64), columns[:, 4]) < LIMIT
+
+
+def test_a_box_has_the_sides_that_its_share_of_the_area_says() -> None:
+    """To the pixel: timm, whose boxes ours resemble closely, makes odd sides a pixel shorter."""
+    sides = np.arange(24)
+    left = 1 - ((sides + 0.5) / 24) ** 2  # of the image to itself
+    drawing: Any = SimpleNamespace(random=np.zeros, beta=lambda *_: left, integers=lambda *_: np.array([[20, 12]] * 24))
+    _, boxes = mixing.draw_mixture(drawing, 24, 24, 40, 0, 1.0)
+    assert (boxes[:, 0, 3] - boxes[:, 0, 1]).tolist() == sides.tolist()
+    assert (boxes[:, 0, 2] - boxes[:, 0, 0]).tolist() == [(2 * side + 1) * 40 // 48 for side in range(24)]
 
 
 def test_a_cut_images_weight_is_what_is_left_of_it() -> None:

@@ -338,6 +338,13 @@ def test_a_file_of_weights_is_what_is_in_it(tmp_path: Path) -> None:
     }
 
 
+def test_a_run_that_does_not_tell_its_images_is_of_a_pair(tmp_path: Path) -> None:
+    make_run(tmp_path, "resnet18-baseline", 0.40)
+    recorded(make_run(tmp_path, "resnet18-baseline-fixed", 0.45), data_sha256="b" * 64)
+    (pair,) = report.collect([tmp_path]).pairs
+    assert pair.gain == pytest.approx(0.05)
+
+
 def test_two_presets_of_ones_own_are_no_pair(tmp_path: Path) -> None:
     for name in ("mine", "mine-fixed", "resnet18-cifar-fixed"):
         (tmp_path / f"{name}.yaml").write_text(load_preset("quickstart").config.to_yaml())
@@ -456,6 +463,8 @@ def test_the_study_of_unfreezing(tmp_path: Path, capsys: pytest.CaptureFixture[s
             "layer3": ["50", "100%", "93.35%", "93.00%"],
             "layer2": ["10", "100%", "-", "90.00%"],
         }
+        order = [row[0].split()[0] for row in table if row[0].startswith(("layer", "all"))]
+        assert order == ["layer4", "layer3", "all", "layer2"]  # the least first, and what the study does not know last
 
 
 def test_the_studys_test_loss_is_of_the_weights_that_its_accuracy_is_of(tmp_path: Path) -> None:
@@ -493,6 +502,8 @@ def test_curves_are_means_and_only_of_what_every_epoch_has(tmp_path: Path) -> No
         "train_top1": pytest.approx([0.5, 0.5]),
         "test_top1": pytest.approx([0.2, 0.4]),
     }
+    run.forget_after(1)  # a last line that is lost
+    assert report.collect([tmp_path]).rows[0].curves == {}
 
 
 def test_a_figure_is_that_of_any_run_that_has_it(tmp_path: Path) -> None:
