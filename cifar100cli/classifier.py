@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from itertools import chain
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -97,10 +98,10 @@ class Classifier(ImagesToLogits):
         """
         if isinstance(pictures, str | Path | Picture) or not isinstance(pictures, Iterable):
             raise UsageError("pictures are a list: predict([picture])")
-        if not isinstance(top, int) or top < 1:
+        if not isinstance(top, Integral) or top < 1:  # NumPy's are whole numbers, too
             raise UsageError(f"top = {top}: must be a whole number, at least 1")
         pixels = [_pixels(picture) for picture in pictures]
-        return self.guesses(torch.from_numpy(np.stack(pixels)), top) if pixels else []
+        return self.guesses(torch.from_numpy(np.stack(pixels)), int(top)) if pixels else []
 
     def guesses(self, images: Tensor, top: int) -> list[list[dict[str, Any]]]:
         """The `top` most likely classes of images as `forward` takes them, in `predict`'s form."""

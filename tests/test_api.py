@@ -671,4 +671,6 @@ def test_mistakes_are_raised(kept: Classifier, tmp_path: Path, monkeypatch: pyte
         load_preset("quickstart", {3: 1})  # type: ignore[dict-item]
     with pytest.raises(UsageError, match="top = 0"):
         kept.predict([picture(32, 32)], top=0)
+    for top in (np.int64(1), True):  # a whole number to Python, whatever its type
+        assert kept.predict([picture(32, 32)], top=top) == kept.predict([picture(32, 32)], top=1)  # type: ignore[arg-type]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "notes.txt"]
