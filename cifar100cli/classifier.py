@@ -32,9 +32,14 @@ class ImagesToLogits(nn.Module):
         self.model = model
         self.preprocessing = preprocessing
 
+    @property
+    def held(self) -> Tensor:
+        """The first of its tensors: where that is and of which type, all of it is."""
+        return next(chain(self.parameters(), self.buffers()))
+
     def forward(self, images: Tensor) -> Tensor:
-        """Logits of images."""
-        logits: Tensor = self.model(self.preprocessing(images))
+        """Logits of images, computed in the network's type."""
+        logits: Tensor = self.model(self.preprocessing(images).to(self.held.dtype))
         return logits.float()
 
 
@@ -65,7 +70,7 @@ class Classifier(ImagesToLogits):
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(chain(self.parameters(), self.buffers())).device
+        return self.held.device
 
     def forward(self, images: Tensor) -> Tensor:
         """(N, 3, H, W) uint8 in RGB, on any device, to logits (N, classes) float32 on the model's device.
@@ -79,14 +84,13 @@ class Classifier(ImagesToLogits):
             raise UsageError(f"images are uint8 (N, 3, H, W), and not {images.dtype} {tuple(images.shape)}")
         if images.shape[-2:] != (SIDE, SIDE):
             images = _small(images)
-        device, dtype = self.device, next(chain(self.parameters(), self.buffers())).dtype
+        device = self.device
         as_trained = devices.autocast(device, devices.precision_of(self._config, device))
-        cast = as_trained if dtype == torch.float32 else nullcontext
+        cast = as_trained if self.held.dtype == torch.float32 else nullcontext
         own = torch.autocast(device.type, enabled=False, cache_enabled=False)  # none of the caller's
         outer = own if torch.is_autocast_enabled(device.type) else nullcontext()
         with nullcontext() if torch.compiler.is_compiling() else devices.exact_float32, outer, cast():
-            logits: Tensor = self.model(self.preprocessing(images.to(device)).to(dtype))
-            return logits.float()
+            return super().forward(images.to(device))
 
     def predict(self, pictures: Sequence[str | Path | Picture], top: int = 5) -> list[list[dict[str, Any]]]:
         """The `top` most likely classes of each picture: files, or pictures of Pillow's, of any size and kind.
