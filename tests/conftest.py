@@ -7,7 +7,7 @@ import pickle
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -114,6 +114,17 @@ def small_synthetic(few_drawings: synthetic.Drawn, monkeypatch: pytest.MonkeyPat
     """The drawn data set made small, so that a run takes a second."""
     monkeypatch.setattr(synthetic, "draw", lambda: few_drawings)
     return few_drawings
+
+
+@pytest.fixture
+def fewest_synthetic(small_synthetic: synthetic.Drawn, monkeypatch: pytest.MonkeyPatch) -> synthetic.Drawn:
+    """32 training and 10 test images, for bf16: a CPU that does not multiply it takes twenty times as long."""
+    (images, labels), (test_images, test_labels) = small_synthetic.train, small_synthetic.test
+    fewest = replace(
+        small_synthetic, train=(images[:32], labels[:32]), test=(test_images[:10], test_labels[:10])
+    )
+    monkeypatch.setattr(synthetic, "draw", lambda: fewest)
+    return fewest
 
 
 @pytest.fixture

@@ -240,7 +240,7 @@ def scenes(root: Path) -> Iterator[tuple[str, Scene]]:
         "distill, cache",
         cached(["distill", "--preset", "quickstart", "--teacher", teacher, "--augment", "flip", *SMALL, *tiny], root),
     )
-    features = ("--unfreeze", "layer4", "--image-size", "32", "--backbone", "resnet10t", "--init", "none")
+    features = ("--unfreeze", "layer4", "--backbone", "resnet10t", "--init", "none")
     yield "finetune, cache", cached(["finetune-cifar10", *features, *SMALL, *SHORT], root)
     yield "predictions", written(["evaluate", teacher, "--device", "cpu", "--predictions"], "p.csv")
     yield "report", written(["report", teacher, "--out"], "report.html")

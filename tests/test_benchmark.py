@@ -181,6 +181,7 @@ def test_operations_are_counted(tmp_path: Path, backbone: str) -> None:
     assert all(torch.equal(one, other) for one, other in zip(before, sides.job.model.parameters(), strict=True))
 
 
+@pytest.mark.usefixtures("fewest_synthetic")
 def test_operations_behind_kept_features_are_counted_whatever_type_these_have(tmp_path: Path) -> None:
     """Under bf16 or fp16 a frozen part's features are no float32, as weights are, and on a GPU every run counts."""
     sections: dict[str, Any] = {"finetune": {"unfreeze": "fc"}, "augment": {"policy": "flip"}}

@@ -94,6 +94,7 @@ def test_what_a_shorter_type_costs(tmp_path: Path, weights: Path, dtype: str, to
     assert curve(tmp_path / dtype) == pytest.approx(curve(tmp_path / "float32"), rel=tolerance)
 
 
+@pytest.mark.usefixtures("fewest_synthetic")
 def test_features_under_bf16_are_kept_as_they_are(tmp_path: Path, weights: Path) -> None:
     """A network that computes in bfloat16 gives bfloat16, so that keeping it in that type changes no bit."""
     for kind in ("auto", "float32"):
@@ -102,6 +103,7 @@ def test_features_under_bf16_are_kept_as_they_are(tmp_path: Path, weights: Path)
     assert curve(tmp_path / "auto") == curve(tmp_path / "float32")
 
 
+@pytest.mark.usefixtures("fewest_synthetic")
 @pytest.mark.parametrize(
     ("backbone", "unfreeze"), [("test_resnet", "layer4"), ("preact_resnet18", "layer4"), ("test_nfnet", "layer3")]
 )
@@ -109,7 +111,7 @@ def test_features_come_in_the_type_that_they_were_computed_in(tmp_path: Path, ba
     """What learns may begin with a norm or an activation, which computes in the type of what it is given."""
     for cache in ("on", "off"):
         sections: dict[str, Any] = {"model": {"backbone": backbone}, "train": {"precision": "bf16", "epochs": 1}}
-        sections["data"] = {"image_size": 16, "fraction": 0.1}  # a CPU without bf16 needs minutes for more
+        sections["data"] = {"image_size": 16}
         job = make_preset(finetune={"unfreeze": unfreeze, "cache": cache}, augment={"policy": "flip"}, **sections)
         workflows.train(job, where(tmp_path / cache), Listening())
     assert curve(tmp_path / "on") == curve(tmp_path / "off")

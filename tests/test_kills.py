@@ -1,4 +1,4 @@
-"""A run that is killed with SIGKILL goes on to the same bits: a dozen kills, of which `tests.kills` does any number."""
+"""A run that is killed with SIGKILL goes on to the same bits: some kills, of which `tests.kills` does any number."""
 
 import re
 import subprocess
@@ -6,10 +6,10 @@ import sys
 from pathlib import Path
 
 
-def test_a_dozen_kills() -> None:
+def test_some_kills() -> None:
     """In a process of its own, which can be forked: this one may have threads."""
-    command = [sys.executable, "-m", "tests.kills", "--kills", "12", "--most", "2", "--seed", "1"]
+    command = [sys.executable, "-m", "tests.kills", "--kills", "8", "--most", "2", "--seed", "1"]
     root = Path(__file__).parents[1]
     finished = subprocess.run(command, capture_output=True, text=True, cwd=root, check=False)
     assert finished.returncode == 0, finished.stdout + finished.stderr
-    assert re.search(r"^1[2-9] kills .* all ended with the bits", finished.stdout, re.MULTILINE)
+    assert re.search(r"^([89]|1\d) kills .* all ended with the bits", finished.stdout, re.MULTILINE)

@@ -28,9 +28,22 @@ from tests.conftest import EVERYTHING, Listening, make_preset, where
 pytestmark = pytest.mark.usefixtures("small_synthetic")
 
 
-def training_of(preset: Preset, tmp_path: Path) -> Training:
+def training_of(preset: Preset, tmp_path: Path, network: torch.nn.Module | None = None) -> Training:
+    """Of the preset's network, or of another one in its place."""
     job = jobs.prepare(preset, where(tmp_path), Listening())
+    if network is not None:
+        job = replace(job, model=network, groups=everything(network))
     return trainer.prepare_steps(job)
+
+
+def quick_network() -> torch.nn.Module:
+    """One that takes images of any size, and a compiler no time."""
+    torch.manual_seed(0)
+    convolution, norm = torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)
+    return torch.nn.Sequential(
+        *(convolution, norm, torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten()),
+        torch.nn.Linear(32, 100),
+    )
 
 
 def epochs(taken: Steps, preset: Preset, count: int) -> list[dict[str, float]]:
@@ -240,7 +253,7 @@ def test_the_check_for_waiting_works() -> None:
 
 def test_a_compiled_network_trains_as_an_eager_one(tmp_path: Path) -> None:
     preset = make_preset(optimizer={"lr": 1e-4})
-    eager, compiled = (training_of(preset, tmp_path) for _ in range(2))
+    eager, compiled = (training_of(preset, tmp_path, quick_network()) for _ in range(2))
     torch._dynamo.reset()
     one = epochs(Steps(eager), preset, 1)
     # The same graphs that the compiler makes, without a C++ compiler's half minute.
@@ -254,7 +267,7 @@ def test_every_size_of_images_is_compiled(tmp_path: Path, monkeypatch: pytest.Mo
     growing = {"image_size": 80, "first_image_size": 16, "grow_until": 0.8}
     preset = make_preset(data=growing, train={"epochs": 5, "compile": "inductor"})
     assert len({preset.config.image_size_in(epoch) for epoch in range(1, 6)}) == 5
-    job = training_of(preset, tmp_path)
+    job = training_of(preset, tmp_path, quick_network())
     counter = CompileCounter()
     compile_as_ever = torch.compile
     monkeypatch.setattr(torch, "compile", lambda network, **more: compile_as_ever(network, backend=counter, **more))

@@ -97,14 +97,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "all augmentation": {"augment": EVERYTHING, "data": {"normalize": "dataset"}, "loss": {"label_smoothing": 0.1}},
     "held out": {"data": {"val_fraction": 0.25, "normalize": "dataset"}, "train": {"select": "best_val"}},
     "best on test": {"train": {"select": "best_test"}},
-    "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface"}, "train": {"precision": "bf16"}},
+    "arcface": {"model": {"head": "cosine"}, "loss": {"name": "arcface"}},
     "averaged": {"train": {"ema": 0.9, "select": "best_test"}},
     "muon, one cycle": {"optimizer": {"name": "muon", "decay_norms": False}, "schedule": {"name": "one_cycle"}},
     "sam, muon and sgd, by layers": {
         "model": {"head": "cosine"},
         "optimizer": {"name": "muon", "auxiliary": "sgd", "auxiliary_lr": 0.02, "layer_decay": 0.7, "sam_rho": 0.05},
         "schedule": {"name": "multi_step", "milestones": [1, 2], "warmup_epochs": 0.5},
-        "train": {"precision": "bf16"},
     },
     "adaptive sam, linear": {
         "optimizer": {"sam_rho": 0.5, "sam_adaptive": True},
@@ -118,18 +117,20 @@ RECIPES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("stops", [(3,), (7,), (14, 3)])
-def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, recipe: str, stops: tuple[int, ...]) -> None:
-    """An epoch has 7 steps (5 where images are held out): stops in the first, between two, and twice."""
+def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, recipe: str) -> None:
+    """Stopped in the first of three epochs; in the last step of the second, before it is saved; and again in that one.
+
+    An epoch has 7 steps. Where images are held out it has 5, and the last two stops are in the third.
+    """
     preset = make_preset(**RECIPES[recipe])
     unbroken, broken = where(tmp_path / "unbroken"), where(tmp_path / "broken")
     workflows.train(preset, unbroken, Listening())
 
     with pytest.raises(RunInterrupted):
-        workflows.train(preset, broken, StopAfter(stops[0]))
-    for more in stops[1:]:
+        workflows.train(preset, broken, StopAfter(3))
+    for steps in (14, 3):
         with pytest.raises(RunInterrupted):
-            workflows.resume(only_run(tmp_path / "broken"), broken, StopAfter(more))
+            workflows.resume(only_run(tmp_path / "broken"), broken, StopAfter(steps))
     workflows.resume(only_run(tmp_path / "broken"), broken, Listening())
 
     one, other = only_run(tmp_path / "unbroken"), only_run(tmp_path / "broken")
