@@ -120,9 +120,7 @@ def small_synthetic(few_drawings: synthetic.Drawn, monkeypatch: pytest.MonkeyPat
 def fewest_synthetic(small_synthetic: synthetic.Drawn, monkeypatch: pytest.MonkeyPatch) -> synthetic.Drawn:
     """32 training and 10 test images, for bf16: a CPU that does not multiply it takes twenty times as long."""
     (images, labels), (test_images, test_labels) = small_synthetic.train, small_synthetic.test
-    fewest = replace(
-        small_synthetic, train=(images[:32], labels[:32]), test=(test_images[:10], test_labels[:10])
-    )
+    fewest = replace(small_synthetic, train=(images[:32], labels[:32]), test=(test_images[:10], test_labels[:10]))
     monkeypatch.setattr(synthetic, "draw", lambda: fewest)
     return fewest
 

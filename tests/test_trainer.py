@@ -128,9 +128,9 @@ def test_stopped_and_resumed_ends_with_the_same_bits(tmp_path: Path, recipe: str
 
     with pytest.raises(RunInterrupted):
         workflows.train(preset, broken, StopAfter(3))
-    for steps in (14, 3):
+    for taken in (14, 3):
         with pytest.raises(RunInterrupted):
-            workflows.resume(only_run(tmp_path / "broken"), broken, StopAfter(steps))
+            workflows.resume(only_run(tmp_path / "broken"), broken, StopAfter(taken))
     workflows.resume(only_run(tmp_path / "broken"), broken, Listening())
 
     one, other = only_run(tmp_path / "unbroken"), only_run(tmp_path / "broken")
