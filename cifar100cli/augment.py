@@ -115,8 +115,8 @@ def on_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """What was drawn on the host, on the device."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":  # from pinned memory the copy makes nobody wait
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)  # MPS, if not waited for, would read memory that is others' by then (pytorch#189690)
 
 
 # ---------------------------------------------------------------------- one of several transforms for each image

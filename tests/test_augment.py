@@ -6,6 +6,7 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as reference
 
@@ -186,3 +187,29 @@ def test_all_an_epoch_is_drawn_from() -> None:
     assert not {one[0] for one in seen} & {one[1] for one in seen}, "no epoch's draws are those of all epochs"
     assert len({one[0] for one in seen}) == len({one[2] for one in seen}) == 3
     assert len({one[1] for one in seen}) == 2
+
+
+class Copies(TorchFunctionMode):
+    """Notes copies to a device, and makes none: there need not be such a device."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[tuple[str, bool, bool]] = []  # to where, from pinned memory, and whether nobody waits
+        self.pinned = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.pin_memory:
+            self.pinned = True
+            return args[0]
+        if func is torch.Tensor.to:
+            self.noted.append((args[1].type, self.pinned, (kwargs or {}).get("non_blocking", False)))
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("device", "unwaited"), [("cuda", True), ("mps", False)])
+def test_only_a_copy_from_pinned_memory_is_not_waited_for(device: str, unwaited: bool) -> None:
+    """MPS reads other memory when it comes to it, which is nobody's any more: an epoch's order, say, would be noise."""
+    with Copies() as copies:
+        augment.on_device(np.arange(3), torch.device(device))
+    assert copies.noted == [(device, unwaited, unwaited)]
