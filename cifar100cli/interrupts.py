@@ -1,6 +1,7 @@
 """Ctrl-C and SIGTERM: the first ends a command in good order, a second Ctrl-C at once, and so does a later SIGTERM."""
 
 import contextlib
+import functools
 import os
 import signal
 import sys
@@ -54,7 +55,9 @@ def orderly(say: Callable[[str], None], *, grace: float = 0.0) -> Iterator[None]
         stopped = False
         heard.forgive()
         number = signal.SIGTERM if issubclass(unraisable.exc_type, Terminated) else signal.SIGINT
-        threading.Timer(0.01, os.kill, (os.getpid(), number)).start()
+        # On Windows `os.kill` ends the process; elsewhere it gets through to a main thread that waits.
+        send = signal.raise_signal if sys.platform == "win32" else functools.partial(os.kill, os.getpid())
+        threading.Timer(0.01, send, (number,)).start()
 
     heard = _Listener(say, grace)
     hook, sys.unraisablehook = sys.unraisablehook, again
