@@ -400,8 +400,7 @@ def _attempt(url: str, part: Part, expected: str | None, size: int | None, timeo
                         raise _SpoiltError("begins with other bytes than are already here", restart=True)
                 excess = max(0, excess - len(chunk))
                 if part.size + len(fresh) > limit:
-                    part.discard()
-                    raise _RefusedError(f"sends more than the {limit} bytes expected", content=True)
+                    raise _SpoiltError(f"sends more than the {limit} bytes expected", restart=False)
                 part.append(file, fresh)
                 progress(part.size, total)
                 chunk = next(chunks, b"")

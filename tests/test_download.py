@@ -17,6 +17,7 @@ import ssl
 import subprocess
 import sys
 import time
+import weakref
 from collections.abc import Callable, Iterator
 from email.message import Message
 from http.client import HTTPSConnection
@@ -71,7 +72,31 @@ from tests.weather import (
     without_length,
 )
 
-pytestmark = pytest.mark.usefixtures("waits")
+pytestmark = pytest.mark.usefixtures("waits", "as_on_windows")
+
+
+@pytest.fixture
+def as_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is open is neither removed nor renamed, nor is the folder that it is in."""
+    opened = weakref.WeakKeyDictionary[IO[Any], Path]()
+    plain_open = Path.open
+
+    def open_file(path: Path, *arguments: Any, **options: Any) -> IO[Any]:
+        file = plain_open(path, *arguments, **options)
+        opened[file] = path
+        return file
+
+    def unless_open(operation: Callable[..., Any]) -> Callable[..., Any]:
+        def operate(path: Path, *arguments: Any, **options: Any) -> Any:
+            if any(path in (held, *held.parents) for file, held in opened.items() if not file.closed):
+                raise PermissionError(errno.EACCES, "used by another process", str(path))
+            return operation(path, *arguments, **options)
+
+        return operate
+
+    monkeypatch.setattr(Path, "open", open_file)
+    for name in ("unlink", "rename", "replace"):
+        monkeypatch.setattr(Path, name, unless_open(getattr(Path, name)))
 
 
 def test_plain(server: Server, tmp_path: Path) -> None:
