@@ -65,7 +65,8 @@ def _processor() -> str:
 
 def _said_by(*command: str) -> str:
     """What another program prints. Raises `OSError` or `SubprocessError` where it is not there, or fails."""
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+    said = subprocess.run(command, check=True, capture_output=True, timeout=10).stdout
+    return said.decode(errors="replace").strip()  # not as the system would: names of files may be in any encoding
 
 
 def _commit() -> str | None:

@@ -128,6 +128,12 @@ def test_apples_processors_have_names(
     assert machine.device_name(torch.device("cpu")) == (expected or otherwise)
 
 
+def test_what_git_says_may_be_in_any_encoding() -> None:
+    """With core.quotePath off, as where names are Japanese, it tells names of files as they are."""
+    program = r"import sys; sys.stdout.buffer.write(b'?? \xff.md\n')"
+    assert machine._said_by(sys.executable, "-c", program) == "?? \ufffd.md"
+
+
 @pytest.mark.usefixtures("auto_is_auto")
 @pytest.mark.parametrize(("apple", "expected"), [(False, "cpu"), (True, "mps")])
 def test_without_cuda_auto_is_apples_gpu_or_the_cpu(
