@@ -43,7 +43,7 @@ def find_images(sources: Sequence[Path]) -> list[Path]:
     """
     found: list[Path] = []
     for source in sources:
-        if str(source).startswith(("http:/", "https:/")):
+        if source.as_posix().startswith(("http:/", "https:/")):  # whichever way slashes lean
             raise DataError(f"{source}: is an address, and nothing is fetched from the web: download the picture first")
         kind = kind_of(source)
         if kind == "folder":

@@ -9,7 +9,7 @@ import struct
 import sys
 import warnings
 import zlib
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from types import SimpleNamespace
 from typing import Any
 
@@ -366,6 +366,9 @@ def test_what_is_no_folder_of_pictures(run: str, run_cli: Cli, tmp_path: Path) -
         outcome = run_cli("predict", *words)
         assert (outcome.code, outcome.out, len(outcome.err.splitlines())) == (3, "", 1)
         assert told in outcome.err
+    windows: Any = PureWindowsPath("https://example.com/cat.jpg")
+    with pytest.raises(DataError, match="is an address"):
+        images.find_images([windows])
 
 
 def test_folders_below_are_looked_into_or_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
