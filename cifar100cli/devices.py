@@ -264,6 +264,7 @@ _NO_MEMORY = re.compile(
     re.IGNORECASE,
 )
 _NOT_DETERMINISTIC = re.compile(r"(\S+) does not have a deterministic implementation")
+_NOT_ON_MPS = re.compile(r"operator '(\S+)' is not currently implemented for the MPS device")
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -292,6 +293,11 @@ def in_words(error: BaseException) -> str | None:
         return (
             "deterministic kernels are asked for (train.deterministic = true), and PyTorch has no deterministic "
             f"{found[1]} for this device; leave that out"
+        )
+    if found := _NOT_ON_MPS.search(str(error)):
+        return (
+            f"PyTorch has no {found[1]} for Apple's GPUs: use --device cpu, or set PYTORCH_ENABLE_MPS_FALLBACK=1, and "
+            "the CPU does that part"
         )
     return None
 

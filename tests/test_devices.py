@@ -390,6 +390,12 @@ def test_the_current_gpu_is_as_before(monkeypatch: pytest.MonkeyPatch, before: l
         (RuntimeError("miopenStatusAllocFailed"), "out of memory"),
         (RuntimeError("Unable to find a valid cuDNN algorithm to run convolution"), "out of memory"),
         (
+            NotImplementedError(
+                "The operator 'aten::cummin' is not currently implemented for the MPS device. If you want this op ..."
+            ),
+            "PyTorch has no aten::cummin for Apple's GPUs: use --device cpu, or set",
+        ),
+        (
             RuntimeError("x_backward_cuda does not have a deterministic implementation, but you set 'torch.use_...'"),
             "deterministic kernels are asked for (train.deterministic = true), and PyTorch has no deterministic x_back",
         ),
