@@ -386,3 +386,19 @@ def test_compose_and_the_script_agree(host: Host, services: dict[str, Any], kind
 def test_compose_has_runs_where_the_script_has_them(services: dict[str, Any]) -> None:
     (source,) = [volume["source"] for volume in services["cpu"]["volumes"] if volume["target"] == "/cifar100/runs"]
     assert (DOCKER / interpolate(source, {})).resolve() == ROOT / "runs"
+
+
+def test_git_checks_the_scripts_out_as_bash_reads_them(tmp_path: Path) -> None:
+    """On Windows it is mostly set up to give texts CRLF."""
+    (tmp_path / "docker").mkdir()
+    for name in (".gitattributes", "docker/build.bash", "docker/train.bash"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    for words in (
+        ("init", "-q"),
+        ("config", "core.autocrlf", "true"),
+        ("add", "."),
+        ("checkout-index", "-a", "--prefix=out/"),
+    ):
+        subprocess.run(["git", "-C", tmp_path, *words], check=True, capture_output=True)
+    for script in ("build.bash", "train.bash"):
+        assert (tmp_path / "out" / "docker" / script).read_bytes() == (ROOT / "docker" / script).read_bytes()
