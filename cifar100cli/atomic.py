@@ -54,7 +54,7 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         with contextlib.suppress(PermissionError):  # shares of other systems keep modes of their own
             temporary.chmod(_mode(path))  # mkstemp made it private
-        _put(temporary, path)
+        move(temporary, path)
     except OSError as error:
         remove_quietly(temporary)
         if error.errno and (error.filename is None or str(error.filename) == name):
@@ -65,12 +65,15 @@ def replacing(path: Path) -> Iterator[Path]:
         raise
 
 
-def _put(temporary: Path, path: Path) -> None:
-    """Let `temporary` become `path`; Windows refuses while `path` is open, as it is for a virus scanner's moment."""
+def move(source: Path, target: Path) -> None:
+    """Let the file `source` become `target`, in whose place it is then; a folder becomes one that is not there yet.
+
+    Windows refuses while either, or anything in it, is open, as it is for a virus scanner's moment.
+    """
     until = time.monotonic() + PATIENCE
     while True:
         try:
-            temporary.replace(path)
+            source.replace(target)
             return
         except PermissionError:
             if sys.platform != "win32" or time.monotonic() >= until:

@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 
 from filelock import FileLock, Timeout
 
+from cifar100cli.atomic import move
 from cifar100cli.bounded import kind_of, parse_json, read_file
 from cifar100cli.catalog import FOLDERS
 from cifar100cli.errors import DataError, DownloadInterrupted, FolderError, UsageError
@@ -303,9 +304,9 @@ def _repair(final: Path, new: Path, old: Path) -> None:
 
 def _swap(final: Path, new: Path, old: Path) -> None:
     if os.path.lexists(final):
-        final.rename(old)
+        move(final, old)
     try:
-        new.rename(final)
+        move(new, final)
     except BaseException:
         if os.path.lexists(old) and not os.path.lexists(final):
             old.rename(final)

@@ -82,7 +82,7 @@ def as_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     plain_open = Path.open
 
     def open_file(path: Path, *arguments: Any, **options: Any) -> IO[Any]:
-        file = plain_open(path, *arguments, **options)
+        file: IO[Any] = plain_open(path, *arguments, **options)
         opened[file] = path
         return file
 
@@ -773,18 +773,38 @@ def test_crash_between_the_renames(server: Server, tmp_path: Path, force: bool) 
 
 
 def test_failed_rename_is_undone(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    rename = Path.rename
+    replace = Path.replace
 
-    def rename_all_but_new(path: Path, target: Path) -> Path:
+    def replace_all_but_new(path: Path, target: Path) -> Path:
         if path.name == ".cifar100-new":
             full_disk()
-        return rename(path, target)
+        return replace(path, target)
 
     put_old(tmp_path)
-    monkeypatch.setattr(Path, "rename", rename_all_but_new)
+    monkeypatch.setattr(Path, "replace", replace_all_but_new)
     with pytest.raises(FolderError, match="No space"):
         install(tmp_path, server.url("/a", good))
     assert_old(tmp_path)
+
+
+def test_windows_is_asked_again_to_rename_a_folder_that_is_looked_at(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As virus scanners do with every file that is new."""
+    replace, refused = Path.replace, []
+
+    def refuse_each_once(path: Path, target: Path) -> Path:
+        if path not in refused:
+            refused.append(path)
+            raise PermissionError(errno.EACCES, "Access is denied", str(path))
+        return replace(path, target)
+
+    put_old(tmp_path)
+    monkeypatch.setattr(Path, "replace", refuse_each_once)
+    monkeypatch.setattr(sys, "platform", "win32")
+    install(tmp_path, server.url("/a", good), force=True)
+    assert [path.name for path in refused] == [FOLDER, ".cifar100-new"]
+    assert_complete(tmp_path, kept=True)
 
 
 @pytest.mark.parametrize("kind", ["folder", "file", "link"])
