@@ -79,7 +79,7 @@ class RunInterrupted(KeyboardInterrupt):
     """Training was stopped by a signal; what was finished is saved. Without a folder the run had not begun."""
 
     def __init__(self, run_dir: Path | None, finished: int, epochs: int, cause: KeyboardInterrupt) -> None:
-        text = "stopped before the run began: nothing was saved"
+        text = "stopped before the run began"
         if run_dir is not None:
             text = f"stopped after {finished} of {epochs} epochs; resume({str(run_dir)!r}) goes on"
         super().__init__(text)

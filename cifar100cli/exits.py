@@ -184,7 +184,7 @@ def _report_stop(stop: KeyboardInterrupt) -> int:
         return exit_code_of(stop)
     if isinstance(stop, RunInterrupted):
         if stop.run_dir is None:
-            console.error("interrupted before the run began: nothing was saved; start it again")
+            console.error("interrupted before the run began: start it again")
             return exit_code_of(stop)
         saved = f"{stop.finished} of {stop.epochs} epochs are done and saved" if stop.finished else "no epoch was done"
         from cifar100cli.runs import RunDir

@@ -13,7 +13,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -95,7 +95,8 @@ def table(
         return whole
     _tidy(folder)
     portions = Portions(loader.device, batch_size)
-    with watcher.progress(title, sum(end - start for *_, start, end in missing)) as advance:
+    left = sum(end - start for *_, start, end in missing)
+    with _told_when_stopped(title, folder, watcher), watcher.progress(title, left) as advance:
         for index, version, start, end in missing:
 
             def compute(rows: slice, version: Callable[[Tensor], Tensor] = version) -> Tensor:
@@ -118,6 +119,17 @@ def table(
     for number, (index, _, start, end) in enumerate(parts):
         ranks.hand_out(whole[index, start:end], owner=number % ranks.count())
     return whole
+
+
+@contextlib.contextmanager
+def _told_when_stopped(title: str, folder: Path, watcher: Watcher) -> Iterator[None]:
+    """Whoever stops this may have waited for hours: tell that it was not for nothing, where it was not."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if any(folder.glob("*.safetensors")):
+            watcher.say(f"{title}: the parts that are kept in {folder} will not be computed again")
+        raise
 
 
 def _tidy(folder: Path) -> None:

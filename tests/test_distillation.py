@@ -1,9 +1,11 @@
 """Distillation: the formulas in float64, and a teacher that is looked up beside one that runs in every step."""
 
+import contextlib
 import json
 import os
 import shutil
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -368,6 +370,34 @@ def test_logits_are_kept_by_teacher_data_and_version(
         next(saved.model.parameters()).mul_(1.01)
     checkpoint.save_model(teacher_run / runs.MODEL, saved.model.state_dict(), saved.card)
     assert count(student(teacher_run)) == 400
+
+
+@pytest.mark.parametrize(("after", "kept"), [(1, 0), (3, 2)])
+def test_a_stop_tells_of_the_parts_that_are_kept(
+    tmp_path: Path, teacher_run: Path, monkeypatch: pytest.MonkeyPatch, after: int, kept: int
+) -> None:
+    """Of four, in the `after`-th of which it comes; batches of evaluation have all of a part's 100 images."""
+    monkeypatch.setattr(precomputed, "PART", 100)
+
+    class Stops(Listening):
+        @contextlib.contextmanager
+        def progress(self, title: str, total: int) -> Iterator[Callable[[int], None]]:
+            def advance(count: int) -> None:
+                self.counted.append(count)
+                if sum(self.counted) == 100 * after:
+                    raise KeyboardInterrupt
+
+            yield advance
+
+    stopped, again = Stops(), Listening()
+    with pytest.raises(KeyboardInterrupt):
+        jobs.prepare(student(teacher_run), where(tmp_path), stopped)
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == kept
+    (folder,) = (tmp_path / "cache").glob("*") if kept else [None]
+    told = f"the teacher's logits: the parts that are kept in {folder} will not be computed again"
+    assert stopped.said == ([told] if kept else [])
+    jobs.prepare(student(teacher_run), where(tmp_path), again)
+    assert sum(again.counted) == 400 - 100 * kept
 
 
 @pytest.mark.parametrize("held_out", [0.0, 0.25])
