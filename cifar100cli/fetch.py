@@ -325,7 +325,7 @@ def fetch(
     why = "; ".join(f"{url}: {reason}" for url, reason in reasons.items())
     if without_content == set(urls):
         raise DataError(f"{why}; what was in place is untouched (--url URL: a mirror, --from FILE: a file)")
-    kept = f"{part.size} bytes are kept and the same command goes on from there" if part.size else "nothing came"
+    kept = f"{part.size} bytes are kept and the same command goes on from there" if part.size else "nothing is kept"
     raise CifarError(
         f"{part.path.stem} could not be fetched: {why}; {kept} "
         "(--url URL: a mirror, --from FILE: an archive that you have)"

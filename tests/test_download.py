@@ -269,7 +269,7 @@ def test_backs_off_then_gives_up_and_goes_on_later(server: Server, tmp_path: Pat
 
 def test_nobody_listens(tmp_path: Path, server: Server) -> None:
     server.http.socket.close()
-    with pytest.raises(CifarError, match=r"refused.*nothing came") as raised:
+    with pytest.raises(CifarError, match=r"refused.*nothing is kept") as raised:
         install(tmp_path, f"http://127.0.0.1:{server.http.server_port}/a", retries=3)
     assert raised.value.exit_code == 1
 
@@ -282,7 +282,7 @@ def test_a_proxy_that_fails_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyP
         deaf.bind(("127.0.0.1", 0))
         proxy = f"127.0.0.1:{deaf.getsockname()[1]}"
         monkeypatch.setenv(f"{scheme}_proxy", f"http://user:secret@{proxy}")
-        words = rf"refused \(through the proxy {proxy}; .*NO_PROXY.*nothing came"
+        words = rf"refused \(through the proxy {proxy}; .*NO_PROXY.*nothing is kept"
         with pytest.raises(CifarError, match=words) as raised:
             install(tmp_path, f"{scheme}://example.invalid/a", retries=1)
     assert "secret" not in str(raised.value)
@@ -296,7 +296,7 @@ def test_an_unknown_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(HTTPSConnection, "connect", connect)
     monkeypatch.setenv("no_proxy", "*")
-    with pytest.raises(CifarError, match=r"self-signed certificate; .*SSL_CERT_FILE.*nothing came"):
+    with pytest.raises(CifarError, match=r"self-signed certificate; .*SSL_CERT_FILE.*nothing is kept"):
         install(tmp_path, "https://example.invalid/a")
 
 
