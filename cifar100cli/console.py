@@ -54,12 +54,14 @@ def on_terminal() -> bool:
 
 
 def on(stream: Any) -> "Console":
-    """Rich on a stream."""
+    """Rich on a stream. The cursor stays to be seen: a process that is stopped or killed could not bring it back."""
     from rich.console import Console
 
     # Outside a terminal lines are as long as they are: they are read by scripts and cut by nobody.
     width = None if stream.isatty() or "COLUMNS" in os.environ else 200
-    return Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
+    screen = Console(file=stream, width=width, highlight=False, soft_wrap=not stream.isatty())
+    screen.show_cursor = lambda show=True: False  # type: ignore[method-assign]
+    return screen
 
 
 def _styled(text: str, style: str, stream: Any) -> None:
@@ -170,9 +172,9 @@ def error(text: str) -> None:
 def last_word(text: str) -> None:
     """A line on stderr, written past Python's streams, before a process leaves in the middle of whatever it does."""
     if not _muted:
-        cursor = "\r\x1b[?25h\x1b[0J" if on_terminal() else ""  # progress may have hidden it
+        clear = "\r\x1b[0J" if on_terminal() else ""  # of progress that moves
         with contextlib.suppress(OSError):
-            os.write(2, f"{cursor}error: {text}\n".encode())
+            os.write(2, f"{clear}error: {text}\n".encode())
 
 
 def detail(text: str) -> None:

@@ -68,6 +68,7 @@ def test_training_on_a_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     preset = make_preset(data={"val_fraction": 0.1}, train={"select": "best_val"})
     with terminal(monkeypatch) as written, TrainingDisplay("mine") as display:
         workflows.train(preset, where(tmp_path), display)
+    assert "\x1b[?25l" not in written(), "the cursor would be lost where the run is stopped by Ctrl-Z or killed"
     lines = [line.rstrip() for line in re.split(r"[\r\n]+", ESCAPES.sub("", written()))]
     assert max(map(len, lines)) <= 80
     done = [line for line in lines if re.fullmatch(r"epoch \d/3  loss .*", line)]
