@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from cifar100cli import (
+    __version__,
     backbones,
     batch_norm,
     checkpoint,
@@ -26,7 +27,7 @@ from cifar100cli.bounded import kind_of
 from cifar100cli.card import Card
 from cifar100cli.catalog import DatasetName
 from cifar100cli.checkpoint import Checkpoint, Saved
-from cifar100cli.config import Preset
+from cifar100cli.config import TEACHER, WEIGHTS, Preset, flat
 from cifar100cli.datasets import Dataset, Split
 from cifar100cli.errors import DataError, UsageError
 from cifar100cli.flops import forward_flops
@@ -113,6 +114,9 @@ def prepare(
     """
     state = begun.state if begun is not None else None
     config = preset.config
+    # A file may lie elsewhere on each machine: what is in it is asked below.
+    settings = {key: value for key, value in flat(config).items() if key not in (WEIGHTS, TEACHER)}
+    ranks.refuse_differences({"cifar100": __version__, **settings})
     check_backbone(config.model.backbone)
     device = devices.select_device(where.device)
     devices.forget_peak_memory(device)  # of the runs before, in this process
@@ -139,6 +143,7 @@ def prepare(
             begun.refuse_other_teacher(config.distillation.required_teacher(), teachers.digest(saved_teacher))
     model = starting_weights.build(config, len(dataset.classes), preprocessing, training, state, watcher)
     digests = digests_of(config, images_digest, saved_teacher) if begun is None else {}
+    ranks.refuse_differences(digests)
     if ranks.count() > 1 and config.train.sync_batch_norm:
         model = batch_norm.synchronised(model, device)
     model = model.to(device=device, memory_format=devices.memory_format(device))  # type: ignore[call-overload]

@@ -11,7 +11,7 @@ import platform
 import secrets
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -167,12 +167,29 @@ def sum_up(*tensors: "Tensor") -> None:
             start().all_reduce(tensor)
 
 
-def greatest(value: int) -> int:
-    """The greatest of what the ranks have."""
-    values: list[int | None] = [value] * count()
+def everyones(value: T) -> list[T]:
+    """What each rank has, in their order."""
+    values = [value] * count()
     if count() > 1:
         start().all_gather_object(values, value)
-    return max(found for found in values if found is not None)
+    return values
+
+
+def greatest(value: int) -> int:
+    """The greatest of what the ranks have."""
+    return max(everyones(value))
+
+
+def refuse_differences(about: Mapping[str, object]) -> None:
+    """Raise `UsageError`, on all ranks alike, where one was started with other settings or files than the first."""
+    first, *others = everyones(about)
+    for number, other in enumerate(others, start=1):
+        for key in {**first, **other}:
+            if first.get(key) != other.get(key):
+                raise UsageError(
+                    f"rank {number} has {key} = {other.get(key)}, and rank 0 {first.get(key)}: ranks train one model, "
+                    "and need the same settings, data and version on all machines"
+                )
 
 
 def hand_out(tensor: "Tensor", owner: int) -> None:

@@ -380,6 +380,7 @@ TRAIN = """
 import os
 import sys
 import time
+from dataclasses import replace
 
 from cifar100cli import cli, synthetic, trainer
 
@@ -392,7 +393,12 @@ def dying(steps, config, epoch, observer):
         os._exit(9)
     return train_epoch(steps, config, epoch, observer)
 
-if sys.argv.pop(1) == "die" and os.environ["RANK"] == "1":
+fate = sys.argv.pop(1)
+if fate == "other rate" and os.environ["RANK"] == "1":
+    sys.argv += ["--lr", "0.5"]
+elif fate == "other images" and os.environ["RANK"] == "1":
+    drawn = replace(drawn, train=(255 - drawn.train[0], drawn.train[1]))
+elif fate == "die" and os.environ["RANK"] == "1":
     if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         trainer.train_epoch = dying
     else:  # late, so that rank 0 looks for the address of this rank while there is only that of the dead one
@@ -487,6 +493,25 @@ def test_one_image_for_batch_norm_is_refused(tmp_path: Path) -> None:
     assert ended.code != 0
     assert "batch norm cannot train on one image at a time; use at least 4" in ended.err
     assert ended.err.count("Traceback") == 1  # torchrun's own
+
+
+@pytest.mark.parametrize(
+    ("fate", "words"),
+    [
+        ("other rate", r"error: rank 1 has optimizer\.lr = 0\.5, and rank 0 0\.0001: ranks train one model, .*"),
+        (
+            "other images",
+            r"error: rank 1 has data_sha256 = (\w{64}), and rank 0 (?!\1)\w{64}: ranks train one model, .*",
+        ),
+    ],
+)
+def test_ranks_that_were_started_otherwise_are_refused(tmp_path: Path, fate: str, words: str) -> None:
+    """As by a preset's file, or a data set, that a machine has another version of: it would be nobody's run."""
+    ended = trained(tmp_path, fate)
+    assert ended.code != 0
+    (told,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert re.fullmatch(words, told)
+    assert not runs.find_runs(tmp_path / "runs")
 
 
 def test_a_rank_that_dies_ends_the_others_with_a_word(tmp_path: Path) -> None:
