@@ -21,12 +21,13 @@ from cifar100cli.runs import RunDir
 from cifar100cli.schema import Config
 from tests.conftest import last_run
 
+ROW = {"train_loss": 1.0, "train_top1": 0.1, "seconds": 1.0, "images_per_second": 9.0}
+
 
 def make_run(root: Path, epochs: int = 0, preset: str = "mine") -> RunDir:
     run = RunDir.create(root, preset, Config(seed=3), {"device": "cpu"})
     for epoch in range(1, epochs + 1):
-        row = {"train_loss": 1.0, "train_top1": 0.1, "seconds": 1.0, "images_per_second": 9.0}
-        run.append_metrics({"epoch": epoch, **row})
+        run.append_metrics({**ROW, "epoch": epoch})
     return run
 
 
@@ -166,6 +167,29 @@ def test_the_same_run_may_differ_in_what_does_nothing(tmp_path: Path) -> None:
         assert choosing.same_run(tmp_path, name, other, {}) == (run if found else None)
         assert choosing.same_run(tmp_path, name, run.config(), {}) == run
         assert choosing.same_run(tmp_path, name, other.model_copy(update={"seed": 1}), {}) is None
+
+
+def test_the_same_run_is_a_complete_one_or_the_last_to_go_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = make_run(tmp_path), make_run(tmp_path)
+    for written, run in enumerate((first, second)):
+        os.utime(run.path / runs.CONFIG, (written, written))
+
+    def same() -> RunDir | None:
+        return choosing.same_run(tmp_path, "mine", Config(seed=3), {})
+
+    assert same() == second, "from the start"
+    with second.exclusively():
+        assert same() == first
+    second.append_metrics({**ROW, "epoch": 1})
+    assert same() == first, "without its state, an epoch leads nowhere"
+    (second.path / runs.STATE).touch()
+    assert same() == second
+    first.write_result({})
+    assert same() == second, "what is no result is not taken"
+    monkeypatch.setattr(RunDir, "result", lambda _: {})
+    assert same() == first
 
 
 def test_the_same_run_may_have_had_its_files_elsewhere(tmp_path: Path) -> None:
