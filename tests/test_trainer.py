@@ -171,6 +171,10 @@ def test_an_epoch_measured_but_not_saved_is_done_again(tmp_path: Path, monkeypat
     assert [row["epoch"] for row in only_run(tmp_path).metrics()] == [1, 2, 3]
     same = [(only_run(folder).path / runs.MODEL).read_bytes() for folder in (tmp_path, tmp_path / "unbroken")]
     assert same[0] == same[1]
+    run = only_run(tmp_path)
+    (run.path / runs.STATE).unlink()
+    run.forget_after(1)
+    assert trainer._saved_state(run) is None, "as after a kill in the first epoch"
 
 
 @pytest.mark.parametrize("sections", [{}, {"train": {"ema": 0.9}}])
@@ -764,8 +768,14 @@ def test_whoever_watches_sees_a_gpu_catch_up(tmp_path: Path, monkeypatch: pytest
             seen.append(f"{known.steps} steps, {known.images} images")
 
     monkeypatch.setattr(steps.Steps, "all_done", all_done)
-    workflows.train(make_preset(train={"epochs": 1}), where(tmp_path), Watching())
+    clock = iter((100.0, 104.0, 109.1234))  # the epoch begins, is trained, and is measured
+    pretended = SimpleNamespace(perf_counter=lambda: next(clock), monotonic=lambda: 0.0, sleep=lambda _: None)
+    monkeypatch.setattr(trainer, "time", pretended)
+    workflows.train(make_preset(train={"epochs": 1}, schedule={"name": "cosine"}), where(tmp_path), Watching())
     assert seen == [1, 2, 3, 4, 5, 6, 7, 7, 7, 7, "7 steps, 400 images"]
+    (row,) = only_run(tmp_path).metrics()
+    assert (row["seconds"], row["images_per_second"]) == (9.123, 100.0)
+    assert row["lr"] == pytest.approx(0.0005 * (1 + math.cos(math.pi * 6 / 7))), "of its last step"
 
 
 def test_images_grow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
