@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from cifar100cli import (
     evaluation,
     jobs,
     losses,
+    memory,
     precomputed,
     resume,
     runs,
@@ -325,6 +327,55 @@ def test_what_a_gpu_has_no_memory_for_is_computed_in_portions(
     np.testing.assert_array_equal(table.numpy(), np.stack([red[:, :, 0], red[:, :, -1]]).astype(np.float32))
     assert asked == [1, 100, 50, *[25] * 32]
     assert watcher.counted == [25] * 32
+
+
+def test_ranks_compute_a_table_together(
+    tmp_path: Path, small_synthetic: synthetic.Drawn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every second part each; those of the other come from it, and on the disk they are found by whoever comes next."""
+    monkeypatch.setattr(precomputed, "PART", 150)
+    images, labels = small_synthetic.train
+    loader = DeviceLoader(Split(images, labels), 64, torch.device("cpu"), Preprocessing(32), policy=augment.flip)
+    red = images[:, 0].astype(np.float32)
+    expected = torch.from_numpy(np.stack([red[:, :, 0], red[:, :, -1]]))
+    parts = [part for version in expected for part in version.split(150)]
+    room = 2 * expected.nbytes / precomputed.SHARE  # both tables are in the memory of one machine
+
+    def table(watcher: Listening) -> Tensor:
+        return precomputed.table(
+            "left columns",
+            lambda some: some[:, 0, :, 0].float(),
+            loader,
+            batch_size=100,
+            dtype=torch.float32,
+            folder=tmp_path / "x",
+            watcher=watcher,
+        )
+
+    for rank, free, computed, place in ((0, room, 400, 1), (1, room - 1, 400, 2), (0, room, 0, 1)):
+        order, places = iter(enumerate(parts)), list[int]()
+
+        def hand_out(part: Tensor, owner: int, rank: int = rank, order: Any = order) -> None:
+            number, own = next(order)
+            assert owner == number % 2
+            if owner == rank:
+                assert torch.equal(part, own)
+            part.copy_(own)
+
+        def greatest(value: int, places: list[int] = places) -> int:
+            places.append(value)
+            return value
+
+        several = {"rank": lambda rank=rank: rank, "count": lambda: 2, "local_count": lambda: 2}
+        watcher = Listening()
+        with monkeypatch.context() as patch:
+            patch.setattr(precomputed, "ranks", SimpleNamespace(**several, hand_out=hand_out, greatest=greatest))
+            patch.setattr(memory, "available", lambda free=free: free)
+            assert torch.equal(table(watcher), expected)
+        assert (sum(watcher.counted), places[0], next(order, None)) == (computed, place, None)
+    watcher = Listening()
+    assert torch.equal(table(watcher), expected)
+    assert watcher.said == [f"left columns: kept in {tmp_path / 'x'}, nothing to compute"]
 
 
 def test_training_with_either_teacher_is_the_same(
