@@ -15,8 +15,7 @@ def _leave(number: int, _: object) -> NoReturn:
 def main() -> NoReturn:
     """Run the command line; Ctrl-C is answered in one line even while that is still being imported."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, _leave)
+        signal.signal(number, _leave)
     from cifar100cli.cli import main as run
 
     try:

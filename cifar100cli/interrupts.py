@@ -26,8 +26,7 @@ def orderly(say: Callable[[str], None], *, grace: float = 0.0) -> Iterator[None]
     """Within, the first signal raises KeyboardInterrupt or `Terminated`; one that comes `grace` seconds later leaves.
 
     A SIGTERM leaves after `GRACE` at the earliest: nobody types it twice, and `timeout`, `uv run` and srun send it to
-    the whole group and pass it on, too. One that was ignored before stays so: a shell has what a script runs in the
-    background ignore Ctrl-C, which is meant for what is in the foreground.
+    the whole group and pass it on, too.
 
     Python runs a signal's handler between two instructions of the main thread, and so never while that is within a
     long call of a library. The bytes that Python writes to a pipe at once, signal by signal, are therefore read by a
@@ -62,12 +61,11 @@ def orderly(say: Callable[[str], None], *, grace: float = 0.0) -> Iterator[None]
 
     heard = _Listener(say, grace)
     hook, sys.unraisablehook = sys.unraisablehook, again
-    heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, stop) for number in heeded}
+    before = [signal.signal(number, stop) for number in SIGNALS]
     try:
         yield
     finally:
-        for number, handler in before.items():
+        for number, handler in zip(SIGNALS, before, strict=True):
             if signal.getsignal(number) is stop:
                 signal.signal(number, handler)
         sys.unraisablehook = hook

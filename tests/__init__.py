@@ -1,7 +1,6 @@
 """Tests, and scripts that do at length what some of them do in samples (`python -m tests.kills`)."""
 
 import os
-import signal
 import sys
 from pathlib import Path
 
@@ -12,7 +11,3 @@ if sys.dont_write_bytecode:
     sys.pycache_prefix = str(Path(__file__).parents[1] / ".pytest_cache" / "bytecode")
     os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-
-# A script's shell has what it runs in the background ignore Ctrl-C, and so would all processes that are sent one here.
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
-    signal.signal(signal.SIGINT, signal.default_int_handler)

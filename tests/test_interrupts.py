@@ -65,28 +65,6 @@ main()
     assert finished.stderr.splitlines() == ["error: interrupted"]
 
 
-@pytest.mark.parametrize("module", ["typer", "pydantic"])
-def test_ctrl_c_that_is_ignored_stays_so(tmp_path: Path, module: str) -> None:
-    """A shell says so to what a script runs in the background (`cifar100 train & tail -f log`)."""
-    script = f"""
-import os, signal, sys
-
-class PressCtrlC:
-    def find_spec(self, name, *_):
-        if name == {module!r}:
-            os.kill(os.getpid(), signal.SIGINT)
-
-signal.signal(signal.SIGINT, signal.SIG_IGN)
-from cifar100cli.__main__ import main
-sys.meta_path.insert(0, PressCtrlC())
-sys.argv = ["cifar100", "presets", "quickstart"]
-main()
-"""
-    finished = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert (finished.returncode, finished.stderr) == (0, "")
-    assert "test_resnet" in finished.stdout
-
-
 LONG_CALL = """
 import sys
 import torch
