@@ -89,8 +89,9 @@ class Classifier(ImagesToLogits):
         cast = as_trained if self.held.dtype == torch.float32 else nullcontext
         own = torch.autocast(device.type, enabled=False, cache_enabled=False)  # none of the caller's
         outer = own if torch.is_autocast_enabled(device.type) else nullcontext()
+        logits = super().forward  # named out here: `torch.compile` fails at a `super` within contexts
         with nullcontext() if torch.compiler.is_compiling() else devices.exact_float32, outer, cast():
-            return super().forward(images.to(device))
+            return logits(images.to(device))
 
     def predict(self, pictures: Sequence[str | Path | Picture], top: int = 5) -> list[list[dict[str, Any]]]:
         """The `top` most likely classes of each picture: files, or pictures of Pillow's, of any size and kind.

@@ -434,6 +434,15 @@ def test_a_model_that_is_traced_leaves_others_alone(run: Path) -> None:
     assert augment._KEPT == {}
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_compiled_model_is_one_graph_and_answers_the_same(kept: Classifier, precision: str) -> None:
+    training = kept._config.train.model_copy(update={"precision": precision})
+    kept._config = kept._config.model_copy(update={"train": training})
+    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    expected = kept(images)
+    assert torch.equal(torch.compile(kept, backend="eager", fullgraph=True)(images), expected)
+
+
 @pytest.mark.usefixtures("small_synthetic")
 def test_the_callers_settings_of_torch_are_not_the_runs_and_are_kept(tmp_path: Path) -> None:
     """Autocast, default types and devices, and what is switched off."""
