@@ -366,7 +366,7 @@ def test_ranks_compute_a_table_together(
             places.append(value)
             return value
 
-        several = {"rank": lambda rank=rank: rank, "count": lambda: 2, "local_count": lambda: 2}
+        several: dict[str, Any] = {"rank": lambda rank=rank: rank, "count": lambda: 2, "local_count": lambda: 2}
         watcher = Listening()
         with monkeypatch.context() as patch:
             patch.setattr(precomputed, "ranks", SimpleNamespace(**several, hand_out=hand_out, greatest=greatest))

@@ -324,6 +324,7 @@ def cases() -> list[dict[str, torch.Tensor]]:
         inputs = torch.randn(shape, generator=generator) + 1000
         weight, bias = torch.rand(5, generator=generator) + 0.5, torch.randn(5, generator=generator)
         gradient = torch.randn(shape, generator=generator)
+        inputs[:, 0] = 0  # of a unit that is silent: no variance to divide by
         made.append({"input": inputs, "weight": weight, "bias": bias, "gradient": gradient})
     return made
 
